@@ -1,0 +1,73 @@
+"""laconic: train networks that say the same in fewer parameters."""
+
+from ._version import __version__
+from .budget import Budget
+from .checkpoint import load, save
+from .compaction import compress
+from .compressor import Compressor
+from .errors import (
+    ArchitectureMismatchError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    DataNotFoundError,
+    DecompositionError,
+    InfeasibleBudgetError,
+    InvalidTypeError,
+    InvalidValueError,
+    LaconicError,
+    MissingExtraError,
+    NonFiniteError,
+    NothingToCompressError,
+    OptimizerError,
+    PatternError,
+    RecipeError,
+    SurgeryError,
+    UnsupportedOptimizerError,
+)
+from .measure import Latency, Profile, profile
+from .penalties import L1, Hoyer, KeepEnergy, KeepLargest, LogSum, Penalty
+from .report import CompactReport
+from .schedule import Schedule
+from .solvers import SVTResult, spectral_prox, svt
+from .structures import LowRank
+
+__all__ = [
+    "L1",
+    "ArchitectureMismatchError",
+    "Budget",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "CompactReport",
+    "Compressor",
+    "DataNotFoundError",
+    "DecompositionError",
+    "Hoyer",
+    "InfeasibleBudgetError",
+    "InvalidTypeError",
+    "InvalidValueError",
+    "KeepEnergy",
+    "KeepLargest",
+    "LaconicError",
+    "Latency",
+    "LogSum",
+    "LowRank",
+    "MissingExtraError",
+    "NonFiniteError",
+    "NothingToCompressError",
+    "OptimizerError",
+    "PatternError",
+    "Penalty",
+    "Profile",
+    "RecipeError",
+    "SVTResult",
+    "Schedule",
+    "SurgeryError",
+    "UnsupportedOptimizerError",
+    "__version__",
+    "compress",
+    "load",
+    "profile",
+    "save",
+    "spectral_prox",
+    "svt",
+]

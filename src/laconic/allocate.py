@@ -1,0 +1,120 @@
+r"""Choose all ranks together: what to keep of every layer under limits on the whole model's cost.
+
+**Product rule.** Maximise the product of the retained shares,
+
+.. math:: \max \prod_l \frac{\sum_{i \le r_l} s_{l,i}^2}{\sum_i s_{l,i}^2}
+          \quad \text{subject to} \quad \text{cost}(r_1, \dots, r_L) \le \text{limit}
+
+Adding up lost energies instead starves one layer when the budget is tight; a product cannot afford to let any factor
+go to zero. In logarithms the objective is a sum, concave in each rank, so a greedy walk along each layer's concave
+hull is optimal up to the last step that does not fit; what is left over is then filled with the best that still fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InfeasibleBudgetError
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What may be kept of one weight. Entry j: `ranks[j]` (None: dense) has `gains[j]` and `costs[j]` (one per limit)."""
+
+    name: str
+    ranks: tuple[int | None, ...]
+    gains: Floats
+    costs: Floats
+
+
+def log_shares(values: Floats) -> Floats:
+    """log of the share of squared values that the r largest keep, for r = 1..k (values non-increasing)."""
+    top = values[0] if len(values) and values[0] > 0 else 1.0
+    squares = (values / top) ** 2
+    total = squares.sum()
+    if total == 0:
+        return np.zeros(len(values))
+    lost = np.append(np.cumsum(squares[::-1])[::-1][1:], 0.0)  # summed from the small end: no cancellation
+    return np.log1p(-np.minimum(lost / total, 1 - 1e-16))
+
+
+def low_rank_choice(
+    name: str, values: Floats, unit_costs: Floats, dense_costs: Floats, largest: int, multiple: int = 1
+) -> Choice:
+    """Ranks 1..`largest` (multiples of `multiple`, where there is one), then dense."""
+    shares = log_shares(values)
+    ranks = [r for r in range(1, min(largest, len(values)) + 1) if r % multiple == 0] or ([largest] if largest >= 1 else [])
+    gains = [*(float(shares[r - 1]) for r in ranks), 0.0]
+    costs = [*(unit_costs * r for r in ranks), dense_costs]
+    return Choice(name, (*ranks, None), np.array(gains), np.array(costs, dtype=np.float64).reshape(len(gains), -1))
+
+
+def product_rule(choices: Sequence[Choice], fixed: Floats, limits: Floats, what: str = "budget") -> list[int | None]:
+    """The rank of every choice (None: dense): the largest sum of gains within all `limits`.
+
+    Args:
+        fixed: what the rest of the model costs, one number per limit.
+        limits: upper bounds on the whole cost.
+        what: how to call the limits in the error.
+
+    Raises:
+        InfeasibleBudgetError: even the cheapest choices cost more than a limit.
+    """
+    weights = 1 / np.maximum(limits, 1e-300)
+    scalar = [c.costs @ weights for c in choices]
+    now = [int(np.argmin(s)) for s in scalar]
+    spent = fixed + sum((c.costs[j] for c, j in zip(choices, now, strict=True)), np.zeros_like(fixed))
+    if np.any(spent > limits):
+        worst = int(np.argmax(spent / limits))
+        raise InfeasibleBudgetError(f"{what}: the smallest possible is {spent[worst]:.0f}, above the limit of {limits[worst]:.0f}", 0.0)
+
+    steps: list[tuple[float, int, int]] = []  # (slope, choice, option), steepest first
+    for i, (choice, cost) in enumerate(zip(choices, scalar, strict=True)):
+        at = now[i]
+        while True:
+            higher = np.flatnonzero((cost > cost[at]) & (choice.gains > choice.gains[at]))
+            if not len(higher):
+                break
+            slopes = (choice.gains[higher] - choice.gains[at]) / (cost[higher] - cost[at])
+            following = int(higher[np.argmax(slopes)])
+            steps.append((-float(slopes.max()), i, following))
+            at = following
+    stopped: set[int] = set()
+    for _, i, option in sorted(steps):
+        change = choices[i].costs[option] - choices[i].costs[now[i]]
+        if i not in stopped and np.all(spent + change <= limits):
+            spent, now[i] = spent + change, option
+        else:
+            stopped.add(i)
+
+    while True:  # fill the rest: the best gain per cost among all that still fits
+        best: tuple[float, float, int, int] | None = None
+        for i, (choice, cost) in enumerate(zip(choices, scalar, strict=True)):
+            fits = (cost > cost[now[i]]) & (choice.gains >= choice.gains[now[i]])
+            fits &= np.all(spent + choice.costs - choice.costs[now[i]] <= limits, axis=1)
+            for j in np.flatnonzero(fits):
+                slope = (choice.gains[j] - choice.gains[now[i]]) / (cost[j] - cost[now[i]])
+                candidate = (float(slope), -float(cost[j]), i, int(j))
+                best = candidate if best is None or candidate[:2] > best[:2] else best
+        if best is None:
+            return [c.ranks[j] for c, j in zip(choices, now, strict=True)]
+        _, _, i, j = best
+        spent, now[i] = spent + choices[i].costs[j] - choices[i].costs[now[i]], j
+
+
+def energy_rule(values: Floats, share: float) -> int:
+    """The paper's per-layer rule: the smallest r that keeps at least `share` of the squared values; at least 1."""
+    squares = (values / max(values[0], 1e-300)) ** 2
+    kept = np.cumsum(squares)
+    return int(np.argmax(kept >= share * kept[-1])) + 1
+
+
+def numerical_rank(values: Floats, epsilon: float, size: int) -> int:
+    """How many values are above rounding, `s_max * epsilon * sqrt(size)`; at least 1."""
+    return max(int(np.sum(values > values[0] * epsilon * size**0.5)), 1)

@@ -1,0 +1,209 @@
+"""Save and load a compact model: `model.safetensors` + `laconic.json`, atomic, hashed, no pickle.
+
+The JSON is enough to rebuild the model with torch and safetensors alone (see docs/rebuild.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from . import _version
+from .errors import ArchitectureMismatchError, CheckpointError, CheckpointNotFoundError
+from .surgery.record import Cut, find_cuts, replay, undo
+
+FORMAT = 1
+TENSORS, RECORD = "model.safetensors", "laconic.json"
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str], report: dict[str, Any] | None = None) -> Path:
+    """Write a model to a directory, whole or not at all.
+
+    Everything goes to a new directory beside it, is flushed to disk, and then takes the name; an earlier saved model of
+    that name is replaced, any other content is not.
+
+    Args:
+        model: compacted or not; unwrapped from DistributedDataParallel / DataParallel.
+        directory: created; parents too.
+        report: extra plain data to keep under `"report"` in the JSON.
+
+    Raises:
+        CheckpointError: the path holds something that is not a saved model, or the model holds state that is not tensors.
+    """
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    target = Path(directory)
+    if target.exists() and not (target.is_dir() and ((target / RECORD).exists() or not any(target.iterdir()))):
+        raise CheckpointError(f"{target} exists and is not a saved model: nothing was written; choose another directory")
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{name} in the model's state is a {type(value).__name__}, not a tensor: it cannot be saved without pickle")
+    tensors, aliases = _separate_ties(state)
+    cuts = [cut.to_json() for cut in find_cuts(model)]
+    record_hash = hashlib.sha256(json.dumps(cuts, sort_keys=True).encode()).hexdigest()
+    payload = save_tensors(tensors, metadata={"format": "pt", "laconic_record_sha256": record_hash})
+    manifest = {
+        "format": FORMAT,
+        "laconic": _version.__version__,
+        "torch": torch.__version__,
+        "model": type(model).__name__,
+        "sha256": hashlib.sha256(payload).hexdigest(),
+        "record_sha256": record_hash,
+        "cuts": cuts,
+        "aliases": aliases,
+        "tensors": {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in tensors.items()},
+    } | ({"report": report} if report is not None else {})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        _write(fresh / TENSORS, payload)
+        _write(fresh / RECORD, json.dumps(manifest, indent=1).encode())
+        _sync(fresh)
+        _take_name(fresh, target)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    return target
+
+
+def load(directory: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Load a saved model into a fresh dense model of the same class: the cuts are replayed, then the values loaded.
+
+    Args:
+        directory: what `save` wrote.
+        model: as the class builds it. Changed in place and returned; on any error it is as it was.
+
+    Raises:
+        CheckpointNotFoundError: the directory or one of its files is missing.
+        CheckpointError: a file was cut short or altered, or has another format.
+        ArchitectureMismatchError: the model is not of the architecture that was saved; names what differs.
+    """
+    source = _find(Path(directory))
+    manifest, payload = read_manifest(source), (source / TENSORS).read_bytes()
+    if hashlib.sha256(payload).hexdigest() != manifest["sha256"]:
+        raise CheckpointError(f"{source / TENSORS} was cut short or altered (its hash is not the one in {RECORD}): save the model again")
+    try:
+        tensors = load_tensors(payload)
+    except SafetensorError as error:
+        raise CheckpointError(f"{source / TENSORS} cannot be read: {error}") from None
+    tensors |= {alias: tensors[name] for alias, name in manifest["aliases"].items()}
+    done = replay(model, [Cut.from_json(c) for c in manifest["cuts"]])
+    try:
+        _check_fit(model, tensors)
+    except ArchitectureMismatchError:
+        undo(model, done)
+        raise
+    _tie(model, manifest["aliases"])
+    with torch.no_grad():
+        for name, here in model.state_dict(keep_vars=True).items():
+            if here.dtype != tensors[name].dtype:
+                here.data = here.data.to(tensors[name].dtype)
+    model.load_state_dict(tensors)
+    return model
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The checked content of `laconic.json`."""
+    for name in (RECORD, TENSORS):
+        if not (directory / name).exists():
+            raise CheckpointNotFoundError(f"{directory / name} is missing: {directory} is not a whole saved model")
+    try:
+        manifest = json.loads((directory / RECORD).read_text())
+        version = manifest["format"]
+        if version != FORMAT:
+            raise CheckpointError(f"{directory / RECORD} has format {version!r}; this laconic reads {FORMAT}: install the version that wrote it ({manifest.get('laconic')})")
+        recorded = hashlib.sha256(json.dumps(manifest["cuts"], sort_keys=True).encode()).hexdigest()
+        whole = {"sha256", "aliases", "tensors"} <= manifest.keys() and recorded == manifest["record_sha256"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{directory / RECORD} was cut short or altered: save the model again")
+    return dict(manifest)
+
+
+def _find(directory: Path) -> Path:
+    if directory.is_dir():
+        return directory
+    aside = _aside(directory)
+    if aside.is_dir():  # a save was interrupted between its two renames
+        warnings.warn(f"{directory} is missing, probably a save was interrupted; loading the model before it from {aside}", stacklevel=3)
+        return aside
+    raise CheckpointNotFoundError(f"{directory} does not exist or is not a directory: expected one that laconic.save wrote")
+
+
+def _separate_ties(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each distinct tensor once, and the other names of those that several names share."""
+    first: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, value in state.items():
+        key = (value.data_ptr(), value.dtype, tuple(value.shape), tuple(value.stride()))
+        if value.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            # A copy of its own: a view of a larger storage would otherwise be refused, or saved whole.
+            tensors[name] = value.detach().cpu().contiguous().clone()
+    return tensors, aliases
+
+
+def _check_fit(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    here = model.state_dict()
+    missing, extra = sorted(here.keys() - tensors.keys()), sorted(tensors.keys() - here.keys())
+    shapes = [f"{n} is {tuple(tensors[n].shape)} saved, {tuple(here[n].shape)} here" for n in here.keys() & tensors.keys() if here[n].shape != tensors[n].shape]
+    parts = [f"{what}: {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}" for what, names in (("missing in the file", missing), ("only in the file", extra), ("other shapes", sorted(shapes))) if names]
+    if parts:
+        raise ArchitectureMismatchError(f"the saved model does not fit this {type(model).__name__}; {'; '.join(parts)}")
+
+
+def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
+    """Tie again what was tied: a replayed cut gives each module factors of its own."""
+    for alias, name in aliases.items():
+        (path, _, key), (other, _, source) = alias.rpartition("."), name.rpartition(".")
+        parameters, origin = model.get_submodule(path)._parameters, model.get_submodule(other)._parameters
+        if key in parameters and source in origin:
+            parameters[key] = origin[source]
+
+
+def _write(path: Path, payload: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.previous")
+
+
+def _take_name(fresh: Path, target: Path) -> None:
+    """Rename into place. An old model steps aside first and goes last, so that at every moment one whole model is there."""
+    os.chmod(fresh, 0o755)
+    aside = _aside(target)
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(target, aside)
+    os.rename(fresh, target)
+    _sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,30 @@
+"""Augmentation of whole batches `[b, c, h, w]`, from an explicit generator: the same seed gives the same batches."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def keep(x: Tensor, generator: torch.Generator) -> Tensor:
+    """No augmentation."""
+    del generator  # same signature as the others
+    return x
+
+
+def crop(x: Tensor, generator: torch.Generator, pad: int = 2) -> Tensor:
+    """Shift each image by up to `pad` pixels in both directions (edges repeated)."""
+    b, _, h, w = x.shape
+    padded = F.pad(x, (pad,) * 4, mode="replicate")
+    top, left = torch.randint(0, 2 * pad + 1, (2, b), generator=generator)
+    rows = top[:, None] + torch.arange(h)
+    columns = left[:, None] + torch.arange(w)
+    return padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift by up to 4 pixels, mirror half of the images."""
+    x = crop(x, generator, pad=4)
+    mirrored = torch.rand(len(x), generator=generator) < 0.5
+    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)

@@ -1,0 +1,118 @@
+"""The data sets by name."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataNotFoundError, InvalidValueError, missing_extra, nearest
+from .augment import crop, crop_and_flip, keep
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Images as float32 `[n, c, h, w]`, normalised with the mean and deviation of the training images."""
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: int
+    augment: Callable[[Tensor, torch.Generator], Tensor] = keep
+
+    def validation(self, share: float = 0.15, seed: int = 0) -> Dataset:
+        """The same with a part of the training set in place of the test set: for tuning."""
+        order = torch.randperm(len(self.train_x), generator=torch.Generator().manual_seed(seed))
+        held = int(share * len(order))
+        test, train = order[:held], order[held:]
+        return Dataset(
+            self.name, self.train_x[train], self.train_y[train], self.train_x[test], self.train_y[test], self.classes, self.augment
+        )
+
+
+def _prepared(
+    name: str, train_x: Any, train_y: Any, test_x: Any, test_y: Any, augment: Callable[[Tensor, torch.Generator], Tensor]
+) -> Dataset:
+    train, test = (torch.as_tensor(np.asarray(x), dtype=torch.float32) for x in (train_x, test_x))
+    dims = (0, 2, 3)
+    mean, std = train.mean(dims, keepdim=True), train.std(dims, keepdim=True)
+    labels = [torch.as_tensor(np.asarray(y), dtype=torch.int64) for y in (train_y, test_y)]
+    return Dataset(name, (train - mean) / std, labels[0], (test - mean) / std, labels[1], int(labels[0].max()) + 1, augment)
+
+
+def digits(root: Path | None = None) -> Dataset:
+    """1,797 handwritten digits, 8 x 8, from scikit-learn (extra `demo`); every fifth image is for testing."""
+    del root  # ships inside a package
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise missing_extra("scikit-learn", "demo", "the digits data set") from None
+    x, y = load_digits(return_X_y=True)
+    x = x.reshape(-1, 1, 8, 8)
+    test = np.arange(len(x)) % 5 == 4
+    return _prepared("digits", x[~test], y[~test], x[test], y[test], _small_shift)
+
+
+def _small_shift(x: Tensor, generator: torch.Generator) -> Tensor:
+    return crop(x, generator, pad=1)
+
+
+def scene(root: Path | None = None) -> Dataset:
+    """36 classes of characters cut from photographs (Chars74K), grey, 32 x 32, with the given split."""
+    z = np.load(_file("chars74k_scene36.npz", root))
+    x, y, test = z["x32"][:, None], z["y"], z["split"] == 1
+    return _prepared("scene", x[~test], y[~test], x[test], y[test], crop)
+
+
+def cifar10(root: Path | None = None) -> Dataset:
+    """CIFAR-10 as JPEG of quality 75: not comparable with results on the original files."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise missing_extra("pillow", "images", "the cifar10 data set") from None
+    z = np.load(_file("cifar10_q75_jpeg.npz", root))
+
+    def decode(part: str) -> Any:
+        data, offset = z[f"{part}_jpeg"].tobytes(), z[f"{part}_offset"]
+        images = [np.asarray(Image.open(io.BytesIO(data[a:b]))) for a, b in zip(offset[:-1], offset[1:], strict=True)]
+        return np.stack(images).transpose(0, 3, 1, 2)
+
+    return _prepared("cifar10", decode("train"), z["train_y"], decode("test"), z["test_y"], crop_and_flip)
+
+
+DATASETS: dict[str, Callable[[Path | None], Dataset]] = {"digits": digits, "scene": scene, "cifar10": cifar10}
+
+
+def load_dataset(name: str, root: str | Path | None = None, train_limit: int | None = None) -> Dataset:
+    """Load a data set by name; `train_limit` takes a prefix of the training images.
+
+    Raises:
+        InvalidValueError: unknown name. DataNotFoundError: not there, with the way to get it.
+    """
+    if name not in DATASETS:
+        raise InvalidValueError(f"task = {name!r} is unknown{nearest(name, DATASETS)}")
+    data = DATASETS[name](Path(root) if root is not None else None)
+    if train_limit is None:
+        return data
+    return Dataset(data.name, data.train_x[:train_limit], data.train_y[:train_limit], data.test_x, data.test_y, data.classes, data.augment)
+
+
+def _file(name: str, root: Path | None) -> Path:
+    given = root or (Path(os.environ["LACONIC_DATA"]) if os.environ.get("LACONIC_DATA") else None)
+    places = [given] if given else [Path("data"), Path("../shared/data")]
+    for place in places:
+        if (place / name).exists():
+            return place / name
+    looked = " or ".join(str(p) for p in places)
+    raise DataNotFoundError(
+        f"{name} is not in {looked}: name its folder with --data DIR or LACONIC_DATA=DIR (docs/data.md says how the file is made); the task 'digits' needs no file"
+    )

@@ -1,0 +1,158 @@
+"""Reversible unfoldings of layer weights into matrices.
+
+An `Unfolding` is data: how to split, permute and reshape one weight into a stack of matrices `[groups, m, n]`, and
+back, bit for bit. Which unfoldings a layer has is decided by `unfoldings(module)`:
+
+| layer | weight | name of the unfolding | matrix |
+|---|---|---|---|
+| `nn.Linear` | `[out, in]` | `out,in` | out x in |
+| `nn.Conv1d/2d/3d` | `[out, in/g, *k]` | `out,in*k` | out x in*k: a full-kernel conv to r maps, then 1x1 |
+| | | `out*k,in` | out*k1 x in*k2*k3: the first kernel axis goes to the second layer (1 x k, then k x 1) |
+| `nn.ConvTranspose1d/2d/3d` | `[in, out/g, *k]` | `in,out*k` | in x out*k: 1x1 to r maps, then the transposed conv |
+| Hugging Face `Conv1D` | `[in, out]` | `in,out` | in x out |
+
+Grouped layers give one matrix per group; all share one rank. In the names, `k` stands for the kernel axes; the
+spellings `out,in*kh*kw` and `out*kh,in*kw` of the literature are accepted wherever a user names one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InvalidValueError, nearest
+
+CHANNEL = "out,in*kh*kw"
+SPATIAL = "out*kh,in*kw"
+AUTO = "auto"
+MATRICIZATIONS = (CHANNEL, SPATIAL, AUTO)
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True, slots=True)
+class Unfolding:
+    """How one weight becomes a stack of matrices.
+
+    The weight `[d0, d1, ...]` is split to `[groups, d0 / groups, d1, ...]`; `rows` and `columns` name axes of the split
+    weight (axis 0 is the group).
+
+    Attributes:
+        name: see the table in the module's docstring.
+        shape: shape of the weight.
+        groups: number of matrices.
+        rows, columns: axes that make up the rows and the columns.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    groups: int
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    @property
+    def split_shape(self) -> tuple[int, ...]:
+        return (self.groups, self.shape[0] // self.groups, *self.shape[1:])
+
+    @property
+    def m(self) -> int:
+        """Rows of each matrix."""
+        return math.prod(self.split_shape[a] for a in self.rows)
+
+    @property
+    def n(self) -> int:
+        """Columns of each matrix."""
+        return math.prod(self.split_shape[a] for a in self.columns)
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.m, self.n)
+
+    @property
+    def dense_params(self) -> int:
+        return self.groups * self.m * self.n
+
+    @property
+    def unit_params(self) -> int:
+        """Parameters that one unit of rank costs in factored form (all groups together)."""
+        return self.groups * (self.m + self.n)
+
+    def unfold(self, weight: Tensor) -> Tensor:
+        """`[groups, m, n]`; a view where the strides allow it."""
+        if tuple(weight.shape) != self.shape:
+            raise InvalidValueError(f"weight of shape {tuple(weight.shape)}: this unfolding is for {self.shape}")
+        return weight.reshape(self.split_shape).permute(0, *self.rows, *self.columns).reshape(self.groups, self.m, self.n)
+
+    def fold(self, matrix: Tensor) -> Tensor:
+        """Inverse of `unfold`."""
+        axes = (0, *self.rows, *self.columns)
+        split = self.split_shape
+        inverse = [axes.index(a) for a in range(len(axes))]
+        return matrix.reshape([split[a] for a in axes]).permute(inverse).reshape(self.shape)
+
+
+def is_hf_conv1d(module: nn.Module) -> bool:
+    """Hugging Face's `Conv1D` (GPT-2): a linear layer whose weight is `[in, out]`."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and type(module).__module__.startswith("transformers")
+
+
+def unfoldings(module: nn.Module) -> list[Unfolding]:
+    """The unfoldings of a layer's weight, the usual one first; empty for a layer that is not supported.
+
+    A subclass counts as its base only if it computes the same (its `forward` is the base's own).
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return []
+    shape = tuple(weight.shape)
+    forward = type(module).forward
+    if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
+        return [Unfolding("out,in", shape, 1, (1,), (2,))]
+    if is_hf_conv1d(module):
+        return [Unfolding("in,out", shape, 1, (1,), (2,))]
+    kernel = tuple(range(3, len(shape) + 1))
+    for base in TRANSPOSED_CONVS:
+        if isinstance(module, base) and forward is base.forward:
+            return [Unfolding("in,out*k", shape, module.groups, (1,), (2, *kernel))]
+    for base in CONVS:
+        if isinstance(module, base) and forward is base.forward and type(module)._conv_forward is base._conv_forward:
+            by_channel = Unfolding("out,in*k", shape, module.groups, (1,), (2, *kernel))
+            by_space = Unfolding("out*k,in", shape, module.groups, (1, kernel[0]), (2, *kernel[1:]))
+            pointwise = math.prod(shape[2:]) == 1
+            return [by_channel] if pointwise else [by_channel, by_space]
+    return []
+
+
+def check_matricization(name: str) -> str:
+    if name not in MATRICIZATIONS:
+        raise InvalidValueError(f"matricization = {name!r} is unknown{nearest(name, MATRICIZATIONS)}")
+    return name
+
+
+def choose_unfolding(module: nn.Module, matricization: str, energy: float = 0.99) -> Unfolding:
+    """The unfolding that `matricization` names for this layer; layers that have only one get that one.
+
+    `"auto"` takes the one that needs fewer parameters to keep the share `energy` of the weight's squared singular
+    values (of the weight as it is now).
+    """
+    from .penalties import energy_count
+
+    options = unfoldings(module)
+    check_matricization(matricization)
+    if len(options) == 1:
+        return options[0]
+    if matricization == CHANNEL:
+        return options[0]
+    if matricization == SPATIAL:
+        return options[1]
+
+    def cost(option: Unfolding) -> int:
+        values = torch.linalg.svdvals(option.unfold(module.weight.detach()).double())
+        energies = values.square().sum(0).sqrt()
+        return int(energy_count(energies, energy)) * option.unit_params
+
+    return min(options, key=cost)

@@ -1,0 +1,234 @@
+"""What a model costs: parameters, MACs, latency, memory.
+
+Counting is left to PyTorch (`FlopCounterMode`, `benchmark.Timer`); this module makes the two see everything. Fused
+attention is invisible to the counter on CPU, so attention is sent through its mathematical form while counting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import InvalidTypeError, InvalidValueError
+
+Inputs = Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Time of one forward pass, in milliseconds: median and interquartile range of `blocks` timed blocks."""
+
+    median_ms: float
+    spread_ms: float
+    blocks: int
+    threads: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProfile:
+    """One layer that holds parameters itself. `macs` is None where no example inputs were given."""
+
+    name: str
+    kind: str
+    params: int
+    macs: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a model costs on the example inputs it was profiled with (for a batch: the whole batch).
+
+    Attributes:
+        params: number of parameters, tied ones once.
+        macs: multiply-accumulates of one forward pass, attention included.
+        latency_ms: median time of one forward pass in eval mode, without gradients; None if not asked for.
+        latency: the same with spread, thread count, device.
+        peak_memory: bytes of parameters, buffers and, at the worst moment, activations of one forward pass.
+        layers: one entry for each layer with parameters.
+    """
+
+    params: int
+    macs: int
+    latency_ms: float | None
+    latency: Latency | None
+    peak_memory: int
+    layers: tuple[LayerProfile, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_inputs(example_inputs: Any) -> tuple[Any, ...]:
+    """Example inputs as a tuple of positional arguments; a lone tensor is accepted."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,)
+    if not isinstance(example_inputs, (tuple, list)):
+        raise InvalidTypeError(
+            f"example_inputs must be a tuple of the model's positional arguments, got {type(example_inputs).__name__}"
+        )
+    return tuple(example_inputs)
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of parameters; a tied one counts once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; every module's own mode is restored."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    return model(*inputs)
+
+
+@contextlib.contextmanager
+def _countable_attention() -> Iterator[None]:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> int:
+    """Multiply-accumulates of one forward pass: matrix products, convolutions and attention, as PyTorch counts them."""
+    inputs = check_inputs(example_inputs)
+    with evaluating(model), _countable_attention(), FlopCounterMode(display=False) as counter:
+        call(model, inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def input_shapes(model: nn.Module, modules: Sequence[nn.Module], example_inputs: Any) -> dict[nn.Module, list[torch.Size]]:
+    """Shapes of the first input of each module, one per call, in one forward pass."""
+    shapes: dict[nn.Module, list[torch.Size]] = {m: [] for m in modules}
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            shapes[module].append(args[0].shape)
+
+    handles = [m.register_forward_pre_hook(note) for m in shapes]
+    try:
+        with evaluating(model):
+            call(model, check_inputs(example_inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
+
+
+def layer_macs(module: nn.Module, shapes: Sequence[torch.Size]) -> int:
+    """MACs of one layer for inputs of these shapes; the layer must live on the meta device (nothing is computed)."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for shape in shapes:
+            module(torch.empty(shape, device="meta", dtype=next(module.parameters()).dtype))
+    return int(counter.get_total_flops()) // 2
+
+
+def measure_latency(model: nn.Module, example_inputs: Any, seconds: float = 0.3) -> Latency:
+    """Time forward passes for about `seconds` after a warm-up, with the threads that torch is set to use now."""
+    inputs = check_inputs(example_inputs)
+    if seconds <= 0:
+        raise InvalidValueError(f"seconds = {seconds}: must be above 0")
+    threads = torch.get_num_threads()
+    parameter = next(model.parameters(), None)
+    device = str(parameter.device) if parameter is not None else "cpu"
+    with evaluating(model):
+        for _ in range(3):
+            call(model, inputs)
+        # Timer sets the number of threads, synchronises an accelerator, and picks a block long enough for the clock.
+        timer = Timer("model(*inputs)", globals={"model": model, "inputs": inputs}, num_threads=threads)
+        measured = timer.blocked_autorange(min_run_time=seconds)
+    return Latency(measured.median * 1e3, measured.iqr * 1e3, len(measured.times), threads, device)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of tensor storage that the operations inside have created and not yet released: now, and at the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def _release(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for out in result if isinstance(result, (tuple, list)) else (result,):
+            if not isinstance(out, Tensor):
+                continue
+            storage = out.untyped_storage()
+            key = storage._cdata
+            if key in inputs or key in self.known:
+                continue
+            self.known.add(key)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._release, key, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+def peak_memory(model: nn.Module, example_inputs: Any) -> int:
+    """Bytes of parameters and buffers, plus the most bytes of activations alive at once in one forward pass."""
+    fixed = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    with evaluating(model), _LiveBytes() as live:
+        call(model, check_inputs(example_inputs))
+    return fixed + live.peak
+
+
+def profile(model: nn.Module, example_inputs: Any, latency: bool = True, seconds: float = 0.3) -> Profile:
+    """Count and time a model on example inputs.
+
+    Args:
+        model: any module; left as it was.
+        example_inputs: tuple of positional arguments. MACs, latency and memory are those of this very batch.
+        latency: also time it.
+        seconds: how long to time.
+
+    Example:
+        >>> import torch, laconic
+        >>> laconic.profile(torch.nn.Linear(8, 4), (torch.zeros(1, 8),), latency=False).macs
+        32
+    """
+    inputs = check_inputs(example_inputs)
+    holders = [(name, m) for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
+    with evaluating(model), _countable_attention(), FlopCounterMode(display=False) as counter:
+        call(model, inputs)
+    by_module = {key.partition(".")[2]: sum(ops.values()) // 2 for key, ops in counter.get_flop_counts().items() if key != "Global"}
+    timed = measure_latency(model, inputs, seconds) if latency else None
+    return Profile(
+        params=count_params(model),
+        macs=int(counter.get_total_flops()) // 2,
+        latency_ms=timed.median_ms if timed else None,
+        latency=timed,
+        peak_memory=peak_memory(model, inputs),
+        layers=tuple(
+            LayerProfile(name, type(m).__name__, sum(p.numel() for p in m.parameters(recurse=False)), by_module.get(name, 0))
+            for name, m in holders
+        ),
+    )

@@ -1,0 +1,98 @@
+"""The methods that the demo and the experiments compare: one function each, same data, same steps, same optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .budget import Budget
+from .compaction import compress
+from .compressor import Compressor
+from .data import Dataset
+from .models import ConvNet, thin_widths
+from .penalties import LogSum
+from .recipe import Recipe
+from .report import CompactReport
+from .schedule import Schedule
+from .structures import LowRank
+from .training import Curve, Report, fit, make_optimizer, steps_per_epoch
+
+
+@dataclass(slots=True)
+class Trained:
+    """A trained model, how training went, and what compaction did (None where there was none)."""
+
+    model: nn.Module
+    curve: Curve
+    report: CompactReport | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def build(data: Dataset, recipe: Recipe, seed: int, widths: tuple[int, ...] | None = None) -> ConvNet:
+    """The recipe's network, initialised from the seed."""
+    torch.manual_seed(seed)
+    return ConvNet(data.train_x.shape[1], data.classes, widths or recipe.widths, recipe.pools)
+
+
+def example(data: Dataset) -> tuple[torch.Tensor]:
+    """One image: MACs are then those of one image."""
+    return (data.test_x[:1],)
+
+
+def calibration(data: Dataset) -> list[torch.Tensor]:
+    """Inputs for BatchNorm re-estimation: 2,048 training images, without augmentation."""
+    return list(data.train_x[:2048].split(256))
+
+
+def dense(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
+    """The network as it is."""
+    model = build(data, recipe, seed)
+    return Trained(model, fit(model, data, recipe, seed, make_optimizer(model, recipe), report=report))
+
+
+def svd(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, trained: Trained | None = None) -> Trained:
+    """The dense network, cut after training by the same global rule; BatchNorm re-estimated, no training after it.
+
+    `trained`: a dense network to take instead of training one; it is changed.
+    """
+    base = trained or dense(data, recipe, seed, report)
+    done = compress(
+        base.model, LowRank(matricization=recipe.matricization), Budget(params=recipe.params),
+        example_inputs=example(data), calibration=calibration(data),
+    )  # fmt: skip
+    return Trained(base.model, base.curve, done)
+
+
+def thin(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, epochs: int | None = None) -> Trained:
+    """A dense network with all widths scaled down to the budget, for the same steps (or for `epochs`)."""
+    whole = sum(p.numel() for p in build(data, recipe, seed).parameters())
+    widths = thin_widths(data.train_x.shape[1], data.classes, recipe.widths, int(recipe.params * whole))
+    model = build(data, recipe, seed, tuple(widths))
+    curve = fit(model, data, recipe, seed, make_optimizer(model, recipe), report=report, epochs=epochs)
+    return Trained(model, curve, notes=[f"widths {widths}, {len(curve.loss)} epochs"])
+
+
+def laconic(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
+    """Pressure towards the budget while training, cut in mid-run or at the end."""
+    model = build(data, recipe, seed)
+    optimizer = make_optimizer(model, recipe)
+    compressor = Compressor(
+        model,
+        optimizer,
+        [LowRank(penalty=LogSum(recipe.penalty_epsilon), strength=recipe.strength or None, matricization=recipe.matricization)],
+        budget=Budget(params=recipe.params),
+        total_steps=recipe.epochs * steps_per_epoch(data, recipe),
+        example_inputs=example(data),
+        cut="early" if recipe.cut < 1 else "end",
+        schedule=Schedule(warmup=recipe.warmup, cut=recipe.cut),
+    )
+    curve = fit(model, data, recipe, seed, optimizer, report=report)
+    late = recipe.cut >= 1
+    done = compressor.compact(calibration=calibration(data) if late else None, only_faster=recipe.only_faster and late)
+    return Trained(model, curve, done)
+
+
+METHODS: dict[str, Callable[..., Trained]] = {"dense": dense, "svd": svd, "thin": thin, "laconic": laconic}

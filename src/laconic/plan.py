@@ -1,0 +1,306 @@
+"""Which weight gets which structure, what it costs, and what was left alone and why.
+
+The plan is made before anything is touched; `print(plan)` shows every weight of the model.
+"""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import inspect
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from .errors import InvalidTypeError, InvalidValueError, NothingToCompressError, PatternError
+from .matricize import choose_unfolding, unfoldings
+from .measure import check_inputs, count_macs, count_params, input_shapes, layer_macs
+from .structures import LowRank, Site
+from .surgery.factorize import empty_pair
+
+
+@dataclass(frozen=True, slots=True)
+class LeftAlone:
+    """A weight that stays as it is, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(slots=True)
+class Plan:
+    """What laconic will do with a model.
+
+    Attributes:
+        sites: weights under a structure.
+        left_alone: every other weight with two or more dimensions, with the reason.
+        params: parameters of the dense model (biases, norms and all).
+        macs: multiply-accumulates on the example inputs; None without.
+        ranks: current rank of each site, by name; filled in as spectra become known.
+    """
+
+    sites: list[Site]
+    left_alone: list[LeftAlone]
+    params: int
+    macs: int | None
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def fixed_params(self) -> int:
+        """Parameters that no structure can remove."""
+        return self.params - sum(s.unfolding.dense_params for s in self.sites)
+
+    @property
+    def fixed_macs(self) -> int:
+        assert self.macs is not None
+        return self.macs - sum(s.dense_macs or 0 for s in self.sites)
+
+    def rows(self) -> list[tuple[str, str, str, str, str, str]]:
+        """One row per weight: name, structure, shape, matrix, rank (now / break-even), parameters or the reason."""
+        rows = []
+        for s in self.sites:
+            u = s.unfolding
+            matrix = (f"{u.groups} x " if u.groups > 1 else "") + f"{u.m} x {u.n}"
+            rank = f"{self.ranks.get(s.name, u.full_rank)} / {s.break_even}"
+            cost = f"{u.dense_params} ({u.unit_params} a unit of rank)"
+            rows.append((s.name, f"{type(s.structure).__name__} {u.name}", str(list(u.shape)), matrix, rank, cost))
+        rows += [(x.name, "left dense", str(list(x.shape)), "", "", x.reason) for x in self.left_alone]
+        return rows
+
+    def __str__(self) -> str:
+        header = ("weight", "structure", "shape", "matrix", "rank now / break-even", "parameters, or why left dense")
+        table = [header, *self.rows()]
+        widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        total = f"{self.params} parameters, {self.fixed_params} of them out of reach"
+        return "\n".join([*lines, total + (f"; {self.macs} MACs" if self.macs is not None else "")])
+
+
+def check_structures(structures: Any) -> list[LowRank]:
+    """The structures as a list; None means `[LowRank()]`."""
+    if structures is None:
+        return [LowRank()]
+    if isinstance(structures, LowRank):
+        return [structures]
+    structures = list(structures)
+    for s in structures:
+        if not isinstance(s, LowRank):
+            raise InvalidTypeError(f"structures: expected laconic.LowRank(...), got {s!r}")
+    if not structures:
+        raise InvalidValueError("structures is empty: pass at least one, such as laconic.LowRank()")
+    return structures
+
+
+def make_plan(
+    model: nn.Module,
+    structures: Sequence[LowRank],
+    example_inputs: Any = None,
+    trained: set[Tensor] | None = None,
+) -> Plan:
+    """Decide for every weight of two or more dimensions.
+
+    Args:
+        trained: the parameters that the optimizers own; None where no training is meant (post-hoc compression), then
+            frozen weights may be cut as well.
+
+    Raises:
+        PatternError: a pattern matches nothing.
+        InvalidValueError: two structures of the same kind claim one weight.
+        NothingToCompressError: no weight is left to work on.
+    """
+    modules: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        modules.setdefault(module, []).append(path)
+    holders: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    for module in modules:
+        for attribute, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(parameter, []).append((module, attribute))
+    _check_patterns(structures, modules, holders)
+
+    readers = _weight_readers(modules)
+    sites: list[Site] = []
+    left: list[LeftAlone] = []
+    for parameter, held in holders.items():
+        names = [_join(path, attribute) for module, attribute in held for path in modules[module]]
+        if isinstance(parameter, UninitializedParameter):
+            left.append(LeftAlone(names[0], (), "not initialised yet: run the model once on real inputs first"))
+            continue
+        if parameter.ndim < 2:
+            continue
+        wanted = [s for s in structures if _selected(s, modules, held, names)]
+        if len(wanted) > 1:
+            raise InvalidValueError(f"{names[0]} is claimed by {len(wanted)} LowRank structures: separate them with include= and exclude=")
+        reason = "not selected by include= / exclude=" if not wanted else _why_not(parameter, held, modules, readers, trained)
+        if reason is None:
+            owners = tuple(module for module, _ in held)
+            unfolding = choose_unfolding(owners[0], wanted[0].matricization)
+            paths = tuple(tuple(modules[module]) for module in owners)
+            sites.append(Site(names[0], wanted[0], unfolding, owners, paths))
+        else:
+            left.append(LeftAlone(names[0], tuple(parameter.shape), reason))
+    if not sites:
+        why = "; ".join(f"{x.name}: {x.reason}" for x in left[:5]) or "it has no weight of two or more dimensions"
+        raise NothingToCompressError(f"nothing to compress in {type(model).__name__} ({why})")
+    plan = Plan(sites, left, count_params(model), None)
+    if example_inputs is not None:
+        _count(model, plan, check_inputs(example_inputs))
+    return plan
+
+
+def _count(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> None:
+    """Fill in the MACs: of the model, of each site dense, and of one unit of its rank."""
+    plan.macs = count_macs(model, inputs)
+    shapes = input_shapes(model, [m for s in plan.sites for m in s.modules], inputs)
+    for site in plan.sites:
+        site.dense_macs = site.unit_macs = 0
+        for module in site.modules:
+            # A pair of full rank is as good as the layer to count: both costs are proportional to known numbers.
+            unit = layer_macs(empty_pair(module, site.unfolding, 1, device="meta"), shapes[module])
+            site.unit_macs += unit
+            site.dense_macs += _dense_macs(module, shapes[module])
+
+
+def _dense_macs(module: nn.Module, shapes: Sequence[Any]) -> int:
+    import copy
+
+    bare = copy.copy(module)
+    bare._parameters = {k: None if p is None else nn.Parameter(p.detach().to("meta"), requires_grad=False) for k, p in module._parameters.items()}
+    bare._forward_hooks, bare._forward_pre_hooks = type(module._forward_hooks)(), type(module._forward_pre_hooks)()
+    return layer_macs(bare, shapes)
+
+
+def _join(path: str, attribute: str) -> str:
+    return f"{path}.{attribute}" if path else attribute
+
+
+def _matches(patterns: Iterable[str], names: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
+
+
+def _selected(structure: LowRank, modules: dict[nn.Module, list[str]], held: Sequence[tuple[nn.Module, str]], names: list[str]) -> bool:
+    known = names + [path for module, _ in held for path in modules[module]]
+    if structure.include and not _matches(structure.include, known):
+        return False
+    return not _matches(structure.exclude, known)
+
+
+def _check_patterns(
+    structures: Sequence[LowRank], modules: dict[nn.Module, list[str]], holders: dict[Tensor, list[tuple[nn.Module, str]]]
+) -> None:
+    names = [path for paths in modules.values() for path in paths]
+    names += [_join(path, attribute) for held in holders.values() for module, attribute in held for path in modules[module]]
+    for structure in structures:
+        for keyword in ("include", "exclude"):
+            for pattern in getattr(structure, keyword):
+                if not _matches([pattern], names):
+                    some = ", ".join([n for n in names if n][:6])
+                    raise PatternError(f"{keyword}={pattern!r} matches no module or parameter; there are: {some}, ...")
+
+
+def _why_not(
+    parameter: Tensor,
+    held: Sequence[tuple[nn.Module, str]],
+    modules: dict[nn.Module, list[str]],
+    readers: dict[str, str],
+    trained: set[Tensor] | None,
+) -> str | None:
+    """The reason to leave a weight alone, or None."""
+    if not parameter.is_floating_point():
+        return f"dtype {parameter.dtype} is not a real floating type"
+    options = None
+    for module, attribute in held:
+        kind = type(module).__name__
+        if type(module).__name__ == "ParametrizationList" or attribute in ("weight_g", "weight_v", "weight_orig"):
+            return "parametrized (weight_norm, spectral_norm, ...): its weight is computed anew on every forward"
+        if isinstance(module, nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads its weights directly"
+        here = unfoldings(module) if attribute == "weight" else []
+        if not here:
+            return f"{kind} is not supported"
+        for path in modules[module]:
+            if path == "":
+                return "the model itself is this layer: wrap it in nn.Sequential"
+            if path in readers:
+                return readers[path]
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return f"{kind} has forward or backward hooks, which a cut would lose"
+        if options is not None and (options.name, options.shape) != (here[0].name, here[0].shape):
+            return "tied between layers of different kinds"
+        options = here[0]
+    assert options is not None
+    if options.groups * min(options.m, options.n) > 0 and options.full_rank == 1:
+        return "its matrix has one row or column: rank 1 already"
+    if (options.dense_params - 1) // options.unit_params < 1 and len(unfoldings(held[0][0])) == 1:
+        return f"{options.m} x {options.n} is too small: even rank 1 needs as many parameters"
+    if trained is not None:
+        if not parameter.requires_grad:
+            return "frozen (requires_grad is False)"
+        if parameter not in trained:
+            return "not in the optimizer"
+    return None
+
+
+def _weight_readers(modules: dict[nn.Module, list[str]]) -> dict[str, str]:
+    """Paths of layers whose weight or other attributes an ancestor reads in its own code, with the reason.
+
+    `self.fc.weight` in a parent's method would fail once `fc` is an `nn.Sequential`. Read from the source, so that it
+    is known before anything is touched; what reads through other names is caught by the check after the cut.
+    """
+    found: dict[str, str] = {}
+    cache: dict[type, set[tuple[str, ...]]] = {}
+    for ancestor, paths in modules.items():
+        kind = type(ancestor)
+        if kind not in cache:
+            cache[kind] = _attribute_chains(kind)
+        for chain in cache[kind]:
+            for path in paths:
+                pattern = ".".join([path, *chain] if path else chain)
+                for others in modules.values():
+                    for other in others:
+                        if other and other.count(".") == pattern.count(".") and fnmatch.fnmatchcase(other, pattern):
+                            found.setdefault(other, f"{kind.__name__} reads {'.'.join(chain)}.weight directly")
+    return found
+
+
+_READ = frozenset({"weight", "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "nf"})
+
+
+def _attribute_chains(kind: type) -> set[tuple[str, ...]]:
+    """For `self.a.b[0].weight` in a method of this class: `("a", "b", "*")`."""
+    chains: set[tuple[str, ...]] = set()
+    for base in kind.__mro__:
+        if base in (nn.Module, object) or base.__module__.startswith("torch.nn.modules.container"):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        for method in ast.walk(tree):
+            # Reading a layer's attributes while building or initialising it is harmless.
+            if isinstance(method, ast.FunctionDef) and "init" not in method.name and "reset" not in method.name:
+                for node in ast.walk(method):
+                    if isinstance(node, ast.Attribute) and node.attr in _READ:
+                        chain = _from_self(node.value)
+                        if chain:
+                            chains.add(chain)
+    return chains
+
+
+def _from_self(node: ast.expr) -> tuple[str, ...]:
+    parts: list[str] = []
+    while True:
+        if isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        elif isinstance(node, ast.Subscript):
+            parts.append("*")
+            node = node.value
+        elif isinstance(node, ast.Name) and node.id == "self" and parts:
+            return tuple(reversed(parts))
+        else:
+            return ()

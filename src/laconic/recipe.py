@@ -1,0 +1,97 @@
+"""A recipe: everything that decides a run, as a small TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .errors import RecipeError, nearest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Attributes:
+    name: of the recipe; where its results go.
+    task: data set: `digits`, `scene`, `cifar10`.
+    train_limit: use only a prefix of the training images; 0: all.
+    widths, pools: of the `ConvNet`.
+    epochs, batch_size, lr, weight_decay, label_smoothing, lr_warmup: of the training with AdamW; the learning rate
+        rises over the share `lr_warmup` of the steps, then falls to zero as a cosine.
+    params: the budget as a fraction of the dense parameters.
+    warmup, cut: `laconic.Schedule`; `cut = 1.0` cuts at the end, without training afterwards.
+    penalty_epsilon: of `LogSum`; strength: 0 lets the budget steer it.
+    matricization: of the convolutions.
+    only_faster: leave dense what does not get faster when cut (only with `cut = 1.0`).
+    """
+
+    name: str
+    task: str
+    train_limit: int = 0
+    widths: tuple[int, ...]
+    pools: tuple[int, ...]
+    epochs: int
+    batch_size: int = 64
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    label_smoothing: float = 0.0
+    lr_warmup: float = 0.2
+    params: float = 0.25
+    warmup: float = 0.1
+    cut: float = 0.5
+    penalty_epsilon: float = 0.1
+    strength: float = 0.0
+    matricization: str = "out,in*kh*kw"
+    only_faster: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            if kind.startswith("tuple"):
+                fine = isinstance(value, (list, tuple)) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+                object.__setattr__(self, field.name, tuple(value) if fine else value)
+            elif kind == "float":
+                fine = isinstance(value, (int, float)) and not isinstance(value, bool)
+            else:
+                fine = type(value).__name__ == kind
+            if not fine:
+                raise RecipeError(f"recipe: {field.name} = {value!r} should be a {kind}")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"recipe: {name} = {getattr(self, name)} must be at least 1")
+        if not self.lr > 0:
+            raise RecipeError(f"recipe: lr = {self.lr} must be above 0")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes inside the package, by name."""
+    folder = Path(str(resources.files("laconic"))) / "recipes"
+    return {p.stem: p for p in sorted(folder.glob("*.toml"))}
+
+
+def load_recipe(source: str | Path) -> Recipe:
+    """Read a recipe from a TOML file, or by the name of a shipped one.
+
+    Raises:
+        RecipeError: no such recipe, not TOML, an unknown or missing key (the nearest valid one is named), a wrong type.
+    """
+    shipped = shipped_recipes()
+    path = shipped.get(str(source), Path(source))
+    if not path.is_file():
+        raise RecipeError(f"recipe {str(source)!r} is neither a file nor a shipped recipe{nearest(str(source), shipped)}")
+    try:
+        data: dict[str, Any] = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path}: not valid TOML: {error}") from None
+    fields = {f.name: f for f in dataclasses.fields(Recipe)}
+    for key in data:
+        if key not in fields:
+            raise RecipeError(f"recipe {path}: unknown key {key!r}{nearest(key, fields)}")
+    data.setdefault("name", path.stem)
+    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in data]
+    if missing:
+        raise RecipeError(f"recipe {path}: missing {', '.join(missing)}")
+    return Recipe(**data)

@@ -1,0 +1,101 @@
+"""What compaction did, as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One weight.
+
+    Attributes:
+        name: of the layer.
+        kind: class of the dense layer.
+        shape: of the dense weight.
+        rank: the rank it was cut to; None where it stays dense.
+        full_rank: the smaller side of its matrix.
+        params_before, params_after: parameters of the weight (of both factors).
+        macs_before, macs_after: MACs on the example inputs; None without.
+        energy: share of the squared singular values that was kept.
+        spectrum: singular values just before the cut, largest first; empty where not computed.
+        ms_before, ms_after: measured time of the layer alone; None where not measured.
+        note: why it stays dense, or what else there is to say.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int | None
+    full_rank: int | None
+    params_before: int
+    params_after: int
+    macs_before: int | None = None
+    macs_after: int | None = None
+    energy: float = 1.0
+    spectrum: tuple[float, ...] = ()
+    ms_before: float | None = None
+    ms_after: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state of a run at one proximal step: ranks by weight, and the strength at that time."""
+
+    step: int
+    strength: float
+    ranks: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class CompactReport:
+    """What compaction did.
+
+    Attributes:
+        params_before, params_after: parameters of the whole model.
+        macs_before, macs_after: MACs on the example inputs; None without.
+        max_abs_diff: largest change of an output on the example inputs, in eval mode; None without.
+        surgery_error: largest relative difference between a cut layer and the dense layer with the truncated weight;
+            rounding, or the cut would have been refused.
+        layers: one entry for each weight of two or more dimensions.
+        notes: everything else that a reader must know: fallbacks, settings without effect, losses.
+        history: ranks over training.
+        spectra_start: singular values when training began, by weight name.
+    """
+
+    params_before: int
+    params_after: int
+    macs_before: int | None
+    macs_after: int | None
+    max_abs_diff: float | None
+    surgery_error: float
+    layers: tuple[LayerReport, ...]
+    notes: tuple[str, ...] = ()
+    history: tuple[Snapshot, ...] = ()
+    spectra_start: dict[str, tuple[float, ...]] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, dicts and numbers, ready for `json.dumps`."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> CompactReport:
+        fields = {k: v for k, v in data.items() if k != "format"}
+        layers = tuple(LayerReport(**{**x, "shape": tuple(x["shape"]), "spectrum": tuple(x["spectrum"])}) for x in fields.pop("layers"))
+        history = tuple(Snapshot(**x) for x in fields.pop("history"))
+        return CompactReport(**{**fields, "layers": layers, "history": history, "notes": tuple(fields["notes"])})
+
+    def __str__(self) -> str:
+        lines = [f"parameters {self.params_before} -> {self.params_after} ({self.params_after / self.params_before:.3f})"]
+        if self.macs_before and self.macs_after:
+            lines.append(f"MACs {self.macs_before} -> {self.macs_after} ({self.macs_after / self.macs_before:.3f})")
+        if self.max_abs_diff is not None:
+            lines.append(f"largest change of an output {self.max_abs_diff:.3g}; surgery error {self.surgery_error:.2g}")
+        for layer in self.layers:
+            what = f"rank {layer.rank} of {layer.full_rank}, energy {layer.energy:.4f}" if layer.rank is not None else f"dense: {layer.note}"
+            lines.append(f"  {layer.name} {list(layer.shape)}: {what}")
+        return "\n".join([*lines, *self.notes])

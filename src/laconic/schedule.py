@@ -1,0 +1,53 @@
+"""The life of a run as data, and the controller that steers the pressure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .errors import InvalidValueError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Fractions of `total_steps`.
+
+    Attributes:
+        warmup: until here the network trains dense and unpressed.
+        cut: pressure grows until here; then the layers are cut and the smaller network trains on (settles).
+    """
+
+    warmup: float = 0.1
+    cut: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < self.cut <= 1:
+            raise InvalidValueError(f"Schedule(warmup={self.warmup}, cut={self.cut}): need 0 <= warmup < cut <= 1")
+
+
+@dataclass(slots=True)
+class Controller:
+    """Steers one strength for all layers so that the cut to the budget will lose little.
+
+    The *gap* is what a cut to the budget would lose now: minus the logarithm of the product of retained shares, under
+    the allocation that the budget would choose now, divided by the number of weights. It is steered along a straight
+    line in its logarithm from where it is at the start of the pressure to `final_gap` at the cut: above the line the
+    strength grows by `rate` per proximal step, below it falls.
+
+    Attributes:
+        strength: threshold per unit of learning rate.
+        start_gap: gap at the first proximal step; None before.
+    """
+
+    strength: float
+    start_gap: float | None = None
+    final_gap: float = 1e-3
+    rate: float = 1.15
+
+    def update(self, progress: float, gap: float) -> None:
+        """Adjust the strength; `progress` goes from 0 (start of the pressure) to 1 (cut)."""
+        gap = max(gap, 1e-12)
+        if self.start_gap is None:
+            self.start_gap = max(gap, self.final_gap)
+        planned = math.log(self.start_gap) + progress * (math.log(self.final_gap) - math.log(self.start_gap))
+        self.strength *= self.rate if math.log(gap) > planned else 1 / self.rate

@@ -1,0 +1,50 @@
+r"""Spectral shrinkage from the eigenvectors of the smaller Gram matrix.
+
+For m <= n (else transposed) :math:`G = X X^T = U \operatorname{diag}(s^2) U^T` and
+
+.. math:: \operatorname{prox}(X) = U \operatorname{diag}(\operatorname{prox}(s) / s)\, U^T X
+
+No V is needed, and the products are matrix multiplications. Forming G squares the condition number: a singular value
+near `c` carries an error of about `eps * s_max**2 / c`, so the dtype in which G is formed must suit the cutoff.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..penalties import Penalty
+from .base import Shrunk, ratio, shrink_values
+
+
+@dataclass(frozen=True, slots=True)
+class Gram:
+    """`torch.linalg.eigh` of the smaller Gram matrix, formed and decomposed in `dtype` (None: the input's)."""
+
+    dtype: torch.dtype | None = None
+
+    @property
+    def name(self) -> str:
+        return "gram" if self.dtype is None else f"gram-{str(self.dtype).removeprefix('torch.')}"
+
+    def shrink(self, x: Tensor, penalty: Penalty, tau: float, scale: float) -> Shrunk:
+        tall = x.shape[-2] > x.shape[-1]
+        wide = x.mT if tall else x
+        work = wide.to(self.dtype or x.dtype)
+        squares, u = torch.linalg.eigh(work @ work.mT)
+        squares, u = squares.flip(-1), u.flip(-1)
+        s64 = squares.double().clamp_min(0).sqrt()
+        new = shrink_values(s64, penalty, tau, scale)
+        kept = max(int((new > 0).sum(-1).max()), 1) if new.numel() else 0
+        u_kept = u[..., :kept]
+        weights = ratio(new, s64)[:, None, :kept].to(u.dtype)
+        y = ((u_kept * weights) @ (u_kept.mT @ work)).to(x.dtype)
+        return Shrunk(y.mT if tall else y, new, s64, self.error(s64[:, 0], penalty.cutoff(tau) / scale, work.dtype, wide.shape))
+
+    @staticmethod
+    def error(s_max: Tensor, cutoff: float, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        """Error of a singular value at the cutoff: `|d(s^2)| <= c eps s_max^2`, so `|ds| <= min(sqrt, that / 2s)`."""
+        squared = 8 * torch.finfo(dtype).eps * max(shape[-2:]) ** 0.5 * s_max.square()
+        return torch.minimum(squared.sqrt(), squared / max(cutoff, 1e-300))

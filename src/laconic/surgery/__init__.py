@@ -1,0 +1,1 @@
+"""Changing a model: build factors, swap layers, carry optimizer state, record and replay what was done."""

@@ -1,0 +1,55 @@
+"""Re-estimate BatchNorm statistics after layers changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import InvalidValueError
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+def reestimate(model: nn.Module, calibration: Iterable[Any]) -> int:
+    """Replace running statistics by the plain average over the batches of `calibration`; returns how many batches.
+
+    Only BatchNorm layers are in training mode meanwhile: dropout stays off. On an error the old statistics are back.
+
+    Args:
+        calibration: batches of inputs: tensors, or tuples of positional arguments (without labels).
+    """
+    layers = batch_norms(model)
+    if not layers:
+        return 0
+    modes = [(m, m.training) for m in model.modules()]
+    before = [(m, m.momentum, {k: b.clone() for k, b in m.named_buffers()}) for m in layers]
+    batches = 0
+    try:
+        model.eval()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # cumulative average
+            layer.train()
+        with torch.no_grad():
+            for batch in calibration:
+                model(*((batch,) if isinstance(batch, Tensor) else batch))
+                batches += 1
+        if batches == 0:
+            raise InvalidValueError("calibration holds no batch: pass an iterable of inputs, such as [x for x, _ in loader]")
+    except BaseException:
+        for layer, _, buffers in before:
+            for name, buffer in layer.named_buffers():
+                buffer.copy_(buffers[name])
+        raise
+    finally:
+        for layer, momentum, _ in before:
+            layer.momentum = momentum
+        for module, training in modes:
+            module.training = training
+    return batches

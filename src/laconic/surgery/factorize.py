@@ -1,0 +1,140 @@
+"""One layer into two: `W = left @ right` as a pair of plain layers in an `nn.Sequential`.
+
+Stride, padding, dilation and groups are divided between the two so that the pair computes, up to rounding, what the
+layer with the truncated weight computes. The bias is the same `Parameter` object as before: an optimizer keeps it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..matricize import Unfolding
+
+MARK = "laconic_cut"  # attribute on the nn.Sequential: what was cut here, for the surgery record
+
+
+def empty_pair(module: nn.Module, unfolding: Unfolding, rank: int, device: Any = None) -> nn.Sequential:
+    """The two layers for this rank, uninitialised, without bias; on `device` (None: the weight's)."""
+    weight = module.weight
+    options = {"device": device or weight.device, "dtype": weight.dtype}
+    inner = unfolding.groups * rank
+    if unfolding.name in ("out,in", "in,out"):
+        out_features, in_features = (unfolding.m, unfolding.n) if unfolding.name == "out,in" else (unfolding.n, unfolding.m)
+        with torch.device("meta"):
+            first = nn.Linear(in_features, inner, bias=False, dtype=weight.dtype)
+            second = nn.Linear(inner, out_features, bias=False, dtype=weight.dtype)
+        return nn.Sequential(first, second).to_empty(device=options["device"])
+    dims = weight.ndim - 2
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    fixed: dict[str, Any] = {"groups": module.groups, "bias": False, "dtype": weight.dtype, "device": "meta"}
+    spatial: dict[str, Any] = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+    mode = module.padding_mode
+    if unfolding.name == "in,out*k":
+        transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+        first = conv(module.in_channels, inner, 1, **fixed)
+        second = transposed(
+            inner, module.out_channels, module.kernel_size, output_padding=module.output_padding, **spatial, **fixed
+        )
+    elif unfolding.name == "out,in*k":
+        first = conv(module.in_channels, inner, module.kernel_size, padding_mode=mode, **spatial, **fixed)
+        second = conv(inner, module.out_channels, 1, **fixed)
+    else:  # "out*k,in": the first kernel axis belongs to the second layer
+        def share(values: Any, neutral: int, second: bool) -> Any:
+            if isinstance(values, str):  # padding="same" / "valid" holds axis by axis
+                return values
+            ones = (neutral,) * (dims - 1)
+            return (values[0], *ones) if second else (neutral, *values[1:])
+
+        def part(second: bool) -> dict[str, Any]:
+            return {
+                "kernel_size": share(module.kernel_size, 1, second),
+                "stride": share(module.stride, 1, second),
+                "padding": share(module.padding, 0, second),
+                "dilation": share(module.dilation, 1, second),
+                "padding_mode": mode,
+            }
+
+        first = conv(module.in_channels, inner, **part(False), **fixed)
+        second = conv(inner, module.out_channels, **part(True), **fixed)
+    return nn.Sequential(first, second).to_empty(device=options["device"])
+
+
+def pair_weights(unfolding: Unfolding, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """`left [g, m, r]`, `right [g, r, n]` as weights of the first and the second layer."""
+    g, r = unfolding.groups, left.shape[-1]
+    split = unfolding.split_shape
+    kernel = split[3:]
+    ones = (1,) * len(kernel)
+    if unfolding.name == "out,in":
+        return right[0], left[0]
+    if unfolding.name == "in,out":
+        return left[0].T, right[0].T
+    if unfolding.name == "in,out*k":
+        return left.mT.reshape(g * r, split[1], *ones), right.reshape(g * r, split[2], *kernel)
+    if unfolding.name == "out,in*k":
+        return right.reshape(g * r, split[2], *kernel), left.reshape(g * split[1], r, *ones)
+    first = right.reshape(g * r, split[2], 1, *kernel[1:])
+    second = left.reshape(g * split[1], kernel[0], r).permute(0, 2, 1).reshape(g * split[1], r, kernel[0], *ones[1:])
+    return first, second
+
+
+def pair_matrices(unfolding: Unfolding, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse of `pair_weights`: layers' weights as `left [g, m, r]`, `right [g, r, n]`."""
+    g, m, n = unfolding.groups, unfolding.m, unfolding.n
+    if unfolding.name == "out,in":
+        return second[None], first[None]
+    if unfolding.name == "in,out":
+        return first.T[None], second.T[None]
+    r = first.shape[0] // g
+    if unfolding.name == "in,out*k":
+        return first.reshape(g, r, m).mT, second.reshape(g, r, n)
+    right = first.reshape(g, r, n)
+    if unfolding.name == "out,in*k":
+        return second.reshape(g, m, r), right
+    split = unfolding.split_shape
+    return second.reshape(g * split[1], r, split[3]).permute(0, 2, 1).reshape(g, m, r), right
+
+
+def balanced_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-`rank` factors with sqrt(s) on each side: `left [g, m, r] @ right [g, r, n]`, in float64.
+
+    A direction whose singular value is zero to rounding gets a zero column on the left and a row of ordinary length
+    on the right: the product is the same, and, unlike with two zeros, training can still use the direction.
+    """
+    u, s, vh = torch.linalg.svd(matrix.detach().double(), full_matrices=False)
+    u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
+    root = s.sqrt()
+    dead = s <= s[..., :1] * 1e-12
+    alive = root.masked_fill(dead, 0)
+    typical = alive.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp_min(1)
+    return u * alive[..., None, :], torch.where(dead, typical, root)[..., None] * vh
+
+
+def factorize(module: nn.Module, unfolding: Unfolding, rank: int) -> nn.Sequential:
+    """The layer as a pair of plain layers of this rank (best approximation of its weight, balanced)."""
+    pair = empty_pair(module, unfolding, rank)
+    left, right = balanced_factors(unfolding.unfold(module.weight), rank)
+    for layer, weight in zip(pair, pair_weights(unfolding, left, right), strict=True):
+        layer.weight.data.copy_(weight)
+    return finish_pair(pair, module, unfolding, rank)
+
+
+def finish_pair(pair: nn.Sequential, module: nn.Module, unfolding: Unfolding, rank: int) -> nn.Sequential:
+    """Give the pair the layer's bias, mode, gradients, memory format, and the mark that the record is read from."""
+    pair[1].register_parameter("bias", module.bias)
+    for layer in pair:
+        layer.weight.requires_grad_(module.weight.requires_grad)
+    if module.weight.ndim == 4 and not module.weight.is_contiguous() and module.weight.is_contiguous(memory_format=torch.channels_last):
+        for layer in pair:
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+    setattr(pair, MARK, {"kind": type(module).__name__, "unfolding": unfolding.name, "shape": list(unfolding.shape), "rank": rank})
+    return pair.train(module.training)
+
+
+def product(pair: nn.Sequential, unfolding: Unfolding) -> Tensor:
+    """The weight that the pair stands for, in the layer's shape, in float64."""
+    left, right = pair_matrices(unfolding, pair[0].weight.detach().double(), pair[1].weight.detach().double())
+    return unfolding.fold(left @ right)

@@ -1,0 +1,58 @@
+r"""Carry an optimizer over a factorisation `W = A B` (in unfolded coordinates).
+
+- First moments follow the chain rule: :math:`M_A = M_W B^T`, :math:`M_B = A^T M_W`.
+- Second moments have no exact map. We take the *independent-entries approximation*: if the entries of the gradient of W
+  are uncorrelated, :math:`g_A = g_W B^T` has :math:`E[g_A^2] = V_W (B \circ B)^T`, and likewise
+  :math:`V_B = (A \circ A)^T V_W`.
+- Step counters and other scalars are copied.
+
+An optimizer whose state has an entry of an unknown meaning is not touched; `unknown_state` names the entry.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..matricize import Unfolding
+from .factorize import pair_matrices, pair_weights
+
+FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta"})
+
+
+def unknown_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> str | None:
+    """The first entry of this weight's state that laconic cannot carry over, or None."""
+    for key, value in optimizer.state.get(weight, {}).items():
+        if isinstance(value, Tensor) and value.numel() > 1 and not (key in FIRST_MOMENTS | SECOND_MOMENTS and value.shape == weight.shape):
+            return str(key)
+    return None
+
+
+def carry(optimizer: torch.optim.Optimizer, weight: nn.Parameter, pair: nn.Sequential, unfolding: Unfolding) -> None:
+    """Replace `weight` by the pair's weights in the optimizer's groups, with its state; in place, nothing else changes."""
+    new = [pair[0].weight, pair[1].weight]
+    for group in optimizer.param_groups:
+        # By identity: `in` would compare tensors.
+        where = [i for i, p in enumerate(group["params"]) if p is weight]
+        for i in where:
+            group["params"][i : i + 1] = new
+    state = optimizer.state.pop(weight, None)
+    if not state:
+        return
+    left, right = pair_matrices(unfolding, *(w.detach().double() for w in new))
+    carried: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == weight.shape and value.numel() > 1:
+            moment = unfolding.unfold(value.double())
+            a, b = (left, right) if key in FIRST_MOMENTS else (left.square(), right.square())
+            parts = pair_weights(unfolding, moment @ b.mT, a.mT @ moment)
+            for target, part, parameter in zip(carried, parts, new, strict=True):
+                target[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(part)
+        else:
+            for target in carried:
+                target[key] = value.clone() if isinstance(value, Tensor) else value
+    for parameter, target in zip(new, carried, strict=True):
+        optimizer.state[parameter] = target
