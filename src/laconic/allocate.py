@@ -44,9 +44,7 @@ def log_shares(values: Floats) -> Floats:
     return np.log1p(-np.minimum(lost / total, 1 - 1e-16))
 
 
-def low_rank_choice(
-    name: str, values: Floats, unit_costs: Floats, dense_costs: Floats, largest: int, multiple: int = 1
-) -> Choice:
+def low_rank_choice(name: str, values: Floats, unit_costs: Floats, dense_costs: Floats, largest: int, multiple: int = 1) -> Choice:
     """Ranks 1..`largest` (multiples of `multiple`, where there is one), then dense."""
     shares = log_shares(values)
     ranks = [r for r in range(1, min(largest, len(values)) + 1) if r % multiple == 0] or ([largest] if largest >= 1 else [])
@@ -104,8 +102,8 @@ def product_rule(choices: Sequence[Choice], fixed: Floats, limits: Floats, what:
                 best = candidate if best is None or candidate[:2] > best[:2] else best
         if best is None:
             return [c.ranks[j] for c, j in zip(choices, now, strict=True)]
-        _, _, i, j = best
-        spent, now[i] = spent + choices[i].costs[j] - choices[i].costs[now[i]], j
+        _, _, which, option = best
+        spent, now[which] = spent + choices[which].costs[option] - choices[which].costs[now[which]], option
 
 
 def energy_rule(values: Floats, share: float) -> int:

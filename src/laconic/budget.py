@@ -31,7 +31,9 @@ class Budget:
         for name in ("params", "macs"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise InvalidValueError(f"Budget({name}={value}): a fraction of the dense cost, above 0 and at most 1; absolute: max_{name}=")
+                raise InvalidValueError(
+                    f"Budget({name}={value}): a fraction of the dense cost, above 0 and at most 1; absolute: max_{name}="
+                )
         for name in ("max_params", "max_macs"):
             value = getattr(self, name)
             if value is not None and not (value >= 1 and math.isfinite(value)):
@@ -70,7 +72,9 @@ def dense_cost(plan: Plan, currency: str) -> int:
     return plan.macs
 
 
-def choices_for(plan: Plan, values: dict[str, Floats], currencies: tuple[str, ...], keep_dense: frozenset[str] = frozenset()) -> list[Choice]:
+def choices_for(
+    plan: Plan, values: dict[str, Floats], currencies: tuple[str, ...], keep_dense: frozenset[str] = frozenset()
+) -> list[Choice]:
     """What may be kept of each site, priced in the given currencies."""
     choices = []
     for site in plan.sites:
@@ -89,7 +93,9 @@ def largest_useful_rank(break_even: int, unit_costs: Floats, dense_costs: Floats
     return max(min([break_even, *below]), 0)
 
 
-def ranks_for_budget(plan: Plan, values: dict[str, Floats], budget: Budget, keep_dense: frozenset[str] = frozenset()) -> dict[str, int | None]:
+def ranks_for_budget(
+    plan: Plan, values: dict[str, Floats], budget: Budget, keep_dense: frozenset[str] = frozenset()
+) -> dict[str, int | None]:
     """Global rank choice by the product rule; None: stays dense.
 
     Raises:
@@ -115,5 +121,7 @@ def infeasible(plan: Plan, budget: Budget, choices: list[Choice], limits: Floats
             dense = dense_cost(plan, currency)
             fraction = math.ceil(least / dense * 1e4) / 1e4
             smallest = max(smallest, fraction)
-            parts.append(f"at most {limits[k]:.0f} {currency} are asked for, but {least:.0f} are left with every weight at its lowest rank; smallest feasible: {currency}={fraction}")
+            parts.append(
+                f"at most {limits[k]:.0f} {currency} are asked for, but {least:.0f} are left with every weight at its lowest rank; smallest feasible: {currency}={fraction}"
+            )
     return InfeasibleBudgetError("budget out of reach: " + "; ".join(parts or ["the bounds cannot hold together"]), smallest)

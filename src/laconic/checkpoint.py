@@ -50,7 +50,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: dict[str, 
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{name} in the model's state is a {type(value).__name__}, not a tensor: it cannot be saved without pickle")
+            raise CheckpointError(
+                f"{name} in the model's state is a {type(value).__name__}, not a tensor: it cannot be saved without pickle"
+            )
     tensors, aliases = _separate_ties(state)
     cuts = [cut.to_json() for cut in find_cuts(model)]
     record_hash = hashlib.sha256(json.dumps(cuts, sort_keys=True).encode()).hexdigest()
@@ -124,7 +126,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads((directory / RECORD).read_text())
         version = manifest["format"]
         if version != FORMAT:
-            raise CheckpointError(f"{directory / RECORD} has format {version!r}; this laconic reads {FORMAT}: install the version that wrote it ({manifest.get('laconic')})")
+            raise CheckpointError(
+                f"{directory / RECORD} has format {version!r}; this laconic reads {FORMAT}: install the version that wrote it ({manifest.get('laconic')})"
+            )
         recorded = hashlib.sha256(json.dumps(manifest["cuts"], sort_keys=True).encode()).hexdigest()
         whole = {"sha256", "aliases", "tensors"} <= manifest.keys() and recorded == manifest["record_sha256"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
@@ -163,8 +167,16 @@ def _separate_ties(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 def _check_fit(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     here = model.state_dict()
     missing, extra = sorted(here.keys() - tensors.keys()), sorted(tensors.keys() - here.keys())
-    shapes = [f"{n} is {tuple(tensors[n].shape)} saved, {tuple(here[n].shape)} here" for n in here.keys() & tensors.keys() if here[n].shape != tensors[n].shape]
-    parts = [f"{what}: {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}" for what, names in (("missing in the file", missing), ("only in the file", extra), ("other shapes", sorted(shapes))) if names]
+    shapes = [
+        f"{n} is {tuple(tensors[n].shape)} saved, {tuple(here[n].shape)} here"
+        for n in here.keys() & tensors.keys()
+        if here[n].shape != tensors[n].shape
+    ]
+    parts = [
+        f"{what}: {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}"
+        for what, names in (("missing in the file", missing), ("only in the file", extra), ("other shapes", sorted(shapes)))
+        if names
+    ]
     if parts:
         raise ArchitectureMismatchError(f"the saved model does not fit this {type(model).__name__}; {'; '.join(parts)}")
 

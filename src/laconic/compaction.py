@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from .allocate import Floats, energy_rule, log_shares
 from .budget import Budget, ranks_for_budget
 from .errors import InfeasibleBudgetError, InvalidValueError, SurgeryError
+from .matricize import Layer
 from .measure import check_inputs, count_macs, count_params, evaluating, input_shapes, measure_latency
 from .penalties import check_share
 from .plan import Plan, check_structures, make_plan
@@ -84,7 +85,9 @@ def cut_sites(
             entry = unknown_state(optimizer, site.weight)
             if entry is not None:
                 ranks[site.name] = None
-                notes.append(f"{site.name} stays dense: {type(optimizer).__name__} keeps a state {entry!r} that cannot be carried over a cut")
+                notes.append(
+                    f"{site.name} stays dense: {type(optimizer).__name__} keeps a state {entry!r} that cannot be carried over a cut"
+                )
     inputs = check_inputs(example_inputs) if example_inputs is not None else None
     before = _outputs(model, inputs) if inputs is not None else []
 
@@ -94,7 +97,9 @@ def cut_sites(
     for site, _ in to_cut:
         tolerance = 32 * torch.finfo(site.weight.dtype).eps
         if not errors[site.name] <= tolerance:
-            raise SurgeryError(f"{site.layer}: the factors differ from the truncated layer by {errors[site.name]:.2g} (relative), more than rounding ({tolerance:.2g}); the model was left as it was")
+            raise SurgeryError(
+                f"{site.layer}: the factors differ from the truncated layer by {errors[site.name]:.2g} (relative), more than rounding ({tolerance:.2g}); the model was left as it was"
+            )
 
     done: list[tuple[str, nn.Module]] = []
     try:
@@ -104,14 +109,20 @@ def cut_sites(
         after = _outputs(model, inputs) if inputs is not None else []
         if calibration is not None:
             batches = reestimate(model, calibration)
-            notes.append(f"BatchNorm statistics re-estimated on {batches} batches" if batches else "calibration had no effect: the model has no BatchNorm with running statistics")
+            notes.append(
+                f"BatchNorm statistics re-estimated on {batches} batches"
+                if batches
+                else "calibration had no effect: the model has no BatchNorm with running statistics"
+            )
             if batches and inputs is not None:
                 after = _outputs(model, inputs)
     except Exception as error:
         undo(model, done)
         if isinstance(error, InvalidValueError):
             raise
-        raise SurgeryError(f"the model no longer runs after the cut ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); it was left as it was. Exclude the layer that something reads directly: LowRank(exclude=...)") from error
+        raise SurgeryError(
+            f"the model no longer runs after the cut ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); it was left as it was. Exclude the layer that something reads directly: LowRank(exclude=...)"
+        ) from error
     if calibration is None and to_cut and batch_norms(model) and not optimizers:
         notes.append("BatchNorm statistics are those of the uncut model: pass calibration= (an iterable of inputs) to re-estimate them")
     for site, _ in to_cut:
@@ -120,7 +131,9 @@ def cut_sites(
     return CutResult(ranks, values, errors, _largest_difference(before, after) if inputs is not None else None, notes, timings or {})
 
 
-def slower_when_cut(model: nn.Module, plan: Plan, ranks: Ranks, example_inputs: Any, seconds: float = 0.1) -> tuple[set[str], dict[str, tuple[float, float]]]:
+def slower_when_cut(
+    model: nn.Module, plan: Plan, ranks: Ranks, example_inputs: Any, seconds: float = 0.1
+) -> tuple[set[str], dict[str, tuple[float, float]]]:
     """Time every layer that would be cut, dense and cut, on inputs of the shapes it sees.
 
     Returns the names of those that would not get faster, and all times (dense ms, cut ms).
@@ -174,7 +187,7 @@ def surgery_error(site: Site, pair: nn.Sequential) -> float:
 
     Both run in float64 with their weights as stored, so that what remains is the rounding of the stored factors.
     """
-    module = copy.deepcopy(site.modules[0]).double()
+    module: Layer = copy.deepcopy(site.modules[0]).double()
     u, s, vh = torch.linalg.svd(site.matrix.double(), full_matrices=False)
     rank = pair_rank(pair)
     truncated = site.unfolding.fold((u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :])
@@ -191,7 +204,7 @@ def pair_rank(pair: nn.Sequential) -> int:
     return int(getattr(pair, MARK)["rank"])
 
 
-def probe_shape(module: nn.Module) -> tuple[int, ...]:
+def probe_shape(module: Layer) -> tuple[int, ...]:
     """A small input shape that a layer accepts, wide enough for its kernel, stride and padding to matter."""
     if not hasattr(module, "kernel_size"):
         width = module.nx if hasattr(module, "nx") else getattr(module, "in_features", None)
@@ -237,7 +250,7 @@ def make_report(model: nn.Module, plan: Plan, cuts: Sequence[CutResult], example
         layers.append(
             LayerReport(
                 name=site.layer,
-                kind=type(site.modules[0]).__name__,
+                kind=site.kind,
                 shape=u.shape,
                 rank=rank,
                 full_rank=u.full_rank,
@@ -249,7 +262,7 @@ def make_report(model: nn.Module, plan: Plan, cuts: Sequence[CutResult], example
                 spectrum=tuple(float(f"{v:.6g}") for v in spectrum) if spectrum is not None else (),
                 ms_before=ms[0],
                 ms_after=ms[1],
-                note="" if rank is not None else "two layers would be no smaller, or the budget keeps it",
+                note="" if rank is not None else f"no rank up to {site.break_even}, where two layers stop being smaller, was enough",
             )
         )
     for alone in plan.left_alone:

@@ -19,14 +19,22 @@ from torch import Tensor, nn
 from .allocate import Floats, log_shares, numerical_rank
 from .budget import Budget, ranks_for_budget
 from .compaction import CutResult, Ranks, choose_ranks, cut_sites, energy_ranks, guarded, make_report, spectra
-from .errors import CheckpointError, InvalidTypeError, InvalidValueError, LaconicError, NonFiniteError, OptimizerError, UnsupportedOptimizerError, nearest
+from .errors import (
+    CheckpointError,
+    InvalidTypeError,
+    InvalidValueError,
+    LaconicError,
+    NonFiniteError,
+    OptimizerError,
+    UnsupportedOptimizerError,
+    nearest,
+)
 from .measure import check_inputs
 from .penalties import check_share
 from .plan import check_structures, make_plan
 from .report import CompactReport, Snapshot
 from .schedule import Controller, Schedule
 from .structures import LowRank, Site, combined
-from .surgery.record import Cut, find_cuts, put
 
 STATE_VERSION = 1
 MAX_SNAPSHOTS = 200
@@ -84,7 +92,9 @@ class Compressor:
         optimizers = _check_optimizers(optimizer)
         trained = {p for o in optimizers for g in o.param_groups for p in g["params"]}
         if not any(p in trained for p in model.parameters()):
-            raise OptimizerError("the optimizer does not own any of the model's weights: build it from model.parameters() of this very model, after moving it to its device")
+            raise OptimizerError(
+                "the optimizer does not own any of the model's weights: build it from model.parameters() of this very model, after moving it to its device"
+            )
 
         self.model = model
         self.optimizers = optimizers
@@ -150,7 +160,9 @@ class Compressor:
     def step(self) -> None:
         """Tell that an optimizer without hooks has stepped. Hooked optimizers need no call, and refuse one."""
         if not self._unhooked:
-            raise LaconicError("compressor.step() is only for optimizers without hooks; yours is hooked, so that optimizer.step() is enough")
+            raise LaconicError(
+                "compressor.step() is only for optimizers without hooks; yours is hooked, so that optimizer.step() is enough"
+            )
         for index in self._unhooked:
             self._after_step(index, self.optimizers[index])
 
@@ -201,7 +213,11 @@ class Compressor:
             except NonFiniteError as error:
                 self._owed[site.name] = owed
                 gradient = site.weight.grad
-                where = "its gradient holds them too" if gradient is not None and not bool(torch.isfinite(gradient).all()) else "its last gradient was finite"
+                where = (
+                    "its gradient holds them too"
+                    if gradient is not None and not bool(torch.isfinite(gradient).all())
+                    else "its last gradient was finite"
+                )
                 raise NonFiniteError(f"{error} ({where}; optimizer step {self.steps})") from None
             self._values[site.name] = combined(result.values).numpy()
             self.plan.ranks[site.name] = result.rank
@@ -239,12 +255,10 @@ class Compressor:
         values = spectra(self.plan)
         ranks = ranks_for_budget(self.plan, values, self.budget)
         self._cut(values, ranks, None, {}, [])
-        for optimizer in self.optimizers:
-            # Gradients of cut weights are gone with them; those of the factors appear with the next backward pass.
-            for group in optimizer.param_groups:
-                group["params"] = list(group["params"])
 
-    def _cut(self, values: dict[str, Floats], ranks: Ranks, calibration: Any, times: dict[str, tuple[float, float]], notes: list[str]) -> None:
+    def _cut(
+        self, values: dict[str, Floats], ranks: Ranks, calibration: Any, times: dict[str, tuple[float, float]], notes: list[str]
+    ) -> None:
         result = cut_sites(
             self.model, self.plan, values, ranks,
             example_inputs=self.example_inputs, optimizers=self.optimizers, calibration=calibration, timings=times,
@@ -252,6 +266,9 @@ class Compressor:
         result.notes[:0] = notes
         self._cuts.append(result)
         self.plan.ranks |= {name: rank for name, rank in result.ranks.items() if rank is not None}
+        for site in self.plan.sites:
+            if result.ranks[site.name] is not None:
+                site.modules = ()  # or the dense weights would stay in memory
         self.history.append(Snapshot(self.steps, math.nan if not self.history else self.history[-1].strength, dict(self.plan.ranks)))
 
     # ---- the end ------------------------------------------------------------------------------------------------
@@ -373,7 +390,9 @@ class Compressor:
         names = [s.name for s in self.plan.sites]
         if state["names"] != names:
             differing = sorted(set(names) ^ set(state["names"]))
-            raise CheckpointError(f"compressor state belongs to another model or other structures; differing weights: {', '.join(differing) or 'order'}")
+            raise CheckpointError(
+                f"compressor state belongs to another model or other structures; differing weights: {', '.join(differing) or 'order'}"
+            )
         if len(state["steps"]) != len(self.optimizers):
             raise CheckpointError(f"compressor state has {len(state['steps'])} optimizers, this one {len(self.optimizers)}")
         self._steps = list(state["steps"])
@@ -395,7 +414,9 @@ class Compressor:
 
 def _check_arguments(structures: Sequence[LowRank], budget: Any, total_steps: Any, every: Any, cut: Any) -> None:
     if budget is None and any(s.strength is None for s in structures):
-        raise InvalidValueError("Compressor needs a budget=laconic.Budget(params=0.25) (with total_steps=), or structures=[laconic.LowRank(strength=...)]")
+        raise InvalidValueError(
+            "Compressor needs a budget=laconic.Budget(params=0.25) (with total_steps=), or structures=[laconic.LowRank(strength=...)]"
+        )
     if budget is not None and not isinstance(budget, Budget):
         raise InvalidTypeError(f"budget = {budget!r}: expected laconic.Budget(params=0.25)")
     if budget is not None and total_steps is None:
@@ -416,7 +437,9 @@ def _check_optimizers(optimizer: Any) -> list[Any]:
         if not _has_hooks(o) and hasattr(o, "optimizer"):
             o = o.optimizer  # a wrapper such as Accelerate's
         if isinstance(o, torch.optim.LBFGS):
-            raise UnsupportedOptimizerError("LBFGS evaluates the loss several times per step and keeps a history that a proximal step would contradict: use SGD, Adam, AdamW, ...")
+            raise UnsupportedOptimizerError(
+                "LBFGS evaluates the loss several times per step and keeps a history that a proximal step would contradict: use SGD, Adam, AdamW, ..."
+            )
         if not hasattr(o, "param_groups"):
             raise UnsupportedOptimizerError(f"{type(o).__name__} has no param_groups: expected a torch.optim.Optimizer")
         found.append(o)

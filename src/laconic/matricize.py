@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ CHANNEL = "out,in*kh*kw"
 SPATIAL = "out*kh,in*kw"
 AUTO = "auto"
 MATRICIZATIONS = (CHANNEL, SPATIAL, AUTO)
+
+# A module whose attributes (weight, stride, groups, ...) only its kind knows; nn.Module types them all as Tensor | Module.
+Layer = Any
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -95,12 +99,12 @@ class Unfolding:
         return matrix.reshape([split[a] for a in axes]).permute(inverse).reshape(self.shape)
 
 
-def is_hf_conv1d(module: nn.Module) -> bool:
+def is_hf_conv1d(module: Layer) -> bool:
     """Hugging Face's `Conv1D` (GPT-2): a linear layer whose weight is `[in, out]`."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and type(module).__module__.startswith("transformers")
 
 
-def unfoldings(module: nn.Module) -> list[Unfolding]:
+def unfoldings(module: Layer) -> list[Unfolding]:
     """The unfoldings of a layer's weight, the usual one first; empty for a layer that is not supported.
 
     A subclass counts as its base only if it computes the same (its `forward` is the base's own).
@@ -115,8 +119,8 @@ def unfoldings(module: nn.Module) -> list[Unfolding]:
     if is_hf_conv1d(module):
         return [Unfolding("in,out", shape, 1, (1,), (2,))]
     kernel = tuple(range(3, len(shape) + 1))
-    for base in TRANSPOSED_CONVS:
-        if isinstance(module, base) and forward is base.forward:
+    for transposed in TRANSPOSED_CONVS:
+        if isinstance(module, transposed) and forward is transposed.forward:
             return [Unfolding("in,out*k", shape, module.groups, (1,), (2, *kernel))]
     for base in CONVS:
         if isinstance(module, base) and forward is base.forward and type(module)._conv_forward is base._conv_forward:
@@ -133,7 +137,7 @@ def check_matricization(name: str) -> str:
     return name
 
 
-def choose_unfolding(module: nn.Module, matricization: str, energy: float = 0.99) -> Unfolding:
+def choose_unfolding(module: Layer, matricization: str, energy: float = 0.99) -> Unfolding:
     """The unfolding that `matricization` names for this layer; layers that have only one get that one.
 
     `"auto"` takes the one that needs fewer parameters to keep the share `energy` of the weight's squared singular

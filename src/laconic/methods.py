@@ -34,7 +34,9 @@ class Trained:
 def build(data: Dataset, recipe: Recipe, seed: int, widths: tuple[int, ...] | None = None) -> ConvNet:
     """The recipe's network, initialised from the seed."""
     torch.manual_seed(seed)
-    return ConvNet(data.train_x.shape[1], data.classes, widths or recipe.widths, recipe.pools)
+    model = ConvNet(data.train_x.shape[1], data.classes, widths or recipe.widths, recipe.pools)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPU
+    return model
 
 
 def example(data: Dataset) -> tuple[torch.Tensor]:
@@ -66,6 +68,11 @@ def svd(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, 
     return Trained(base.model, base.curve, done)
 
 
+def thin_long(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
+    """The thin network again, for `recipe.thin_epochs`: about the training time of laconic, not its number of steps."""
+    return thin(data, recipe, seed, report, recipe.thin_epochs or 2 * recipe.epochs)
+
+
 def thin(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, epochs: int | None = None) -> Trained:
     """A dense network with all widths scaled down to the budget, for the same steps (or for `epochs`)."""
     whole = sum(p.numel() for p in build(data, recipe, seed).parameters())
@@ -95,4 +102,4 @@ def laconic(data: Dataset, recipe: Recipe, seed: int, report: Report | None = No
     return Trained(model, curve, done)
 
 
-METHODS: dict[str, Callable[..., Trained]] = {"dense": dense, "svd": svd, "thin": thin, "laconic": laconic}
+METHODS: dict[str, Callable[..., Trained]] = {"dense": dense, "svd": svd, "thin": thin, "thin-long": thin_long, "laconic": laconic}

@@ -91,7 +91,7 @@ class LogSum:
         if tau == 0:
             return s.clone()
         # (s + epsilon)^2 - 4 tau epsilon, in a form that neither overflows nor cancels.
-        ratio = 2 * math.sqrt(tau * self.epsilon) / (s + self.epsilon)
+        ratio = 2 * math.sqrt(tau) * math.sqrt(self.epsilon) / (s + self.epsilon)
         root = (1 - ratio).clamp_min(0).sqrt() * (1 + ratio).sqrt()
         x = ((s - self.epsilon) + (s + self.epsilon) * root) / 2
         return torch.where(s > self.cutoff(tau), x.clamp(min=0).minimum(s), torch.zeros_like(s))
@@ -103,12 +103,12 @@ class LogSum:
             return tau
 
         def advantage_of_zero(s: float) -> float:
-            x = ((s - epsilon) + math.sqrt(max((s + epsilon) ** 2 - 4 * tau * epsilon, 0.0))) / 2
-            x = max(x, 0.0)
+            ratio = 2 * math.sqrt(tau) * math.sqrt(epsilon) / (s + epsilon)
+            x = max(((s - epsilon) + (s + epsilon) * math.sqrt(max(1 - ratio, 0.0) * (1 + ratio))) / 2, 0.0)
             # 1/2 (x - s)^2 + tau h(x) - 1/2 s^2; decreasing in s.
             return x * (x / 2 - s) + tau * epsilon * math.log1p(x / epsilon)
 
-        low, high = max(2 * math.sqrt(tau * epsilon) - epsilon, 0.0), tau
+        low, high = max(2 * math.sqrt(tau) * math.sqrt(epsilon) - epsilon, 0.0), tau
         for _ in range(200):
             middle = (low + high) / 2
             if not low < middle < high:
@@ -134,8 +134,9 @@ class Hoyer:
     """
 
     def value(self, s: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(s, dim=-1)
-        return torch.where(norm > 0, s.sum(-1) / norm.clamp_min(torch.finfo(s.dtype).tiny), torch.zeros_like(norm))
+        top = s.amax(-1, keepdim=True)
+        t = s / torch.where(top > 0, top, torch.ones_like(top))  # so that squares neither vanish nor overflow
+        return t.sum(-1) / torch.linalg.vector_norm(t, dim=-1).clamp_min(1)  # at least 1, but for s = 0
 
     def prox(self, s: Tensor, tau: float) -> Tensor:
         tau = check_tau(tau)
@@ -147,7 +148,7 @@ class Hoyer:
         scale = s.max()
         if scale == 0:
             return s.clone()
-        t, tau = s / scale, tau / float(scale) ** 2  # the 2-norm cancels one scale, the square the other
+        t, tau = s / scale, tau / float(scale) / float(scale)  # the 2-norm cancels one scale, the square the other
         ordered = t.sort(descending=True).values
         count = torch.arange(1, len(t) + 1, dtype=s.dtype, device=s.device)
         sum1, sum2 = ordered.cumsum(0), ordered.square().cumsum(0)

@@ -117,6 +117,7 @@ def make_plan(
     for path, module in model.named_modules(remove_duplicate=False):
         modules.setdefault(module, []).append(path)
     holders: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    parameter: Tensor
     for module in modules:
         for attribute, parameter in module.named_parameters(recurse=False):
             holders.setdefault(parameter, []).append((module, attribute))
@@ -140,7 +141,7 @@ def make_plan(
             owners = tuple(module for module, _ in held)
             unfolding = choose_unfolding(owners[0], wanted[0].matricization)
             paths = tuple(tuple(modules[module]) for module in owners)
-            sites.append(Site(names[0], wanted[0], unfolding, owners, paths))
+            sites.append(Site(names[0], wanted[0], unfolding, type(owners[0]).__name__, owners, paths))
         else:
             left.append(LeftAlone(names[0], tuple(parameter.shape), reason))
     if not sites:
@@ -169,7 +170,9 @@ def _dense_macs(module: nn.Module, shapes: Sequence[Any]) -> int:
     import copy
 
     bare = copy.copy(module)
-    bare._parameters = {k: None if p is None else nn.Parameter(p.detach().to("meta"), requires_grad=False) for k, p in module._parameters.items()}
+    bare._parameters = {
+        k: None if p is None else nn.Parameter(p.detach().to("meta"), requires_grad=False) for k, p in module._parameters.items()
+    }
     bare._forward_hooks, bare._forward_pre_hooks = type(module._forward_hooks)(), type(module._forward_pre_hooks)()
     return layer_macs(bare, shapes)
 

@@ -21,6 +21,7 @@ class Recipe:
     widths, pools: of the `ConvNet`.
     epochs, batch_size, lr, weight_decay, label_smoothing, lr_warmup: of the training with AdamW; the learning rate
         rises over the share `lr_warmup` of the steps, then falls to zero as a cosine.
+    thin_epochs: of the rival that is given laconic's training time instead of its steps; 0: twice the epochs.
     params: the budget as a fraction of the dense parameters.
     warmup, cut: `laconic.Schedule`; `cut = 1.0` cuts at the end, without training afterwards.
     penalty_epsilon: of `LogSum`; strength: 0 lets the budget steer it.
@@ -39,6 +40,7 @@ class Recipe:
     weight_decay: float = 0.01
     label_smoothing: float = 0.0
     lr_warmup: float = 0.2
+    thin_epochs: int = 0
     params: float = 0.25
     warmup: float = 0.1
     cut: float = 0.5

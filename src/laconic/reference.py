@@ -60,10 +60,10 @@ def nuclear_optimality_gap(x: Array, y: Array, tau: float) -> float:
     rank = int(np.sum(s > 1e-9 * max(s[0], tau)))
     u, vh = u[:, :rank], vh[:rank]
     w = (x - y) / tau - u @ vh
-    violations = [max(np.linalg.norm(w, 2) - 1, 0.0)]
+    violations = [max(float(np.linalg.norm(w, 2)) - 1, 0.0)]
     if rank:
         violations += [float(np.abs(u.T @ w).max()), float(np.abs(w @ vh.T).max())]
-    return float(max(violations))
+    return max(violations)
 
 
 def ranks(s: Array, tau: float) -> int:

@@ -34,6 +34,7 @@ class Site:
         name: parameter's name, e.g. `"conv1.weight"` (the first of `aliases`).
         structure: what acts on it.
         unfolding: how it becomes a matrix.
+        kind: class name of the layer.
         modules: every distinct module that holds the weight (several when it is tied).
         paths: for each module, every path at which it sits.
         unit_macs, dense_macs: MACs of one unit of rank and of the dense layer, on the example inputs; None without.
@@ -42,6 +43,7 @@ class Site:
     name: str
     structure: LowRank
     unfolding: Unfolding
+    kind: str
     modules: tuple[nn.Module, ...]
     paths: tuple[tuple[str, ...], ...]
     dense_macs: int | None = None
@@ -117,7 +119,8 @@ class LowRank:
 
         With one proximal step per epoch and ranks by energy per layer: see `Compressor.as_published`.
         """
-        return cls(**{"penalty": L1(), "strength": strength, "scale": "absolute", "matricization": SPATIAL} | options)
+        published: dict[str, Any] = {"penalty": L1(), "strength": strength, "scale": "absolute", "matricization": SPATIAL}
+        return cls(**published | options)
 
     def unit(self, site: Site) -> float:
         """The unit of the threshold for this weight (1 for a zero weight)."""

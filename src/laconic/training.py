@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Dataset
+from .measure import count_params
 from .recipe import Recipe
 
 
@@ -43,6 +44,14 @@ class Curve:
 
 
 Report = Callable[[Progress], None]
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C during training; carries the model as it is, so that nothing is lost."""
+
+    def __init__(self, model: nn.Module, step: int, total_steps: int):
+        super().__init__(f"interrupted at step {step} of {total_steps}")
+        self.model = model
 
 
 def steps_per_epoch(data: Dataset, recipe: Recipe) -> int:
@@ -93,7 +102,11 @@ def fit(
     epochs: int | None = None,
     report: Report | None = None,
 ) -> Curve:
-    """Train for the recipe's epochs (or `epochs`); the time of evaluations is not counted."""
+    """Train for the recipe's epochs (or `epochs`); the time of evaluations is not counted.
+
+    Raises:
+        TrainingInterrupted: on Ctrl-C.
+    """
     epochs = epochs or recipe.epochs
     total = epochs * steps_per_epoch(data, recipe)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -101,23 +114,26 @@ def fit(
     curve = Curve()
     seconds, step = 0.0, 0
     model.train()
-    for epoch in range(epochs):
-        losses = []
-        for x, y in batches(data, recipe.batch_size, generator):
-            start = time.perf_counter()
-            optimizer.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            scheduler.step()
-            seconds += time.perf_counter() - start
-            step += 1
-            losses.append(float(loss.detach()))
-            if report is not None:
-                params = sum(p.numel() for p in model.parameters())
-                report(Progress(step, total, epoch, losses[-1], curve.accuracy[-1] if curve.accuracy else None, params, seconds))
-        curve.loss.append(sum(losses) / len(losses))
-        curve.accuracy.append(accuracy(model, data.test_x, data.test_y))
-        curve.seconds.append(seconds)
-        curve.params.append(sum(p.numel() for p in model.parameters()))
+    try:
+        for epoch in range(epochs):
+            losses = []
+            for x, y in batches(data, recipe.batch_size, generator):
+                start = time.perf_counter()
+                optimizer.zero_grad(set_to_none=True)
+                loss = F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                seconds += time.perf_counter() - start
+                step += 1
+                losses.append(float(loss.detach()))
+                if report is not None:
+                    last = curve.accuracy[-1] if curve.accuracy else None
+                    report(Progress(step, total, epoch, losses[-1], last, count_params(model), seconds))
+            curve.loss.append(sum(losses) / len(losses))
+            curve.accuracy.append(accuracy(model, data.test_x, data.test_y))
+            curve.seconds.append(seconds)
+            curve.params.append(count_params(model))
+    except KeyboardInterrupt:
+        raise TrainingInterrupted(model, step, total) from None
     return curve

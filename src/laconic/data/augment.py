@@ -14,13 +14,13 @@ def keep(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def crop(x: Tensor, generator: torch.Generator, pad: int = 2) -> Tensor:
-    """Shift each image by up to `pad` pixels in both directions (edges repeated)."""
+    """Shift each image by up to `pad` pixels in both directions (edges repeated); the result is channels last in memory."""
     b, _, h, w = x.shape
     padded = F.pad(x, (pad,) * 4, mode="replicate")
     top, left = torch.randint(0, 2 * pad + 1, (2, b), generator=generator)
     rows = top[:, None] + torch.arange(h)
     columns = left[:, None] + torch.arange(w)
-    return padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    return padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:

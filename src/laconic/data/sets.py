@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from .augment import crop, crop_and_flip, keep
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Images as float32 `[n, c, h, w]`, normalised with the mean and deviation of the training images."""
+    """Images as float32 `[n, c, h, w]`, channels last in memory, normalised with mean and deviation of the training images."""
 
     name: str
     train_x: Tensor
@@ -46,7 +47,8 @@ def _prepared(
     dims = (0, 2, 3)
     mean, std = train.mean(dims, keepdim=True), train.std(dims, keepdim=True)
     labels = [torch.as_tensor(np.asarray(y), dtype=torch.int64) for y in (train_y, test_y)]
-    return Dataset(name, (train - mean) / std, labels[0], (test - mean) / std, labels[1], int(labels[0].max()) + 1, augment)
+    train, test = (((x - mean) / std).contiguous(memory_format=torch.channels_last) for x in (train, test))
+    return Dataset(name, train, labels[0], test, labels[1], int(labels[0].max()) + 1, augment)
 
 
 def digits(root: Path | None = None) -> Dataset:
@@ -83,7 +85,7 @@ def cifar10(root: Path | None = None) -> Dataset:
 
     def decode(part: str) -> Any:
         data, offset = z[f"{part}_jpeg"].tobytes(), z[f"{part}_offset"]
-        images = [np.asarray(Image.open(io.BytesIO(data[a:b]))) for a, b in zip(offset[:-1], offset[1:], strict=True)]
+        images = [np.asarray(Image.open(io.BytesIO(data[a:b]))) for a, b in itertools.pairwise(offset)]
         return np.stack(images).transpose(0, 3, 1, 2)
 
     return _prepared("cifar10", decode("train"), z["train_y"], decode("test"), z["test_y"], crop_and_flip)

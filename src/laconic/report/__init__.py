@@ -1,5 +1,19 @@
 """Reports are data first (`CompactReport`), then JSON, tables and one HTML page."""
 
 from .data import CompactReport, LayerReport, Snapshot
+from .html import render
+from .pictures import comparison_picture, params_picture, ranks_picture, spectra_picture
+from .tables import comparison_table, layer_table
 
-__all__ = ["CompactReport", "LayerReport", "Snapshot"]
+__all__ = [
+    "CompactReport",
+    "LayerReport",
+    "Snapshot",
+    "comparison_picture",
+    "comparison_table",
+    "layer_table",
+    "params_picture",
+    "ranks_picture",
+    "render",
+    "spectra_picture",
+]

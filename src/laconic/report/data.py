@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,11 +45,18 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The state of a run at one proximal step: ranks by weight, and the strength at that time."""
+    """The state of a run at one proximal step: ranks by weight, and the strength at that time.
+
+    A strength of NaN (a cut before the first proximal step) becomes None, which JSON can hold.
+    """
 
     step: int
-    strength: float
+    strength: float | None
     ranks: dict[str, int]
+
+    def __post_init__(self) -> None:
+        if self.strength is not None and not math.isfinite(self.strength):
+            object.__setattr__(self, "strength", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +104,8 @@ class CompactReport:
         if self.max_abs_diff is not None:
             lines.append(f"largest change of an output {self.max_abs_diff:.3g}; surgery error {self.surgery_error:.2g}")
         for layer in self.layers:
-            what = f"rank {layer.rank} of {layer.full_rank}, energy {layer.energy:.4f}" if layer.rank is not None else f"dense: {layer.note}"
+            what = (
+                f"rank {layer.rank} of {layer.full_rank}, energy {layer.energy:.4f}" if layer.rank is not None else f"dense: {layer.note}"
+            )
             lines.append(f"  {layer.name} {list(layer.shape)}: {what}")
         return "\n".join([*lines, *self.notes])

@@ -35,7 +35,8 @@ class Solver(Protocol):
     the threshold in the user's units.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def shrink(self, x: Tensor, penalty: Penalty, tau: float, scale: float) -> Shrunk: ...
 

@@ -119,7 +119,9 @@ def spectral_prox(
             work = work.float()
         largest = float(work.abs().max())
         if not math.isfinite(largest):
-            raise NonFiniteError(f"{name} holds NaN or Inf: nothing was changed; look for a diverging loss or a learning rate that is too high")
+            raise NonFiniteError(
+                f"{name} holds NaN or Inf: nothing was changed; look for a diverging loss or a learning rate that is too high"
+            )
         exponent = max(-1000, min(1000, math.frexp(largest)[1])) if largest > 0 else 0
         scale = 2.0**exponent
         work = _times_power_of_two(work, -exponent)
@@ -163,7 +165,7 @@ def _shrink_with_fallback(
     for candidate, device, dtype in chain:
         try:
             shrunk = candidate.shrink(work.to(device, dtype), penalty, tau, scale)
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             failures.append(f"{candidate.name} ({dtype}, {device}): {str(error).splitlines()[0]}")
             continue
         if device != work.device or dtype != work.dtype:

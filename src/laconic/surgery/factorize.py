@@ -11,37 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..matricize import Unfolding
+from ..matricize import Layer, Unfolding
 
 MARK = "laconic_cut"  # attribute on the nn.Sequential: what was cut here, for the surgery record
 
 
-def empty_pair(module: nn.Module, unfolding: Unfolding, rank: int, device: Any = None) -> nn.Sequential:
+def empty_pair(module: Layer, unfolding: Unfolding, rank: int, device: Any = None) -> nn.Sequential:
     """The two layers for this rank, uninitialised, without bias; on `device` (None: the weight's)."""
     weight = module.weight
-    options = {"device": device or weight.device, "dtype": weight.dtype}
+    device = device or weight.device
     inner = unfolding.groups * rank
     if unfolding.name in ("out,in", "in,out"):
         out_features, in_features = (unfolding.m, unfolding.n) if unfolding.name == "out,in" else (unfolding.n, unfolding.m)
-        with torch.device("meta"):
-            first = nn.Linear(in_features, inner, bias=False, dtype=weight.dtype)
-            second = nn.Linear(inner, out_features, bias=False, dtype=weight.dtype)
-        return nn.Sequential(first, second).to_empty(device=options["device"])
+        wide: dict[str, Any] = {"bias": False, "dtype": weight.dtype, "device": "meta"}
+        return nn.Sequential(nn.Linear(in_features, inner, **wide), nn.Linear(inner, out_features, **wide)).to_empty(device=device)
     dims = weight.ndim - 2
-    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
     fixed: dict[str, Any] = {"groups": module.groups, "bias": False, "dtype": weight.dtype, "device": "meta"}
     spatial: dict[str, Any] = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
     mode = module.padding_mode
     if unfolding.name == "in,out*k":
-        transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+        transposed: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
         first = conv(module.in_channels, inner, 1, **fixed)
-        second = transposed(
-            inner, module.out_channels, module.kernel_size, output_padding=module.output_padding, **spatial, **fixed
-        )
+        second = transposed(inner, module.out_channels, module.kernel_size, output_padding=module.output_padding, **spatial, **fixed)
     elif unfolding.name == "out,in*k":
         first = conv(module.in_channels, inner, module.kernel_size, padding_mode=mode, **spatial, **fixed)
         second = conv(inner, module.out_channels, 1, **fixed)
     else:  # "out*k,in": the first kernel axis belongs to the second layer
+
         def share(values: Any, neutral: int, second: bool) -> Any:
             if isinstance(values, str):  # padding="same" / "valid" holds axis by axis
                 return values
@@ -59,7 +56,7 @@ def empty_pair(module: nn.Module, unfolding: Unfolding, rank: int, device: Any =
 
         first = conv(module.in_channels, inner, **part(False), **fixed)
         second = conv(inner, module.out_channels, **part(True), **fixed)
-    return nn.Sequential(first, second).to_empty(device=options["device"])
+    return nn.Sequential(first, second).to_empty(device=device)
 
 
 def pair_weights(unfolding: Unfolding, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,34 +104,45 @@ def balanced_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(matrix.detach().double(), full_matrices=False)
     u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
     root = s.sqrt()
-    dead = s <= s[..., :1] * 1e-12
+    rounding = 1e-12 if matrix.dtype == torch.float64 else torch.finfo(torch.float32).eps
+    dead = s <= s[..., :1] * rounding
     alive = root.masked_fill(dead, 0)
     typical = alive.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp_min(1)
+    typical = typical.masked_fill(dead.all(-1, keepdim=True), 1.0)  # a matrix of zeros has no length of its own
     return u * alive[..., None, :], torch.where(dead, typical, root)[..., None] * vh
 
 
-def factorize(module: nn.Module, unfolding: Unfolding, rank: int) -> nn.Sequential:
+def factorize(module: Layer, unfolding: Unfolding, rank: int) -> nn.Sequential:
     """The layer as a pair of plain layers of this rank (best approximation of its weight, balanced)."""
     pair = empty_pair(module, unfolding, rank)
     left, right = balanced_factors(unfolding.unfold(module.weight), rank)
-    for layer, weight in zip(pair, pair_weights(unfolding, left, right), strict=True):
-        layer.weight.data.copy_(weight)
+    for parameter, weight in zip(weights(pair), pair_weights(unfolding, left, right), strict=True):
+        parameter.data.copy_(weight)
     return finish_pair(pair, module, unfolding, rank)
 
 
-def finish_pair(pair: nn.Sequential, module: nn.Module, unfolding: Unfolding, rank: int) -> nn.Sequential:
+def finish_pair(pair: nn.Sequential, module: Layer, unfolding: Unfolding, rank: int) -> nn.Sequential:
     """Give the pair the layer's bias, mode, gradients, memory format, and the mark that the record is read from."""
     pair[1].register_parameter("bias", module.bias)
-    for layer in pair:
-        layer.weight.requires_grad_(module.weight.requires_grad)
+    for parameter in weights(pair):
+        parameter.requires_grad_(module.weight.requires_grad)
     if module.weight.ndim == 4 and not module.weight.is_contiguous() and module.weight.is_contiguous(memory_format=torch.channels_last):
-        for layer in pair:
-            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        for parameter in weights(pair):
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     setattr(pair, MARK, {"kind": type(module).__name__, "unfolding": unfolding.name, "shape": list(unfolding.shape), "rank": rank})
     return pair.train(module.training)
 
 
+def weights(pair: nn.Sequential) -> tuple[nn.Parameter, nn.Parameter]:
+    """The two weights of a pair."""
+    first, second = pair[0].weight, pair[1].weight
+    assert isinstance(first, nn.Parameter)
+    assert isinstance(second, nn.Parameter)
+    return first, second
+
+
 def product(pair: nn.Sequential, unfolding: Unfolding) -> Tensor:
     """The weight that the pair stands for, in the layer's shape, in float64."""
-    left, right = pair_matrices(unfolding, pair[0].weight.detach().double(), pair[1].weight.detach().double())
+    first, second = (weight.detach().double() for weight in weights(pair))
+    left, right = pair_matrices(unfolding, first, second)
     return unfolding.fold(left @ right)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..matricize import Unfolding
-from .factorize import pair_matrices, pair_weights
+from .factorize import pair_matrices, pair_weights, weights
 
 FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta"})
@@ -33,7 +33,7 @@ def unknown_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> str
 
 def carry(optimizer: torch.optim.Optimizer, weight: nn.Parameter, pair: nn.Sequential, unfolding: Unfolding) -> None:
     """Replace `weight` by the pair's weights in the optimizer's groups, with its state; in place, nothing else changes."""
-    new = [pair[0].weight, pair[1].weight]
+    new = weights(pair)
     for group in optimizer.param_groups:
         # By identity: `in` would compare tensors.
         where = [i for i, p in enumerate(group["params"]) if p is weight]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ArchitectureMismatchError
-from ..matricize import unfoldings
+from ..matricize import Layer, unfoldings
 from .factorize import MARK, empty_pair, finish_pair
 
 
@@ -68,7 +68,7 @@ def replay(model: nn.Module, cuts: Sequence[Cut]) -> list[tuple[str, nn.Module]]
         for cut in cuts:
             name = cut.names[0]
             try:
-                module = model.get_submodule(name)
+                module: Layer = model.get_submodule(name)
             except AttributeError:
                 raise ArchitectureMismatchError(f"the saved model has a layer {name!r} ({cut.kind}), which this model lacks") from None
             fitting = [u for u in unfoldings(module) if u.name == cut.unfolding]

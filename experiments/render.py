@@ -1,0 +1,84 @@
+"""Render the tables between `<!-- table: NAME -->` and `<!-- end -->` in the pages from the committed result files.
+
+python experiments/render.py            write
+python experiments/render.py --check    exit 1 and say which page differs
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
+LABELS = {
+    "dense": "dense",
+    "svd": "dense, then SVD to the budget",
+    "thin": "thin dense, same steps",
+    "thin-long": "thin dense, same training time",
+    "laconic": "**laconic**",
+}
+
+
+def load(recipe: str) -> dict[str, list[dict[str, Any]]]:
+    """Results of one recipe by method, in the order of LABELS, each sorted by seed."""
+    found: dict[str, list[dict[str, Any]]] = {method: [] for method in LABELS}
+    for path in sorted((RESULTS / recipe).glob("*.json")):
+        result = json.loads(path.read_text())
+        found[result["method"]].append(result)
+    return {method: sorted(runs, key=lambda r: r["seed"]) for method, runs in found.items() if runs}
+
+
+def mean(runs: list[dict[str, Any]], metric: str) -> float | None:
+    values = [r["metrics"].get(metric) for r in runs]
+    return statistics.mean(values) if all(v is not None for v in values) else None
+
+
+def spread(runs: list[dict[str, Any]], metric: str = "accuracy") -> float:
+    """Sample standard deviation over the seeds."""
+    return statistics.stdev(r["metrics"][metric] for r in runs) if len(runs) > 1 else 0.0
+
+
+def comparison(recipe: str) -> str:
+    """Method, accuracy with its spread over seeds, parameters, MACs, training time relative to dense."""
+    results = load(recipe)
+    lines = ["| method | test accuracy, % | parameters | MACs | training time | seeds |", "|---|---|---|---|---|---|"]
+    base = results["dense"]
+    for method, runs in results.items():
+        accuracy, time, dense_time = mean(runs, "accuracy"), mean(runs, "train_seconds"), mean(base, "train_seconds")
+        assert accuracy is not None
+        relative = f"{time / dense_time:.2f}" if time is not None and dense_time is not None else "-"
+        params, macs = mean(runs, "params") or 0, mean(runs, "macs") or 0
+        whole, all_macs = mean(base, "params") or 1, mean(base, "macs") or 1
+        lines.append(
+            f"| {LABELS[method]} | {100 * accuracy:.2f} ± {100 * spread(runs):.2f} | {params:,.0f} ({params / whole:.2f}) "
+            f"| {macs / 1e6:.2f} M ({macs / all_macs:.2f}) | {relative} | {len(runs)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def render(page: str) -> str:
+    return MARKED.sub(lambda m: m[1] + comparison(m[2]) + m[3], page)
+
+
+def main() -> int:
+    stale = []
+    for path in PAGES:
+        text = path.read_text()
+        if render(text) != text:
+            stale.append(path.relative_to(ROOT))
+            if "--check" not in sys.argv:
+                path.write_text(render(text))
+    if stale:
+        print("differs from the result files:" if "--check" in sys.argv else "rewritten:", *stale)
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""`python -m laconic`."""
+
+from .cli import main
+
+main()

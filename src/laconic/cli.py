@@ -1,0 +1,293 @@
+"""The command line: functions are commands, their docstrings the help.
+
+Results go to standard output, everything else to standard error. Exit status 0: done; 2: bad input, with one clear
+line; 130: interrupted, with the place of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json as jsonlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from torch import Tensor, nn
+from tyro.conf import Positional
+
+from . import checkpoint
+from .budget import Budget
+from .compaction import compress as compress_model
+from .console import console, progress_bar
+from .data import Dataset, load_dataset
+from .errors import CheckpointError, CheckpointNotFoundError, InvalidValueError, LaconicError, MissingExtraError, nearest
+from .methods import METHODS, Trained, build, svd
+from .recipe import Recipe, load_recipe
+from .report import CompactReport, comparison_table, layer_table, render
+from .results import evaluate, machine, make_result, result_path, versions, write_json
+from .structures import LowRank
+from .training import TrainingInterrupted, accuracy
+
+
+def demo(out: Path = Path("laconic-demo"), seed: int = 0, json: bool = False) -> None:
+    """Train, shrink, verify, save, reload and time a network on handwritten digits, beside its rivals.
+
+    Example: laconic demo --out laconic-demo
+
+    Args:
+        out: where the compact model and the report go.
+        seed: of initialisation and batches.
+        json: print JSON instead of a table.
+    """
+    recipe = load_recipe("digits")
+    data = load_dataset(recipe.task)
+    rows: list[dict[str, Any]] = []
+    for method in ("svd", "thin", "laconic"):
+        for name, ours in runs(method, data, recipe, seed, out, show=not json):
+            rows.append({"method": NAMES[name], **evaluate(ours, data)})
+    assert ours.report is not None
+    folder = checkpoint.save(ours.model, out / "model", report=ours.report.to_json())
+    page = write_page(out / "report.html", ours.report, "Handwritten digits", rows, context(recipe, seed))
+    again = checkpoint.load(folder, build(data, recipe, seed))
+    reloaded = accuracy(again, data.test_x, data.test_y)
+    if reloaded != rows[-1]["accuracy"]:
+        raise CheckpointError(f"the reloaded model has accuracy {reloaded}, the saved one {rows[-1]['accuracy']}")
+    if json:
+        show_json({"rows": rows, "model": str(folder), "report": str(page) if page else None, "reloaded_accuracy": reloaded})
+        return
+    out_console = Console()
+    out_console.print(comparison_table(rows))
+    out_console.print(layer_table(ours.report))
+    print(f"compact model: {folder}   (reloaded: accuracy {reloaded:.4f}, the same)")
+    print(f"report: {page}" if page else "report: pip install 'laconic[plot]' for the HTML page")
+
+
+NAMES = {"dense": "dense", "svd": "dense, then SVD", "thin": "thin dense", "thin-long": "thin dense, longer", "laconic": "laconic"}
+
+
+def train(
+    recipe: Positional[str],
+    out: Path = Path("runs"),
+    method: str = "laconic",
+    seed: int = 0,
+    data: Path | None = None,
+    params: float | None = None,
+    results: Path | None = None,
+    threads: int = 0,
+    times: bool = True,
+    json: bool = False,
+) -> None:
+    """Train by a recipe: a TOML file, or one of the shipped `digits`, `scene`, `cifar10`.
+
+    Example: laconic train scene --data ../shared/data --params 0.25
+
+    Args:
+        recipe: file or name.
+        out: the model, the report and the result go to OUT/<recipe>/<method>-seed<seed>/.
+        method: laconic, dense, svd (dense, then cut; gives both), thin (a smaller dense network), thin-long (for longer).
+        seed: of initialisation and batches.
+        data: folder of the data sets; default: $LACONIC_DATA, data/, ../shared/data.
+        params: budget as a fraction of the dense parameters, instead of the recipe's.
+        results: also write the result's JSON below this folder.
+        threads: of PyTorch; 0: as it is.
+        times: measure times; switch off when other things run on this machine.
+        json: print the result as JSON, show no progress.
+    """
+    chosen = load_recipe(recipe)
+    if params is not None:
+        Budget(params=params)  # range check, before anything is loaded
+        chosen = dataclasses.replace(chosen, params=params)
+    if method not in METHODS:
+        raise InvalidValueError(f"method = {method!r} is unknown{nearest(method, METHODS)}")
+    if threads:
+        torch.set_num_threads(threads)
+    dataset = load_dataset(chosen.task, data, chosen.train_limit or None)
+    rows = []
+    for name, trained in runs(method, dataset, chosen, seed, out, show=not json):
+        folder = result_path(out, chosen, name, seed).with_suffix("")
+        result = make_result(chosen, name, seed, evaluate(trained, dataset, times), trained)
+        checkpoint.save(trained.model, folder / "model", report=trained.report.to_json() if trained.report else None)
+        write_json(folder / "result.json", result)
+        if results is not None:
+            write_json(result_path(results, chosen, name, seed), result)
+        rows.append({"method": NAMES[name], **result["metrics"]})
+    page = write_page(folder / "report.html", trained.report, chosen.name, rows, context(chosen, seed)) if trained.report else None
+    if json:
+        show_json(result)
+        return
+    Console().print(comparison_table(rows))
+    if trained.report:
+        Console().print(layer_table(trained.report))
+    print(f"model: {folder / 'model'}   result: {folder / 'result.json'}" + (f"   report: {page}" if page else ""))
+
+
+def runs(method: str, data: Dataset, recipe: Recipe, seed: int, out: Path, show: bool) -> Iterator[tuple[str, Trained]]:
+    """Train by a method. `svd` starts from the dense network, so that one comes first, as a result of its own."""
+    names = ("dense", "svd") if method == "svd" else (method,)
+    base: Trained | None = None
+    for name in names:
+        with progress_bar(name, show) as report, interruptible(result_path(out, recipe, name, seed).with_suffix("")):
+            base = svd(data, recipe, seed, trained=base) if name == "svd" else METHODS[name](data, recipe, seed, report)
+        yield name, base
+
+
+def compress(
+    factory: Positional[str],
+    weights: Path,
+    out: Path,
+    params: float | None = None,
+    macs: float | None = None,
+    energy: float | None = None,
+    input_shape: tuple[int, ...] = (),
+    matricization: str = "out,in*kh*kw",
+    json: bool = False,
+) -> None:
+    """Cut a trained model, without training: build it, load its weights, choose ranks, verify, save.
+
+    Example: laconic compress mypackage.models:resnet --weights model.safetensors --params 0.5 --out compact
+
+    Args:
+        factory: `package.module:callable`; called without arguments it returns the model.
+        weights: a .safetensors file, or a .pt file that loads with weights_only=True.
+        out: directory of the compact model and its report.
+        params: budget as a fraction of the parameters.
+        macs: budget as a fraction of the MACs; needs --input-shape.
+        energy: instead of a budget, the share of squared singular values that each layer keeps.
+        input_shape: of one input, batch first, e.g. 1 3 32 32.
+        matricization: of convolutions: "out,in*kh*kw", "out*kh,in*kw", or "auto".
+        json: print the report as JSON.
+    """
+    model = load_weights(call_factory(factory), weights)
+    budget = Budget(params=params, macs=macs) if params is not None or macs is not None else None
+    inputs = (torch.randn(input_shape, generator=torch.Generator().manual_seed(0)),) if input_shape else None
+    with console.status("cutting"):
+        report = compress_model(model, LowRank(matricization=matricization), budget, energy=energy, example_inputs=inputs)
+        folder = checkpoint.save(model, out, report=report.to_json())
+    page = write_page(folder.with_name(folder.name + "-report.html"), report, factory, None, {"weights": weights.name})
+    if json:
+        show_json({**report.to_json(), "model": str(folder)})
+        return
+    Console().print(layer_table(report))
+    print(f"parameters {report.params_before:,} -> {report.params_after:,}; model: {folder}" + (f"; report: {page}" if page else ""))
+    for note in report.notes:
+        print(f"note: {note}")
+
+
+def report(directory: Positional[Path], html: Path | None = None, json: bool = False) -> None:
+    """Show what was done to a saved model.
+
+    Example: laconic report laconic-demo/model --html report.html
+
+    Args:
+        directory: a saved model.
+        html: also write the HTML page here (needs the extra `plot`).
+        json: print the report as JSON.
+    """
+    if not directory.is_dir():
+        raise CheckpointNotFoundError(f"{directory} does not exist or is not a directory: expected a saved model")
+    manifest = checkpoint.read_manifest(directory)
+    if "report" not in manifest:
+        raise CheckpointError(f"{directory} was saved without a report: laconic.save(model, directory, report=report.to_json())")
+    found = CompactReport.from_json(manifest["report"])
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(render(found, title=manifest["model"], context={"laconic": manifest["laconic"], "torch": manifest["torch"]}))
+    if json:
+        show_json(manifest["report"])
+        return
+    Console().print(layer_table(found))
+    print(f"parameters {found.params_before:,} -> {found.params_after:,}")
+    for note in found.notes:
+        print(f"note: {note}")
+
+
+class interruptible:  # noqa: N801 - used like a function
+    """On Ctrl-C: save the model as it is, say where, leave with status 130."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, TrainingInterrupted):
+            place = checkpoint.save(error.model, self.folder / "interrupted")
+            console.print(f"{error}; the model as it is now: {place} (laconic.load reads it)")
+            raise SystemExit(130) from None
+
+
+def call_factory(factory: str) -> nn.Module:
+    """The model that `package.module:callable` returns."""
+    module_name, _, attribute = factory.partition(":")
+    if not module_name or not attribute:
+        raise InvalidValueError(f"factory = {factory!r}: expected package.module:callable")
+    sys.path.insert(0, "")  # modules beside the user, as with python -m
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InvalidValueError(f"factory = {factory!r}: {error}") from None
+    finally:
+        sys.path.remove("")
+    model = found()
+    if not isinstance(model, nn.Module):
+        raise InvalidValueError(f"factory = {factory!r} returned a {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def load_weights(model: nn.Module, path: Path) -> nn.Module:
+    """Load a state dict into the model; no pickle beyond what weights_only allows."""
+    if not path.is_file():
+        raise CheckpointNotFoundError(f"{path} does not exist: expected a .safetensors or .pt file with the model's state_dict")
+    state: dict[str, Tensor]
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
+    except Exception as error:
+        raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())[:400]}") from None
+    return model
+
+
+def context(recipe: Recipe, seed: int) -> dict[str, Any]:
+    return {"recipe": recipe.name, "seed": seed, **versions(), **machine()}
+
+
+def write_page(path: Path, report: CompactReport, title: str, rows: list[dict[str, Any]] | None, about: dict[str, Any]) -> Path | None:
+    """The HTML page; None, and a line that says why, where its extra is not installed."""
+    try:
+        page = render(report, title=title, comparison=rows, context=about)
+    except MissingExtraError as error:
+        console.print(f"no HTML page: {error}")
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page)
+    return path
+
+
+def show_json(content: Any) -> None:
+    print(jsonlib.dumps(content))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "train": train, "compress": compress, "report": report}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `laconic`."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="laconic", args=arguments, description=__doc__)
+    except LaconicError as error:
+        print(f"laconic: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("laconic: interrupted; nothing had been trained that could be saved", file=sys.stderr)
+        raise SystemExit(130) from None

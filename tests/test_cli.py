@@ -1,0 +1,155 @@
+"""The command line as a user meets it."""
+
+import json
+import os
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import laconic.cli
+from laconic.cli import COMMANDS, main
+from laconic.data import load_dataset
+from laconic.methods import build
+from laconic.recipe import Recipe, load_recipe, shipped_recipes
+from laconic.training import accuracy
+
+RECIPE = """
+task = "digits"
+widths = [8, 16]
+pools = [0]
+epochs = {epochs}
+params = 0.5
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "small.toml"
+    path.write_text(RECIPE.format(epochs=2))
+    return path
+
+
+def run(*arguments: str) -> None:
+    main([str(a) for a in arguments])
+
+
+def test_train_writes_a_model_that_loads_and_a_result_with_the_agreed_keys(recipe, capsys):
+    run("train", recipe, "--json", "--results", "results")
+    result = json.loads(capsys.readouterr().out)
+    assert {"task", "method", "budget", "seed", "metrics", "recipe", "versions", "commit", "dirty", "machine"} <= result.keys()
+    assert result == json.loads(Path("results/small/laconic-seed0.json").read_text())
+    data = load_dataset("digits")
+    model = laconic.load("runs/small/laconic-seed0/model", build(data, load_recipe(recipe), seed=9))
+    assert laconic.profile(model, (data.test_x[:1],), latency=False).params == result["metrics"]["params"]
+    assert result["metrics"]["params"] <= 0.5 * sum(p.numel() for p in build(data, load_recipe(recipe), 0).parameters())
+    page = Path("runs/small/laconic-seed0/report.html").read_text()
+    assert "features.4" in page
+
+
+@pytest.mark.parametrize("method", ["dense", "svd", "thin"])
+def test_every_method_trains(recipe, capsys, method):
+    run("train", recipe, "--method", method, "--no-times", "--json")
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert metrics["accuracy"] > 0.15
+    assert "train_seconds" not in metrics
+
+
+def test_the_same_seed_gives_the_same_result(recipe, capsys):
+    results = []
+    for _ in range(2):
+        run("train", recipe, "--no-times", "--json")
+        results.append(json.loads(capsys.readouterr().out)["metrics"])
+    assert results[0] == results[1]
+
+
+def test_report_shows_and_renders_what_was_saved(recipe, capsys):
+    run("train", recipe, "--json")
+    capsys.readouterr()
+    run("report", "runs/small/laconic-seed0/model", "--html", "page.html")
+    assert "features.4" in capsys.readouterr().out
+    assert Path("page.html").read_text().startswith("<!DOCTYPE html>")
+    run("report", "runs/small/laconic-seed0/model", "--json")
+    assert json.loads(capsys.readouterr().out)["params_after"] > 0
+
+
+def test_compress_cuts_a_trained_model_from_a_factory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my_nets.py").write_text(
+        "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))\n"
+    )
+    torch.save(torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32)).state_dict(), "weights.pt")
+    run("compress", "my_nets:net", "--weights", "weights.pt", "--out", "compact", "--params", "0.5", "--input-shape", 1, 32, "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["params_after"] <= 0.5 * report["params_before"]
+    assert report["max_abs_diff"] > 0
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+    assert laconic.load("compact", model)[0][0].weight.shape[0] < 32
+
+
+BAD = [
+    (["train", "nope"], "neither a file nor a shipped recipe"),
+    (["train", "digit"], "did you mean 'digits'"),
+    (["train", "typo.toml"], "unknown key 'epoch'; did you mean 'epochs'"),
+    (["train", "wrong.toml"], "epochs = 'two' should be a int"),
+    (["train", "broken.toml"], "not valid TOML"),
+    (["train", "digits", "--method", "lacnic"], "did you mean 'laconic'"),
+    (["train", "digits", "--params", "1.5"], "Budget\\(params=1.5\\)"),
+    (["train", "scene", "--data", "nowhere"], "chars74k_scene36.npz is not in nowhere: name its folder with --data"),
+    (["compress", "no_colon", "--weights", "w.pt", "--out", "x", "--params", "0.5"], "expected package.module:callable"),
+    (["compress", "torch.nn:Nothing", "--weights", "w.pt", "--out", "x", "--params", "0.5"], "Nothing"),
+    (["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "x", "--params", "0.5"], "w.pt does not exist"),
+    (["report", "nowhere"], "nowhere does not exist"),
+    (["report", "."], "laconic.json is missing"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_line_and_a_status(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("typo.toml").write_text(RECIPE.format(epochs=2).replace("epochs", "epoch"))
+    Path("wrong.toml").write_text(RECIPE.format(epochs='"two"'))
+    Path("broken.toml").write_text("task = ")
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("laconic: ")
+    assert error.count("\n") == 1
+    assert pytest.importorskip("re").search(message, error), error
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*([command] if command else []), "--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert ("laconic " + (command or "")) in shown
+    assert command is None or "Example: laconic" in " ".join(shown.split())
+
+
+def test_ctrl_c_in_training_leaves_a_model_that_loads_and_says_where(recipe, capsys, monkeypatch):
+    @contextmanager
+    def signal_at_step_40(title, show):
+        yield lambda progress: os.kill(os.getpid(), signal.SIGINT) if progress.step == 40 else None
+
+    monkeypatch.setattr(laconic.cli, "progress_bar", signal_at_step_40)
+    with pytest.raises(SystemExit) as stopped:
+        run("train", recipe)
+    assert stopped.value.code == 130
+    assert "interrupted at step 40 of 44; the model as it is now: runs/small/laconic-seed0/interrupted" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    data = load_dataset("digits")
+    model = laconic.load("runs/small/laconic-seed0/interrupted", build(data, load_recipe(recipe), seed=3))
+    assert type(model.features[4]) is torch.nn.Sequential  # it was cut at step 22
+    assert accuracy(model, data.test_x, data.test_y) > 0.15
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_valid(name):
+    assert isinstance(load_recipe(name), Recipe)

@@ -1,0 +1,100 @@
+"""README and docs tell the truth: their Python blocks run, their commands exist, their numbers come from result files."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from laconic.cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [body for found, body in FENCE.findall(page.read_text()) if found == language]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_the_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for body in blocks(page, "python"):
+        exec(compile(body, page.name, "exec"), namespace)
+
+
+def test_the_quick_start_is_at_most_thirty_lines():
+    code = blocks(ROOT / "README.md", "python")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 30
+
+
+def test_commands_in_the_readme_exist():
+    text = "\n".join(blocks(ROOT / "README.md", "sh"))
+    targets = set(re.findall(r"^make (\w+)", text, re.M))
+    assert targets
+    assert all(re.search(rf"^{t}:", (ROOT / "Makefile").read_text(), re.M) for t in targets)
+    used = set(re.findall(r"^laconic (\w+)", text, re.M))
+    assert used
+    assert used <= COMMANDS.keys()
+
+
+def test_rendered_tables_are_up_to_date():
+    done = subprocess.run([sys.executable, "experiments/render.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+REBUILD = """
+import sys
+sys.modules["laconic"] = None  # `import laconic` fails from here on
+try:
+    import laconic
+except ImportError:
+    pass
+else:
+    raise SystemExit("laconic could be imported")
+import torch
+from torch import nn
+{loader}
+{model}
+model = rebuild("compact", Net()).eval()
+torch.testing.assert_close(model(torch.load("x.pt")), torch.load("y.pt"), rtol=0, atol=0)
+print("rebuilt")
+"""
+
+MODEL = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, stride=2), nn.BatchNorm2d(16), nn.ReLU())
+        self.conv = nn.Conv2d(16, 32, 3, padding=2, dilation=2, groups=2, bias=False)
+        self.head = nn.Linear(32, 30)
+
+    def forward(self, x):
+        return self.head(self.conv(self.stem(x)).mean((2, 3)))
+"""
+
+
+def test_the_example_rebuilds_a_saved_model_where_laconic_cannot_be_imported(tmp_path):
+    import torch
+
+    import laconic
+
+    namespace: dict = {}
+    exec(MODEL, namespace)
+    model, x = namespace["Net"]().eval(), torch.randn(2, 3, 9, 9)
+    report = laconic.compress(model, budget=laconic.Budget(params=0.5), example_inputs=(x,))
+    assert {layer.kind for layer in report.layers if layer.rank} >= {"Conv2d", "Linear"}
+    laconic.save(model, tmp_path / "compact")
+    torch.save(x, tmp_path / "x.pt")
+    torch.save(model(x).detach(), tmp_path / "y.pt")
+    (loader,) = blocks(ROOT / "docs" / "rebuild.md", "python")
+    assert len([line for line in loader.splitlines() if line.strip()]) <= 20
+    script = REBUILD.format(loader=loader, model=MODEL)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "rebuilt", done.stderr
