@@ -160,7 +160,9 @@ def test_log_sum_does_not_know_its_units(s, tau, exponent):
     c = 2.0**exponent
     found = LogSum(c * 0.5).prox(c * vector(s), c * tau) / c
     near_a_tie = (vector(s) - LogSum(0.5).cutoff(tau)).abs() < 1e-9
-    torch.testing.assert_close(found.masked_fill(near_a_tie, 0), LogSum(0.5).prox(vector(s), tau).masked_fill(near_a_tie, 0), rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        found.masked_fill(near_a_tie, 0), LogSum(0.5).prox(vector(s), tau).masked_fill(near_a_tie, 0), rtol=1e-7, atol=0
+    )
 
 
 def test_log_sum_halves_the_shrinkage_at_epsilon():
@@ -201,11 +203,11 @@ def test_nothing_beats_the_prox_of_hoyer(s, tau):
 
 @given(a=st.floats(0.01, 3), b=st.floats(0, 3), tau=st.floats(0.01, 5))
 def test_hoyer_of_two_values_is_the_best_of_all_angles(a, b, tau):
-    angle = np.linspace(0, np.pi / 2, 200_001)
+    angle = np.linspace(0, np.pi / 2, 20_001)
     length = a * np.cos(angle) + b * np.sin(angle)
     searched = min(float(np.min(0.5 * (a * a + b * b - length**2) + tau * (np.cos(angle) + np.sin(angle)))), 0.5 * (a * a + b * b))
     found = reference.hoyer_objective(Hoyer().prox(vector([a, b]), tau).numpy(), np.array([a, b]), tau)
-    assert found == pytest.approx(searched, rel=1e-9, abs=1e-9)
+    assert found == pytest.approx(searched, rel=1e-7, abs=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def product_rule(choices: Sequence[Choice], fixed: Floats, limits: Floats, what:
     """
     weights = 1 / np.maximum(limits, 1e-300)
     scalar = [c.costs @ weights for c in choices]
-    now = [int(np.argmin(s)) for s in scalar]
+    now = [int(np.lexsort((-c.gains, s))[0]) for c, s in zip(choices, scalar, strict=True)]  # the best of the cheapest
     spent = fixed + sum((c.costs[j] for c, j in zip(choices, now, strict=True)), np.zeros_like(fixed))
     if np.any(spent > limits):
         worst = int(np.argmax(spent / limits))
@@ -114,5 +114,11 @@ def energy_rule(values: Floats, share: float) -> int:
 
 
 def numerical_rank(values: Floats, epsilon: float, size: int) -> int:
-    """How many values are above rounding, `s_max * epsilon * sqrt(size)`; at least 1."""
-    return max(int(np.sum(values > values[0] * epsilon * size**0.5)), 1)
+    """How many values are above rounding; at least 1.
+
+    Entries stored to a precision of `epsilon` move singular values by up to about half of epsilon times the root mean
+    square value; the arithmetic, float32 at least, adds `s_max * sqrt(size)` times its own.
+    """
+    stored = epsilon * float(np.sqrt(np.mean(values**2)))
+    computed = min(epsilon, 2.0**-23) * float(values[0]) * size**0.5
+    return max(int(np.sum(values > max(stored, computed))), 1)

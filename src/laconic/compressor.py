@@ -31,7 +31,7 @@ from .errors import (
 )
 from .measure import check_inputs
 from .penalties import check_share
-from .plan import check_structures, make_plan
+from .plan import check_structures, make_plan, use_unfoldings
 from .report import CompactReport, Snapshot
 from .schedule import Controller, Schedule
 from .structures import LowRank, Site, combined
@@ -111,7 +111,7 @@ class Compressor:
         start = spectra(self.plan)
         if budget is not None:
             ranks_for_budget(self.plan, start, budget)  # out of reach: said now, not at the end
-        self.spectra_start = {k: tuple(float(f"{x:.6g}") for x in v) for k, v in start.items()}
+        self.spectra_start = {k: v.astype(np.float32) for k, v in start.items()}  # for the report; small
         self.controller = self._controller()
         self.energy: float | None = None
         self.history: list[Snapshot] = []
@@ -181,7 +181,7 @@ class Compressor:
             if site.weight.grad is not None and site.weight.requires_grad and _holds(optimizer, site.weight):
                 self._owed[site.name] += _learning_rate(optimizer, site.weight)
         if self._steps[index] % self.every == 0 or cut_now:
-            self._prox([s for s in self.plan.sites if self._owner[s.name] is optimizer])
+            self._prox([s for s in self.plan.sites if cut_now or self._owner[s.name] is optimizer])
         if cut_now:
             self._cut_in_mid_run()
 
@@ -203,6 +203,8 @@ class Compressor:
         return self.controller.strength
 
     def _prox(self, sites: Sequence[Site]) -> None:
+        if not sites:  # the step of an optimizer that holds none of the weights: steering is once per round
+            return
         for site in sites:
             owed, self._owed[site.name] = self._owed[site.name], 0.0
             tau = self.strength(site) * owed
@@ -266,10 +268,14 @@ class Compressor:
         result.notes[:0] = notes
         self._cuts.append(result)
         self.plan.ranks |= {name: rank for name, rank in result.ranks.items() if rank is not None}
-        for site in self.plan.sites:
-            if result.ranks[site.name] is not None:
-                site.modules = ()  # or the dense weights would stay in memory
+        self._forget(result.ranks)
         self.history.append(Snapshot(self.steps, math.nan if not self.history else self.history[-1].strength, dict(self.plan.ranks)))
+
+    def _forget(self, ranks: Ranks) -> None:
+        """Let go of the layers that were cut out, or their dense weights would stay in memory."""
+        for site in self.plan.sites:
+            if ranks[site.name] is not None:
+                site.modules = ()
 
     # ---- the end ------------------------------------------------------------------------------------------------
 
@@ -299,19 +305,32 @@ class Compressor:
                 done = f"{self.steps} of {self.total_steps} steps"
                 notes.append(f"the run ended after {done}, before the cut at {self.schedule.cut:.0%}: cut now, without training afterwards")
                 warnings.warn(f"laconic: {notes[-1]}", stacklevel=2)
-            if self._pressing:
-                self._prox([s for s in self.plan.sites if self._owed[s.name] > 0])
-            values = spectra(self.plan)
-            ranks, times, more = choose_ranks(
-                self.model, self.plan, values, partial(self._choose, values, energy), only_faster, self.example_inputs
-            )
-            self._cut(values, ranks, calibration, times, notes + more)
+            unpaid = [
+                (s, s.weight.detach().clone(), self._owed[s.name]) for s in self.plan.sites if self._pressing and self._owed[s.name] > 0
+            ]
+            try:
+                self._prox([s for s, _, _ in unpaid])
+                values = spectra(self.plan)
+                ranks, times, more = choose_ranks(
+                    self.model, self.plan, values, partial(self._choose, values, energy), only_faster, self.example_inputs
+                )
+                self._cut(values, ranks, calibration, times, notes + more)
+            except BaseException:
+                for site, weight, owed in unpaid:
+                    site.weight.data.copy_(weight)
+                    self._owed[site.name] = owed
+                raise
         elif calibration is not None:
             notes.append("calibration had no effect: the model trained on after the cut")
         self._cuts[-1].notes += [f"a solver failed and another was used: {line}" for line in self.failures]
         self.detach()
         self._report = make_report(
-            self.model, self.plan, self._cuts, self.example_inputs, history=tuple(self.history), spectra_start=self.spectra_start
+            self.model,
+            self.plan,
+            self._cuts,
+            self.example_inputs,
+            history=tuple(self.history),
+            spectra_start={k: tuple(float(f"{x:.6g}") for x in v) for k, v in self.spectra_start.items()},
         )
         return self._report
 
@@ -358,6 +377,7 @@ class Compressor:
         return {
             "version": STATE_VERSION,
             "names": [s.name for s in self.plan.sites],
+            "unfoldings": {s.name: s.unfolding.name for s in self.plan.sites},
             "steps": list(self._steps),
             "owed": dict(self._owed),
             "values": {k: torch.from_numpy(v.copy()) for k, v in self._values.items()},
@@ -366,7 +386,7 @@ class Compressor:
             "stride": self._stride,
             "controller": {"strength": self.controller.strength, "start_gap": self.controller.start_gap} if self.controller else None,
             "history": [{"step": h.step, "strength": h.strength, "ranks": dict(h.ranks)} for h in self.history],
-            "spectra_start": {k: list(v) for k, v in self.spectra_start.items()},
+            "spectra_start": {k: v.tolist() for k, v in self.spectra_start.items()},
             "failures": list(self.failures),
             "cuts": [
                 {
@@ -395,6 +415,7 @@ class Compressor:
             )
         if len(state["steps"]) != len(self.optimizers):
             raise CheckpointError(f"compressor state has {len(state['steps'])} optimizers, this one {len(self.optimizers)}")
+        use_unfoldings(self.model, self.plan, state["unfoldings"], self.example_inputs)
         self._steps = list(state["steps"])
         self._owed = dict(state["owed"])
         self._values = {k: v.numpy().copy() for k, v in state["values"].items()}
@@ -403,13 +424,14 @@ class Compressor:
         if self.controller is not None and state["controller"] is not None:
             self.controller.strength, self.controller.start_gap = state["controller"]["strength"], state["controller"]["start_gap"]
         self.history = [Snapshot(**h) for h in state["history"]]
-        self.spectra_start = {k: tuple(v) for k, v in state["spectra_start"].items()}
+        self.spectra_start = {k: np.array(v, dtype=np.float32) for k, v in state["spectra_start"].items()}
         self.failures = list(state["failures"])
         for saved in state["cuts"]:
             values = {k: v.numpy().copy() for k, v in saved["values"].items()}
             times = {k: (v[0], v[1]) for k, v in saved["timings"].items()}
             replayed = cut_sites(self.model, self.plan, spectra(self.plan), saved["ranks"], optimizers=self.optimizers)
             self._cuts.append(CutResult(replayed.ranks, values, saved["errors"], saved["max_abs_diff"], list(saved["notes"]), times))
+            self._forget(replayed.ranks)
 
 
 def _check_arguments(structures: Sequence[LowRank], budget: Any, total_steps: Any, every: Any, cut: Any) -> None:

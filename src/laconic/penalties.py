@@ -98,17 +98,18 @@ class LogSum:
 
     def cutoff(self, tau: float) -> float:
         r"""tau where the objective is convex (tau <= epsilon); above, the s at which zero and the larger root tie."""
-        tau, epsilon = check_tau(tau), self.epsilon
-        if tau <= epsilon:
+        tau = check_tau(tau)
+        if tau <= self.epsilon:
             return tau
+        t = tau / self.epsilon  # in units of epsilon, so that no product vanishes or overflows
 
         def advantage_of_zero(s: float) -> float:
-            ratio = 2 * math.sqrt(tau) * math.sqrt(epsilon) / (s + epsilon)
-            x = max(((s - epsilon) + (s + epsilon) * math.sqrt(max(1 - ratio, 0.0) * (1 + ratio))) / 2, 0.0)
-            # 1/2 (x - s)^2 + tau h(x) - 1/2 s^2; decreasing in s.
-            return x * (x / 2 - s) + tau * epsilon * math.log1p(x / epsilon)
+            ratio = 2 * math.sqrt(t) / (s + 1)
+            x = max(((s - 1) + (s + 1) * math.sqrt(max(1 - ratio, 0.0) * (1 + ratio))) / 2, 0.0)
+            # 1/2 (x - s)^2 + t h(x) - 1/2 s^2; decreasing in s.
+            return x * (x / 2 - s) + t * math.log1p(x)
 
-        low, high = max(2 * math.sqrt(tau) * math.sqrt(epsilon) - epsilon, 0.0), tau
+        low, high = max(2 * math.sqrt(t) - 1, 0.0), t
         for _ in range(200):
             middle = (low + high) / 2
             if not low < middle < high:
@@ -117,7 +118,7 @@ class LogSum:
                 low = middle
             else:
                 high = middle
-        return low
+        return low * self.epsilon
 
 
 @dataclass(frozen=True, slots=True)

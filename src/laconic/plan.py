@@ -129,8 +129,7 @@ def make_plan(
     for parameter, held in holders.items():
         names = [_join(path, attribute) for module, attribute in held for path in modules[module]]
         if isinstance(parameter, UninitializedParameter):
-            left.append(LeftAlone(names[0], (), "not initialised yet: run the model once on real inputs first"))
-            continue
+            raise InvalidValueError(f"{names[0]} is not initialised yet (a lazy layer): run the model once on real inputs first")
         if parameter.ndim < 2:
             continue
         wanted = [s for s in structures if _selected(s, modules, held, names)]
@@ -151,6 +150,14 @@ def make_plan(
     if example_inputs is not None:
         _count(model, plan, check_inputs(example_inputs))
     return plan
+
+
+def use_unfoldings(model: nn.Module, plan: Plan, names: dict[str, str], example_inputs: Any = None) -> None:
+    """Unfold each site as named: on resume `"auto"` must not choose again, from other weights."""
+    for site in plan.sites:
+        site.unfolding = next(u for u in unfoldings(site.modules[0]) if u.name == names[site.name])
+    if example_inputs is not None:
+        _count(model, plan, check_inputs(example_inputs))
 
 
 def _count(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> None:

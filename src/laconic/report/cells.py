@@ -46,7 +46,7 @@ def layer_cells(report: CompactReport) -> list[LayerCells]:
         LayerCells(
             name=layer.name,
             kind=layer.kind or MISSING,
-            shape=" × ".join(map(str, layer.shape)),
+            shape="×".join(map(str, layer.shape)),
             rank=rank_text(layer),
             params=(count(layer.params_before), count(layer.params_after)),
             macs=(count(layer.macs_before), count(layer.macs_after)),
@@ -68,8 +68,8 @@ def arrow(pair: tuple[str, str]) -> str:
     return pair[0] if pair[0] == pair[1] else f"{pair[0]} → {pair[1]}"
 
 
-def comparison_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Cells of the comparison under `COMPARISON_COLUMNS`.
+def comparison_cells(rows: Sequence[Row], spreads: bool = True) -> list[tuple[str, ...]]:
+    """Cells of the comparison under `COMPARISON_COLUMNS`; `spreads=False` leaves out how far a time scatters.
 
     Keys of a row: `method`; all others may be missing or None: `accuracy` (0 to 1), `accuracy_spread` (or `spread`),
     `params`, `macs`, `file_bytes`, `latency_b1_ms`, `latency_b1_spread_ms`, the same for `b64`, `train_seconds` (or
@@ -83,8 +83,8 @@ def comparison_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             count(row.get("params")),
             count(row.get("macs")),
             size(row.get("file_bytes")),
-            spread(row.get("latency_b1_ms"), row.get("latency_b1_spread_ms"), places["latency_b1_ms"]),
-            spread(row.get("latency_b64_ms"), row.get("latency_b64_spread_ms"), places["latency_b64_ms"]),
+            spread(row.get("latency_b1_ms"), row.get("latency_b1_spread_ms") if spreads else None, places["latency_b1_ms"]),
+            spread(row.get("latency_b64_ms"), row.get("latency_b64_spread_ms") if spreads else None, places["latency_b64_ms"]),
             duration(first(row, "train_seconds", "seconds")),
         )
         for row in rows

@@ -15,7 +15,7 @@ CSS = f"""
 @media (prefers-color-scheme: dark) {{ :root {{ {DARK.strip()} }} }}
 * {{ box-sizing: border-box; }}
 body {{ margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 var(--font); }}
-main {{ max-width: 980px; margin: 0 auto; padding: 40px 28px 64px; }}
+main {{ max-width: 1040px; margin: 0 auto; padding: 40px 28px 64px; }}
 h1 {{ font-size: 30px; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }}
 h2 {{ font-size: 18px; margin: 44px 0 12px; }}
 .kicker {{ margin: 0 0 2px; color: var(--muted); }}
@@ -26,27 +26,27 @@ dd {{ margin: 0; }}
 .value {{ font-size: 27px; line-height: 1.3; font-weight: 600; font-variant-numeric: tabular-nums; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: 5px 0 5px 16px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--grid); }}
+th, td {{ padding: 5px 0 5px 14px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--grid); }}
 th:first-child, td:first-child {{ padding-left: 0; }}
-thead tr:nth-child(2) th:first-child {{ padding-left: 16px; }}
+thead tr:nth-child(2) th:first-child {{ padding-left: 14px; }}
 th {{ font-weight: 500; color: var(--muted); vertical-align: bottom; }}
 thead tr:first-child:not(:last-child) th.pair {{ border-bottom: 0; padding-bottom: 0; }}
 .num, .pair {{ text-align: right; }}
 td.num {{ white-space: nowrap; }}
-.note {{ color: var(--muted); min-width: 180px; }}
+.note {{ color: var(--muted); min-width: 140px; }}
 .dense td {{ color: var(--muted); }}
 .ours td, tfoot td {{ font-weight: 650; }}
-tfoot td {{ border-bottom: 0; }}
-code {{ font: 0.94em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }}
+tfoot td {{ border-bottom: 0; white-space: nowrap; }}
+code {{ font: 0.94em ui-monospace, "SF Mono", Menlo, Consolas, monospace; }}
 figure {{ margin: 20px 0 0; overflow-x: auto; }}
-figure svg {{ display: block; max-width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt; font-variant-numeric: tabular-nums; }}
-figcaption, .missing {{ color: var(--muted); font-size: 13px; margin: 6px 0 0; max-width: 72ch; }}
+figure svg {{ display: block; width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt; font-variant-numeric: tabular-nums; }}
+figcaption, .missing {{ color: var(--muted); font-size: 13px; margin: 6px 0 0; max-width: 104ch; }}
 ul {{ margin: 0; padding-left: 20px; }}
 .context {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 2px 28px; margin: 0; font-size: 13.5px; }}
 .context div {{ display: flex; gap: 12px; justify-content: space-between; border-bottom: 1px solid var(--grid); padding: 4px 0; }}
 .context dt {{ color: var(--muted); }}
 .context dd {{ text-align: right; overflow-wrap: anywhere; }}
-@media (max-width: 720px) {{ main {{ padding: 24px 16px 48px; }} figure svg {{ max-width: none; }} }}
+@media (max-width: 720px) {{ main {{ padding: 24px 16px 48px; }} figure svg {{ width: 720px; }} }}
 @media print {{
 :root {{ {LIGHT.strip()} }}
 body {{ font-size: 11px; }}

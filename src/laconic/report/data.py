@@ -87,15 +87,22 @@ class CompactReport:
     spectra_start: dict[str, tuple[float, ...]] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists, dicts and numbers, ready for `json.dumps`."""
-        return {"format": FORMAT, **asdict(self)}
+        """Plain lists, dicts and numbers, ready for `json.dumps`. An infinite or undefined change of an output is a string."""
+        diff = self.max_abs_diff
+        return {"format": FORMAT, **asdict(self), "max_abs_diff": diff if diff is None or math.isfinite(diff) else str(diff)}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> CompactReport:
         fields = {k: v for k, v in data.items() if k != "format"}
         layers = tuple(LayerReport(**{**x, "shape": tuple(x["shape"]), "spectrum": tuple(x["spectrum"])}) for x in fields.pop("layers"))
         history = tuple(Snapshot(**x) for x in fields.pop("history"))
-        return CompactReport(**{**fields, "layers": layers, "history": history, "notes": tuple(fields["notes"])})
+        diff = fields.pop("max_abs_diff")
+        starts = fields.pop("spectra_start")
+        return CompactReport(
+            **{**fields, "layers": layers, "history": history, "notes": tuple(fields["notes"])},
+            max_abs_diff=None if diff is None else float(diff),
+            spectra_start=None if starts is None else {k: tuple(v) for k, v in starts.items()},
+        )
 
     def __str__(self) -> str:
         lines = [f"parameters {self.params_before} -> {self.params_after} ({self.params_after / self.params_before:.3f})"]

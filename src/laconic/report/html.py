@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .cells import COMPARISON_COLUMNS, LayerCells, Row, comparison_cells, layer_cells
+from .cells import COMPARISON_COLUMNS, LayerCells, Row, comparison_cells, first, layer_cells
 from .css import CSS
 from .data import CompactReport
-from .human import MISSING, count, decimals, fixed, scientific, share, size, three_digits
+from .human import MISSING, count, decimals, fixed, scientific, share, size
 from .pictures import comparison_picture, is_ours, params_picture, ranks_picture, spectra_picture
 
 
@@ -75,7 +75,7 @@ def headline(report: CompactReport) -> str:
     tiles = [
         before_after("Parameters", report.params_before, report.params_after),
         before_after("MACs", report.macs_before, report.macs_after, "not counted: no example inputs"),
-        tile("Largest output change", scientific(report.max_abs_diff), "by the cut, on the example inputs" if report.max_abs_diff is not None else "not checked: no example inputs"),
+        tile("Largest output change", scientific(report.max_abs_diff, 3), "by the cut, on the example inputs" if report.max_abs_diff is not None else "not checked: no example inputs"),
         tile("Surgery error", scientific(report.surgery_error), "cut layers against truncated dense ones, relative"),
     ]  # fmt: skip
     return f'<dl class="tiles">{"".join(tiles)}</dl>'
@@ -84,8 +84,7 @@ def headline(report: CompactReport) -> str:
 def before_after(name: str, before: int | None, after: int | None, otherwise: str = "") -> str:
     if not before or after is None:
         return tile(name, MISSING, otherwise)
-    times = f"{share(after, before)} of {count(before)}" + (f", {three_digits(before / after)}× fewer" if 0 < after < before else "")
-    return tile(name, count(after), times)
+    return tile(name, count(after), f"{share(after, before)} of {count(before)}")
 
 
 def tile(name: str, value: str, below: str) -> str:
@@ -132,8 +131,19 @@ def comparison_section(rows: Sequence[Row] | None) -> str:
     if not rows:
         return missing("Nothing to compare with: no other methods were given.")
     body = [line(c, 1, css="ours" if is_ours(r) else "") for r, c in zip(rows, comparison_cells(rows), strict=True)]
-    drawn = picture(comparison_picture(rows), "No picture of accuracy against size: it needs two methods with both numbers.", "Accuracy against size; beside each name, the time of its training. Up and to the left is better.")  # fmt: skip
+    drawn = picture(comparison_picture(rows), "No picture of accuracy against size: it needs two methods with both numbers.", comparison_text(rows))  # fmt: skip
     return table(line(COMPARISON_COLUMNS, 1, "th"), body) + drawn
+
+
+def comparison_text(rows: Sequence[Row]) -> str:
+    timed = any(first(r, "train_seconds", "seconds") is not None for r in rows)
+    spread = any(first(r, "accuracy_spread", "spread") is not None for r in rows)
+    parts = (
+        "Accuracy against size; up and to the left is better.",
+        "Beside each name, the time of its training." * timed,
+        "Bars: the spread." * spread,
+    )
+    return " ".join(p for p in parts if p)
 
 
 def layer_section(report: CompactReport) -> str:
@@ -155,10 +165,15 @@ def layer_section(report: CompactReport) -> str:
 
 def layer_line(x: LayerCells, noted: bool) -> str:
     numbers = (x.shape, x.rank, *x.params, *x.macs, x.energy, *(x.times or ()))
-    cells = [f"<td><code>{escape(x.name)}</code></td>" if x.kind else element("td", x.name), element("td", x.kind)]
+    cells = [f"<td><code>{breakable(x.name)}</code></td>" if x.kind else element("td", x.name), element("td", x.kind)]
     cells += [element("td", n, "num") for n in numbers]
     cells += [element("td", x.note, "note")] if noted else []
     return row("".join(cells), "dense" if x.rank == "dense" else "")
+
+
+def breakable(name: str) -> str:
+    """Escaped; a long name may go on in the next line after each dot."""
+    return escape(name).replace(".", ".<wbr>")
 
 
 def bullet_list(lines: Sequence[str]) -> str:
@@ -171,7 +186,7 @@ def profile_section(profiles: Mapping[str, Mapping[str, Any]]) -> str:
     for name, p in profiles.items():
         timing = p.get("latency") or {}
         where = ", ".join(
-            f"{timing[k]}{unit}" for k, unit in (("device", ""), ("threads", " threads"), ("blocks", " timings")) if k in timing
+            f"{label}{timing[k]}" for k, label in (("device", ""), ("threads", "threads: "), ("blocks", "timings: ")) if k in timing
         )
         rows.append(line((str(name), count(p.get("params")), count(p.get("macs")), fixed(p.get("latency_ms"), places), fixed(timing.get("spread_ms"), places), size(p.get("peak_memory")), where or MISSING), 1))  # fmt: skip
     return table(line(("Model", "Parameters", "MACs", "Latency (ms)", "Spread (ms)", "Peak memory", "Timed on"), 1, "th"), rows)

@@ -38,14 +38,15 @@ def three_digits(x: float) -> str:
     """Three significant digits without an exponent: `29.2`, `0.984`, `1,200`."""
     if not math.isfinite(x) or x == 0:
         return f"{x:.0f}"
-    return f"{x:,.{max(0, 2 - math.floor(math.log10(abs(x)) + 1e-9))}f}"
+    exponent = int(f"{x:.2e}".partition("e")[2])  # after rounding: 0.9999 counts as 1
+    return f"{x:,.{max(0, 2 - exponent)}f}"
 
 
-def scientific(x: float | None) -> str:
-    """Errors: two digits, a short exponent: `0.9`, `4.1e-8`."""
+def scientific(x: float | None, digits: int = 2) -> str:
+    """Errors: few digits, a short exponent: `0.9`, `4.1e-8`."""
     if x is None:
         return MISSING
-    mantissa, mark, exponent = f"{x:.2g}".partition("e")
+    mantissa, mark, exponent = f"{x:.{digits}g}".partition("e")
     return f"{mantissa}e{int(exponent)}" if mark else mantissa
 
 
@@ -75,8 +76,5 @@ def fixed(value: float | None, places: int) -> str:
 
 
 def elide(text: str, width: int) -> str:
-    """Cut out the middle of a long name; layer names differ at both ends."""
-    if len(text) <= width:
-        return text
-    head = (width - 1) // 2
-    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
+    """Leave out the beginning of a long name; layer names differ towards their end."""
+    return text if len(text) <= width else f"…{text[len(text) - width + 1 :]}"

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LETTER = 0.075  # inches; width of a letter in the pictures' type size, generous
+LETTER = 0.08  # inches; width of a letter in the pictures' type size, generous
 LINE = 0.16
+AROUND = (
+    *((0.14, 0.0, "left"), (-0.14, 0.0, "right"), (0.0, 0.2, "center"), (0.0, -0.2, "center")),
+    *((dx, sign * dy, align) for dy in (0.22, 0.42, 0.62, 0.82) for sign in (1, -1) for dx, align in ((0.3, "left"), (-0.3, "right"))),
+)
 Box = tuple[float, float, float, float]
 
 
@@ -34,27 +38,29 @@ def spread_out(wanted: Sequence[float], gap: float, low: float, high: float) -> 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The near end of a label, and which way it runs (`left`: text starts here)."""
+    """The near end of a label, which way it runs (`left`: text starts here), and whether it needs a line to its dot."""
 
     at: tuple[float, float]
     align: str
+    far: bool
 
 
-def place_beside(dots: Sequence[tuple[float, float]], texts: Sequence[str]) -> list[Place]:
-    """A place for each label beside its dot (inches) that covers no dot and no earlier label, if there is one."""
-    taken: list[Box] = [(x - 0.09, y - 0.09, x + 0.09, y + 0.09) for x, y in dots]
+def place_beside(dots: Sequence[tuple[float, float]], bars: Sequence[float], texts: Sequence[str]) -> list[Place]:
+    """A place for each label beside its dot (inches) that covers no dot, no error bar (half as long as `bars`) and no earlier label.
+
+    Nearest first; where all places are taken, the one that covers least.
+    """
+    taken: list[Box] = [(x - 0.09, y - bar, x + 0.09, y + bar) for (x, y), bar in zip(dots, bars, strict=True)]
     places = []
     for (x, y), text in zip(dots, texts, strict=True):
         width = LETTER * len(text)
         best: tuple[float, Place, Box] | None = None
-        for distance, (dx, dy, align) in enumerate(
-            ((0.14, 0, "left"), (-0.14, 0, "right"), (0, 0.2, "center"), (0, -0.2, "center"), (0.12, 0.2, "left"), (0.12, -0.2, "left"))
-        ):
+        for distance, (dx, dy, align) in enumerate(AROUND):
             start = x + dx - {"left": 0, "right": width, "center": width / 2}[align]
             box = (start, y + dy - LINE / 2, start + width, y + dy + LINE / 2)
             cost = 100 * sum(overlap(box, other) for other in taken) + 0.001 * distance + (10 if start < 0.65 else 0)
             if best is None or cost < best[0]:
-                best = (cost, Place((x + dx, y + dy), align), box)
+                best = (cost, Place((x + dx, y + dy), align, abs(dx) > 0.2), box)
         assert best is not None
         places.append(best[1])
         taken.append(best[2])

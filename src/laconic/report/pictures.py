@@ -11,8 +11,8 @@ from typing import Any
 
 from .cells import Row, first
 from .data import CompactReport, LayerReport
-from .human import count, duration, elide, share, three_digits
-from .labels import place_beside, spread_out
+from .human import count, duration, elide, share
+from .labels import LETTER, place_beside, spread_out
 from .svg import COLOUR, DASHES, LINES, axes_at, new_figure, style, to_svg
 
 WIDTH = 9.6  # inches; of every picture, so that all have one type size on the page
@@ -33,9 +33,12 @@ def spectra_picture(report: CompactReport) -> str | None:
         return None
     low, high = min(shown) / 1.4, max(shown) * 1.6
     rows = math.ceil(len(layers) / PANELS)
-    width, height, left, top, gap_x, gap_y = 1.92, 1.15, 0.62, 0.66, 0.3, 0.58
+    width, height, left, top, gap_x, gap_y = 1.92, 1.15, 0.62, 0.78, 0.3, 0.72
+    titles = [two_lines(x.name, 28) for x in layers]
+    if any(len(t) > 1 for t in titles):
+        top, gap_y = top + 0.15, gap_y + 0.15
     with style():
-        figure = new_figure(WIDTH, top + rows * (height + gap_y))
+        figure = new_figure(WIDTH, top + rows * (height + gap_y) - gap_y + 0.25)
         for i, (layer, start) in enumerate(zip(layers, starts, strict=True)):
             row, column = divmod(i, PANELS)
             ax = axes_at(figure, left + column * (width + gap_x), top + row * (height + gap_y), width, height)
@@ -55,14 +58,21 @@ def spectra_picture(report: CompactReport) -> str | None:
             ticks_at_decades(ax, low, high, labels=column == 0)
             ax.grid(axis="y")
             ax.tick_params(length=0)
-            rank = f"{layer.rank} of {layer.full_rank}"
-            ax.set_title(elide(layer.name, 27 - len(rank)), loc="left", color=INK, pad=5)
-            ax.set_title(rank, loc="right", color=MARK, pad=5)
+            ax.set_title("\n".join(titles[i]), loc="left", color=INK, pad=17)
+            ax.text(0, 1.045, f"rank {layer.rank} of {layer.full_rank}", transform=ax.transAxes, color=MARK)
         handles, names = [after, mark], ["just before the cut", "rank kept"]
         if any(starts):
             handles, names = [before, *handles], ["before training", *names]
         figure.legend(handles, names, loc="upper left", bbox_to_anchor=(0.5 / WIDTH, 1), ncols=3, handlelength=1.6, columnspacing=2)
         return to_svg(figure, "spectra", "Singular values of every cut layer before training and just before the cut")
+
+
+def two_lines(name: str, width: int) -> list[str]:
+    """A layer's name in one line or, broken after a dot, in two."""
+    if len(name) <= width:
+        return [name]
+    end = name.find(".", len(name) - width - 1) + 1
+    return [elide(name[:end], width), name[end:]] if end else [elide(name, width)]
 
 
 def start_of(report: CompactReport, layer: LayerReport) -> tuple[float, ...]:
@@ -99,14 +109,16 @@ def ranks_picture(report: CompactReport) -> str | None:
     """Rank over training as a share of the full rank, one line per layer, up to the cut; the strength below."""
     history = report.history
     full = {layer: layer.full_rank for layer in report.layers if layer.full_rank}
-    names = {layer: weight_name(layer, history[0].ranks) for layer in full} if history else {}
+    names = {layer: weight_name(layer, history[-1].ranks) for layer in full} if history else {}
     layers = [layer for layer, name in names.items() if name]
     if len(history) < 2 or not layers:
         return None
     steps = [h.step for h in history]
     strength = [math.nan if h.strength is None else h.strength for h in history]
     has_strength = any(math.isfinite(s) for s in strength)
-    left, width, top, line = 0.62, 6.0, 0.3, 0.165
+    left, top, line = 0.62, 0.3, 0.165
+    kept = {x: f"{x.rank} of {x.full_rank}" if x.rank is not None else "dense" for x in layers}
+    width = WIDTH - left - 0.45 - LETTER * min(46, max(len(x.name) + len(kept[x]) for x in layers) + 2)
     height = max(2.5, line * (len(layers) + 0.5))
     with style():
         figure = new_figure(WIDTH, top + height + (1.0 if has_strength else 0) + 0.48)
@@ -121,17 +133,16 @@ def ranks_picture(report: CompactReport) -> str | None:
                 i = cut.index(layer)
                 colour, dash = COLOUR[f"line{i % LINES}"], DASHES[i // LINES % len(DASHES)]
             ax.plot(steps, shares, color=colour, linestyle=dash, linewidth=1.6 if layer.rank is not None else 1.0)
-            what = f"{layer.rank} of {layer.full_rank}" if layer.rank is not None else "dense"
-            ends.append((shares[-1], colour, elide(layer.name, 34 - len(what)), what))
+            ends.append((shares[-1], colour, dash, elide(layer.name, 44 - len(kept[layer])), kept[layer]))
         ax.set_ylim(0, 102)
         ax.set_yticks([0, 25, 50, 75, 100], ["0 %", "25 %", "50 %", "75 %", "100 %"])
         ax.set_ylabel("rank, share of full rank")
         span = max(steps[-1] - steps[0], 1)
         places = spread_out([e[0] for e in ends], 102 * line / height, 0, 102)
-        for (value, colour, name, what), y in zip(ends, places, strict=True):
+        for (value, colour, dash, name, what), y in zip(ends, places, strict=True):
             x = [steps[-1] + f * span for f in (0.008, 0.03, 0.04)]
-            ax.plot(x, [value, y, y], color=colour, linewidth=0.8, clip_on=False)
-            ax.text(steps[-1] + 0.047 * span, y, f"{name}  {what}", va="center", color=INK if what != "dense" else MUTED, clip_on=False)
+            ax.plot(x, [value, y, y], color=colour, linestyle=dash, linewidth=0.9, clip_on=False)
+            ax.text(steps[-1] + 0.047 * span, y, f"{name}, {what}", va="center", color=INK if what != "dense" else MUTED, clip_on=False)
         ax.text(steps[-1], 105, f"cut, step {steps[-1]:,}", ha="right", va="bottom", color=MARK)
         panels = [ax]
         if has_strength:
@@ -198,11 +209,21 @@ def comparison_picture(rows: Sequence[Row] | None) -> str | None:
             ax.plot(a, b, marker, color=colour, markersize=10 if is_ours(r) else 8)
         dots = [tuple(ax.transData.transform((a, b)) / figure.dpi) for a, b in zip(x, y, strict=True)]
         texts = [label_of(r) for r in points]
-        for r, dot, text, place in zip(points, dots, texts, place_beside(dots, texts), strict=True):
-            offset = (72 * (place.at[0] - dot[0]), 72 * (place.at[1] - dot[1]))
-            weight = "bold" if is_ours(r) else "normal"
-            a, b = ax.transData.inverted().transform([figure.dpi * v for v in dot])
-            ax.annotate(text, (a, b), offset, textcoords="offset points", ha=place.align, va="center", weight=weight, annotation_clip=False)
+        bars = [0.09 + e * height / (high - low + 2 * margin) for e in error]
+        for i, place in enumerate(place_beside(dots, bars, texts)):
+            offset = (72 * (place.at[0] - dots[i][0]), 72 * (place.at[1] - dots[i][1]))
+            joint = {
+                "arrowstyle": "-",
+                "color": COLOUR[f"line{i % LINES}"],
+                "linewidth": 0.8,
+                "shrinkA": 1,
+                "shrinkB": 5,
+                "relpos": (place.align == "right", 0.5),
+            }
+            ax.annotate(
+                texts[i], (x[i], y[i]), offset, textcoords="offset points", ha=place.align, va="center", annotation_clip=False,
+                weight="bold" if is_ours(points[i]) else "normal", arrowprops=joint if place.far else None,
+            )  # fmt: skip
         size_ticks(ax)
         ax.set_xlabel("parameters")
         ax.set_ylabel("accuracy (%)")
@@ -232,7 +253,7 @@ def size_ticks(ax: Any) -> None:
         ax.minorticks_off()
     else:
         ax.xaxis.set_major_locator(MaxNLocator(6))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: count(v) if v < 1e6 else f"{three_digits(v / 1e6)} M"))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: count(v) if v < 1e6 else f"{v / 1e6:g} M"))
 
 
 def params_picture(report: CompactReport) -> str | None:
@@ -240,7 +261,9 @@ def params_picture(report: CompactReport) -> str | None:
     layers = report.layers
     if not layers:
         return None
-    left, top, line, width = 2.3, 0.42, 0.235, 4.5
+    numbers, top, line = 2.5, 0.42, 0.235
+    left = 0.2 + LETTER * min(32, max(len(x.name) for x in layers))
+    width = WIDTH - left - numbers
     height = line * len(layers)
     most = max(x.params_before for x in layers) or 1
     with style():

@@ -12,13 +12,19 @@ from .cells import COMPARISON_COLUMNS, Row, arrow, comparison_cells, layer_cells
 from .data import CompactReport
 from .human import MISSING, count
 
+NARROW = (0, 1, 0, 0)  # two spaces between columns: the usual tables fit into 80 columns
+WRAPPED = {title: max(map(len, title.split())) for title in COMPARISON_COLUMNS if "Latency" in title}  # one word a line
+
 
 def comparison_table(rows: Sequence[Row]) -> Table:
     """One line per method; `-` where a number is missing. Keys of a row: see `comparison_cells`."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=NARROW)
     for title in COMPARISON_COLUMNS:
-        table.add_column(Text(title), justify="left" if title == "Method" else "right")
-    for cells in comparison_cells(rows):
+        left = title == "Method"
+        table.add_column(
+            Text(title), justify="left" if left else "right", min_width=max(map(len, title.split())), max_width=WRAPPED.get(title)
+        )
+    for cells in comparison_cells(rows, spreads=False):
         table.add_row(*(Text(c) for c in cells))
     return table
 
@@ -47,7 +53,7 @@ def layer_table(report: CompactReport) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        collapse_padding=True,
+        padding=NARROW,
         show_footer=True,
         caption=Text("\n".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())) if reasons else None,
         caption_justify="left",

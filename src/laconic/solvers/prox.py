@@ -127,7 +127,7 @@ def spectral_prox(
         work = _times_power_of_two(work, -exponent)
         shrunk, used, failures = _shrink_with_fallback(work, penalty, tau, scale, solver or Auto(), name)
         y = _times_power_of_two(shrunk.x, exponent).to(x.dtype).reshape(x.shape)
-        if tau == 0 and torch.equal(shrunk.values, shrunk.input_values):
+        if tau == 0 and torch.equal(shrunk.values * scale, shrunk.input_values * scale):
             y = x.detach().clone()  # nothing was asked for: not even rounding
     values, before = shrunk.values * scale, shrunk.input_values * scale
     if x.ndim == 2:

@@ -25,7 +25,7 @@ SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum",
 
 def unknown_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> str | None:
     """The first entry of this weight's state that laconic cannot carry over, or None."""
-    for key, value in optimizer.state.get(weight, {}).items():
+    for key, value in getattr(optimizer, "state", {}).get(weight, {}).items():
         if isinstance(value, Tensor) and value.numel() > 1 and not (key in FIRST_MOMENTS | SECOND_MOMENTS and value.shape == weight.shape):
             return str(key)
     return None
@@ -39,7 +39,7 @@ def carry(optimizer: torch.optim.Optimizer, weight: nn.Parameter, pair: nn.Seque
         where = [i for i, p in enumerate(group["params"]) if p is weight]
         for i in where:
             group["params"][i : i + 1] = new
-    state = optimizer.state.pop(weight, None)
+    state = getattr(optimizer, "state", {}).pop(weight, None)
     if not state:
         return
     left, right = pair_matrices(unfolding, *(w.detach().double() for w in new))

@@ -1,0 +1,200 @@
+"""Allocation against brute force, exact arithmetic and a hand-made case."""
+
+import itertools
+import math
+from decimal import Decimal, localcontext
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from laconic.allocate import Choice, energy_rule, log_shares, low_rank_choice, numerical_rank, product_rule
+from laconic.errors import InfeasibleBudgetError, InvalidValueError
+from laconic.penalties import energy_count
+
+from .cases import with_spectrum
+
+
+@st.composite
+def layers(draw, currencies: int = 1) -> Choice:
+    """A layer m x n with a random spectrum, whose costs are parameters (and, further on, that times some factor)."""
+    m, n = draw(st.integers(2, 7)), draw(st.integers(2, 7))
+    values = np.sort(np.array(draw(st.lists(st.floats(0, 1), min_size=min(m, n), max_size=min(m, n)))))[::-1]
+    factors = np.array([1.0, *(draw(st.integers(1, 50)) for _ in range(currencies - 1))])
+    largest = (m * n - 1) // (m + n)
+    return low_rank_choice(f"{m}x{n}", values, (m + n) * factors, m * n * factors, largest, draw(st.sampled_from([1, 1, 2])))
+
+
+@st.composite
+def tables(draw) -> Choice:
+    """Gains and costs without any order, with ties."""
+    count = draw(st.integers(1, 5))
+    costs = draw(st.lists(st.integers(1, 12), min_size=count, max_size=count))
+    gains = draw(st.lists(st.integers(-12, 0), min_size=count, max_size=count))
+    return Choice("table", (*range(1, count), None), np.array(gains, dtype=float), np.array(costs, dtype=float)[:, None])
+
+
+def cost(choices: list[Choice], ranks) -> np.ndarray:
+    return sum(c.costs[c.ranks.index(r)] for c, r in zip(choices, ranks, strict=True))
+
+
+def gain(choices: list[Choice], ranks) -> float:
+    return math.fsum(c.gains[c.ranks.index(r)] for c, r in zip(choices, ranks, strict=True))
+
+
+def smallest(choices: list[Choice]) -> np.ndarray:
+    return sum(c.costs.min(axis=0) for c in choices)
+
+
+def largest(choices: list[Choice]) -> np.ndarray:
+    return sum(c.costs.max(axis=0) for c in choices)
+
+
+def brute_force(choices: list[Choice], limits: np.ndarray) -> float:
+    return max(gain(choices, r) for r in itertools.product(*(c.ranks for c in choices)) if np.all(cost(choices, r) <= limits))
+
+
+def largest_step(choices: list[Choice]) -> float:
+    """No walk along a hull takes a step larger than from the cheapest option to the best."""
+    return max(float(c.gains.max() - c.gains[np.flatnonzero(c.costs[:, 0] == c.costs[:, 0].min())].max()) for c in choices)
+
+
+problems = st.lists(st.one_of(layers(), tables()), min_size=1, max_size=4)
+shares = st.floats(0, 1)
+
+
+@given(problems, shares)
+def test_the_product_rule_loses_at_most_one_step_against_brute_force(choices, share):
+    limits = smallest(choices) + share * (largest(choices) - smallest(choices))
+    found = gain(choices, product_rule(choices, np.zeros(1), limits))
+    best = brute_force(choices, limits)
+    assert best - largest_step(choices) - 1e-9 <= found <= best + 1e-9
+
+
+@given(problems)
+def test_without_a_binding_budget_everything_is_kept(choices):
+    found = product_rule(choices, np.zeros(1), largest(choices))
+    assert gain(choices, found) == pytest.approx(brute_force(choices, largest(choices)), abs=1e-12)
+
+
+@given(st.lists(st.one_of(layers(2), layers(2)), min_size=1, max_size=4), shares, shares, st.integers(0, 100))
+def test_no_limit_is_passed_and_nothing_more_fits(choices, share, other, fixed):
+    limits = fixed + smallest(choices) + np.array([share, other]) * (largest(choices) - smallest(choices))
+    ranks = product_rule(choices, np.full(2, float(fixed)), limits)
+    spent = fixed + cost(choices, ranks)
+    assert np.all(spent <= limits)
+    for choice, rank in zip(choices, ranks, strict=True):
+        now = choice.ranks.index(rank)
+        better = choice.gains > choice.gains[now]
+        assert not np.any(better & np.all(spent + choice.costs - choice.costs[now] <= limits, axis=1))
+
+
+@given(problems, shares)
+def test_what_else_the_model_costs_counts(choices, share):
+    limits = smallest(choices) + share * (largest(choices) - smallest(choices))
+    assert product_rule(choices, np.full(1, 1000.0), limits + 1000) == product_rule(choices, np.zeros(1), limits)
+
+
+def test_the_tighter_of_several_limits_rules():
+    choice = low_rank_choice("w", np.ones(10), np.array([1.0, 10.0]), np.array([20.0, 200.0]), 10)
+    for limits, rank in [((7.5, 1000.0), 7), ((1000.0, 43.0), 4), ((3.0, 43.0), 3)]:
+        assert product_rule([choice], np.zeros(2), np.array(limits)) == [rank]
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [([9.9], r"^params: the smallest possible is 10, above the limit of 10$"), ([3.0], "smallest possible is 10, above the limit of 3")],
+)
+def test_an_impossible_budget_is_refused(limits, message):
+    choices = [low_rank_choice(name, np.ones(4), np.array([4.0]), np.array([16.0]), 3) for name in "ab"]
+    assert product_rule(choices, np.full(1, 2.0), np.array([10.0])) == [1, 1]
+    with pytest.raises(InfeasibleBudgetError, match=message):
+        product_rule(choices, np.full(1, 2.0), np.array(limits), what="params")
+
+
+def test_a_product_starves_no_layer_where_a_sum_does():
+    """Two flat spectra of 20 and 10 values, budget for 11 units: a unit adds 1/20 or 1/10 to the sum of shares, so the sum
+    gives the first layer the least there is; r/20 * (11 - r)/10 is largest in the middle."""
+    choices = [low_rank_choice(str(k), np.ones(k), np.ones(1), np.full(1, 100.0), k) for k in (20, 10)]
+    limits = np.array([11.0])
+
+    def sum_of_shares(ranks) -> float:
+        return sum(r / k for r, k in zip(ranks, (20, 10), strict=True))
+
+    affordable = [(a, b) for a in range(1, 21) for b in range(1, 11) if a + b <= 11]
+    assert max(affordable, key=sum_of_shares) == (1, 10)
+    assert product_rule(choices, np.zeros(1), limits) in ([5, 6], [6, 5])
+
+
+# --- what may be chosen ---
+
+
+@pytest.mark.parametrize(
+    ("largest", "multiple", "ranks"),
+    [(5, 1, (1, 2, 3, 4, 5, None)), (5, 2, (2, 4, None)), (5, 8, (5, None)), (0, 1, (None,)), (0, 8, (None,)), (99, 4, (4, 8, None))],
+)
+def test_ranks_that_may_be_chosen(largest, multiple, ranks):
+    values = np.linspace(2, 1, 8)
+    choice = low_rank_choice("w", values, np.array([3.0, 7.0]), np.array([50.0, 60.0]), largest, multiple)
+    assert choice.ranks == ranks
+    assert choice.costs.tolist() == [[50.0, 60.0] if r is None else [3.0 * r, 7.0 * r] for r in ranks]
+    kept = [1.0 if r is None else float(np.sum(values[:r] ** 2) / np.sum(values**2)) for r in ranks]
+    np.testing.assert_allclose(np.exp(choice.gains), kept, rtol=1e-12)
+
+
+spectra = st.lists(st.floats(1e-12, 1), min_size=1, max_size=12).map(lambda v: np.sort(np.array(v))[::-1])
+
+
+@given(spectra, st.sampled_from([1.0, 1e-200, 1e200]))
+def test_log_shares_are_accurate_for_tiny_tails(values, scale):
+    with localcontext() as context:
+        context.prec = 80
+        squares = [Decimal(float(v)) ** 2 for v in values]
+        exact = [float((sum(squares[:r]) / sum(squares)).ln()) for r in range(1, len(squares) + 1)]
+    np.testing.assert_allclose(log_shares(values * scale), exact, rtol=1e-12, atol=0)
+
+
+def test_log_shares_of_nothing_are_zero():
+    assert log_shares(np.zeros(3)).tolist() == [0, 0, 0]
+    assert log_shares(np.array([2.0, 0.0])).tolist() == [0, 0]
+
+
+# --- rules for one layer ---
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(1, 100))
+def test_the_energy_rule_is_the_papers(values, percent):
+    values = sorted(values, reverse=True)
+    total = sum(v * v for v in values)
+
+    def fewest(share: Fraction) -> int:
+        return next(r for r in range(1, len(values) + 1) if sum(v * v for v in values[:r]) >= share * total)
+
+    # Where the share is met exactly, rounding may ask for one more.
+    share, little = Fraction(percent, 100), Fraction(1, 10**12)
+    found = energy_rule(np.array(values, dtype=float), percent / 100)
+    assert fewest(share * (1 - little)) <= found <= fewest(min(share * (1 + little), Fraction(1)))
+    assert found == max(int(energy_count(torch.tensor(values, dtype=torch.float64), percent / 100)), 1)
+
+
+@pytest.mark.parametrize("share", [0, -1.0, 1.5, math.nan])
+def test_an_energy_share_is_above_zero_and_at_most_one(share):
+    with pytest.raises(InvalidValueError, match="energy share"):
+        energy_count(torch.ones(3), share)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(64, 48), (300, 20), (5, 200)])
+@pytest.mark.parametrize("rank", [1, 3, 5])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_numerical_rank_sees_through_rounding(dtype, shape, rank, scale):
+    matrix = torch.from_numpy(with_spectrum(*shape, np.linspace(1, 0.1, rank)) * scale).to(dtype)
+    values = torch.linalg.svdvals(matrix.double()).numpy()
+    assert numerical_rank(values, torch.finfo(dtype).eps, max(shape)) == rank
+
+
+def test_numerical_rank_is_at_least_one():
+    assert numerical_rank(np.zeros(4), 1e-7, 10) == 1

@@ -1,0 +1,301 @@
+"""Which weights are taken, which are left dense, and what the plan says of each."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils import spectral_norm as old_spectral_norm
+
+import laconic
+from laconic.measure import profile
+from laconic.plan import make_plan
+
+from .cases import LAYERS
+from .models import Shared, Tied, cnn, mlp
+
+
+class TiedToEmbedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.embed(x)))
+
+
+class Reader(nn.Module):
+    """Reads the weights of its children in its own code, in three ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.free = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.many = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.linear(x, self.fc.weight) * self.many[1].out_features
+        return self.free(x)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lstm, self.head = nn.Embedding(20, 8), nn.LSTM(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embed(x))[0])
+
+
+class Own(nn.Linear):
+    """A subclass that computes something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class Bare(nn.Module):
+    """A weight that no layer holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.fc = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x @ self.matrix)
+
+
+def attention() -> nn.Module:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.fc = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.attention(x, x, x)[0])
+
+    return Block()
+
+
+def old_weight_norm(layer: nn.Module) -> nn.Module:
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(layer)
+
+
+def with_one(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """The layer in front of a plain linear one."""
+    return lambda: nn.Sequential(layer(), nn.Linear(8, 8))
+
+
+def hooked(register: str) -> nn.Module:
+    layer = nn.Linear(8, 8)
+    getattr(layer, register)(lambda *_: None)
+    return layer
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2))
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+
+
+@dataclass
+class Case:
+    """A model, the weights that are taken, and for each other one the reason (a pattern)."""
+
+    build: Callable[[], nn.Module]
+    taken: set[str]
+    left: dict[str, str] = field(default_factory=dict)
+    inputs: Callable[[], Tensor] = lambda: torch.randn(2, 8)
+
+
+tokens = lambda: torch.arange(12).reshape(2, 6)  # noqa: E731
+sequence = lambda: torch.randn(2, 5, 8)  # noqa: E731
+PARAMETRIZED = r"parametrized \(weight_norm"
+
+CASES = {
+    "mlp": Case(mlp, {"0.weight", "2.weight", "4.weight"}, {}, lambda: torch.randn(2, 6).double()),
+    "cnn": Case(cnn, {"0.weight", "3.weight", "7.weight"}, {}, lambda: torch.randn(2, 3, 8, 8)),
+    "two tied linears": Case(Tied, {"one.weight", "head.weight"}, {}, lambda: torch.randn(2, 10)),
+    "shared module": Case(Shared, {"body.weight", "head.weight"}, {}, lambda: torch.randn(2, 10)),
+    "tied to an embedding": Case(TiedToEmbedding, {"body.weight"}, {"embed.weight": "Embedding is not supported"}, tokens),
+    "embedding and LSTM": Case(
+        Recurrent,
+        {"head.weight"},
+        {"embed.weight": "Embedding", "lstm.weight_ih_l0": "LSTM is not supported", "lstm.weight_hh_l0": "LSTM"},
+        tokens,
+    ),
+    "weight_norm, old": Case(
+        with_one(lambda: old_weight_norm(nn.Linear(8, 8))), {"1.weight"}, {"0.weight_g": PARAMETRIZED, "0.weight_v": PARAMETRIZED}
+    ),
+    "weight_norm": Case(
+        with_one(lambda: parametrizations.weight_norm(nn.Linear(8, 8))),
+        {"1.weight"},
+        {"0.parametrizations.weight.original0": PARAMETRIZED, "0.parametrizations.weight.original1": PARAMETRIZED},
+    ),
+    "spectral_norm, old": Case(with_one(lambda: old_spectral_norm(nn.Linear(8, 8))), {"1.weight"}, {"0.weight_orig": PARAMETRIZED}),
+    "spectral_norm": Case(
+        with_one(lambda: parametrizations.spectral_norm(nn.Linear(8, 8))),
+        {"1.weight"},
+        {"0.parametrizations.weight.original": PARAMETRIZED},
+    ),
+    "multi-head attention": Case(
+        attention,
+        {"fc.weight"},
+        {"attention.in_proj_weight": "MultiheadAttention reads", "attention.out_proj.weight": "MultiheadAttention reads out_proj.weight"},
+        sequence,
+    ),
+    "transformer layer": Case(
+        lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 8)),
+        {"1.weight"},
+        {
+            "0.self_attn.in_proj_weight": "MultiheadAttention",
+            "0.self_attn.out_proj.weight": "MultiheadAttention",
+            "0.linear1.weight": "TransformerEncoderLayer reads linear1.weight",
+            "0.linear2.weight": "TransformerEncoderLayer reads linear2.weight",
+        },
+        sequence,
+    ),
+    "a parent that reads": Case(
+        Reader,
+        {"free.weight"},
+        {"fc.weight": "Reader reads fc.weight", "many.0.weight": "Reader reads many", "many.1.weight": "Reader reads many"},
+    ),
+    "T5": Case(
+        t5,
+        {f"encoder.block.0.layer.0.SelfAttention.{x}.weight" for x in "qkvo"} | {"encoder.block.0.layer.1.DenseReluDense.wi.weight"},
+        {
+            "shared.weight": "Embedding",
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "Embedding",
+            "encoder.block.0.layer.1.DenseReluDense.wo.weight": "T5DenseActDense reads wo.weight",
+        },
+        tokens,
+    ),
+    "GPT-2": Case(
+        gpt2,
+        {f"transformer.h.0.{x}.weight" for x in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
+        {"transformer.wte.weight": "Embedding", "transformer.wpe.weight": "Embedding"},
+        tokens,
+    ),
+    "forward hook": Case(with_one(lambda: hooked("register_forward_hook")), {"1.weight"}, {"0.weight": "hooks"}),
+    "forward pre-hook": Case(with_one(lambda: hooked("register_forward_pre_hook")), {"1.weight"}, {"0.weight": "hooks"}),
+    "backward hook": Case(with_one(lambda: hooked("register_full_backward_hook")), {"1.weight"}, {"0.weight": "hooks"}),
+    "subclass": Case(with_one(lambda: Own(8, 8)), {"1.weight"}, {"0.weight": "Own is not supported"}),
+    "bare parameter": Case(Bare, {"fc.weight"}, {"matrix": "Bare is not supported"}),
+    "one row": Case(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)), {"0.weight"}, {"1.weight": "one row or column"}),
+    "too small": Case(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), {"0.weight", "1.weight"}),
+    "even smaller": Case(
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2), nn.Linear(2, 2)), {"0.weight", "1.weight"}, {"2.weight": "too small"}
+    ),
+    "bilinear": Case(
+        lambda: nn.ModuleDict({"a": nn.Bilinear(4, 4, 4), "b": nn.Linear(8, 8)}), {"b.weight"}, {"a.weight": "Bilinear is not supported"}
+    ),
+}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@cases
+def test_every_weight_is_taken_or_left_with_a_reason(case):
+    model = case.build()
+    plan = make_plan(model, [laconic.LowRank()])
+    assert {s.name for s in plan.sites} == case.taken
+    left = {x.name: x.reason for x in plan.left_alone}
+    assert left.keys() == case.left.keys()
+    for name, reason in case.left.items():
+        assert re.search(reason, left[name]), left[name]
+    printed = str(plan)
+    assert all(name in printed for name in case.taken | case.left.keys())
+    assert plan.params == sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+
+
+@cases
+def test_what_is_taken_can_be_cut_and_the_model_still_runs(case):
+    if case.build is CASES["bilinear"].build:
+        pytest.skip("a ModuleDict has no forward")
+    model, x = case.build().eval(), case.inputs()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    report = laconic.compress(model, energy=0.3, example_inputs=(x,))
+    assert any(layer.rank is not None for layer in report.layers)
+    after = dict(model.named_parameters())
+    for name in case.left:  # left dense is left alone
+        assert torch.equal(before[name], after[name])
+
+
+def test_an_uninitialised_lazy_layer_is_an_error_that_says_what_to_do():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8))
+    with pytest.raises(laconic.LaconicError, match=r"1\.weight is not initialised yet .* run the model once"):
+        make_plan(model, [laconic.LowRank()])
+    model(torch.zeros(1, 8))
+    assert len(make_plan(model, [laconic.LowRank()]).sites) == 2
+
+
+def test_weights_outside_the_optimizer_are_left_alone():
+    model = mlp()
+    compressor = laconic.Compressor(model, torch.optim.SGD([model[0].weight], lr=0.1), laconic.LowRank(strength=1.0))
+    assert [s.name for s in compressor.plan.sites] == ["0.weight"]
+    assert [x.reason for x in compressor.plan.left_alone] == ["not in the optimizer"] * 2
+
+
+PATTERNS = {
+    "module": ({"include": "0"}, {"0.weight"}),
+    "parameter": ({"include": "2.weight"}, {"2.weight"}),
+    "wildcard": ({"include": ("0*", "4*")}, {"0.weight", "4.weight"}),
+    "exclude": ({"exclude": "[02]"}, {"4.weight"}),
+    "exclude wins": ({"include": "*.weight", "exclude": ("4",)}, {"0.weight", "2.weight"}),
+}
+
+
+@pytest.mark.parametrize(("options", "taken"), PATTERNS.values(), ids=PATTERNS)
+def test_patterns_select_modules_or_parameters(options, taken):
+    plan = make_plan(mlp(), [laconic.LowRank(**options)])
+    assert {s.name for s in plan.sites} == taken
+    assert {x.name for x in plan.left_alone} == {"0.weight", "2.weight", "4.weight"} - taken
+
+
+def test_a_pattern_on_either_name_of_a_tied_weight_selects_it():
+    for name in ("one", "two", "two.weight"):
+        assert [s.name for s in make_plan(Tied(), [laconic.LowRank(include=name)]).sites] == ["one.weight"]
+
+
+def test_structures_divide_the_weights_between_them():
+    a, b = laconic.LowRank(include="0"), laconic.LowRank(exclude="0", matricization="auto")
+    assert [s.structure for s in make_plan(mlp(), [a, b]).sites] == [a, b, b]
+
+
+# Layers whose matrix has at least rank 2 and is worth a cut.
+COUNTED = [name for name in LAYERS if name not in ("linear-one-output", "conv2d-depthwise")]
+
+
+@pytest.mark.parametrize("matricization", ["out,in*kh*kw", "out*kh,in*kw"])
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_planned_costs_are_those_of_the_model_after_the_cut(name, matricization):
+    """Dense and unit costs of the plan against a count of the real models, for every kind of layer."""
+    layer, x = LAYERS[name].make(), LAYERS[name].input()
+    model = nn.Sequential(layer)
+    plan = make_plan(model, [laconic.LowRank(matricization=matricization)], (x,))
+    (site,) = plan.sites
+    dense = profile(model, (x,), latency=False)
+    assert (plan.params, plan.macs, site.dense_macs) == (dense.params, dense.macs, dense.macs)
+    bias = dense.params - layer.weight.numel()
+    for rank in (1, 2):
+        cut = profile(nn.Sequential(site.structure.cut(site, rank)[0]), (x,), latency=False)
+        assert cut.params == rank * site.unfolding.unit_params + bias
+        assert cut.macs == rank * site.unit_macs
+
+
+@pytest.mark.parametrize("build", [Tied, Shared])
+def test_macs_count_every_call_of_a_weight(build):
+    plan = make_plan(build(), [laconic.LowRank()], (torch.zeros(3, 10),))
+    assert [s.dense_macs for s in plan.sites] == [3 * 2 * 100, 3 * 40]
+    assert [s.unit_macs for s in plan.sites] == [3 * 2 * 20, 3 * 14]
+    assert plan.macs == 3 * 240
+    assert plan.fixed_macs == 0
