@@ -41,7 +41,7 @@ class Controller:
 
     strength: float
     start_gap: float | None = None
-    final_gap: float = 1e-3
+    final_gap: float = 0.1
     rate: float = 1.15
 
     def update(self, progress: float, gap: float) -> None:
