@@ -24,12 +24,13 @@ LABELS = {
     "thin-long": "thin dense, same training time",
     "laconic": "**laconic**",
 }
+SAME_NETWORK = {"svd": "laconic", "thin-long": "thin"}  # as good as the same shapes: not timed twice
 
 
 def load(recipe: str) -> dict[str, list[dict[str, Any]]]:
     """Results of one recipe by method, in the order of LABELS, each sorted by seed."""
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in LABELS}
-    for path in sorted((RESULTS / recipe).glob("*.json")):
+    for path in sorted((RESULTS / recipe).glob("*-seed*.json")):
         result = json.loads(path.read_text())
         found[result["method"]].append(result)
     return {method: sorted(runs, key=lambda r: r["seed"]) for method, runs in found.items() if runs}
@@ -46,19 +47,23 @@ def spread(runs: list[dict[str, Any]], metric: str = "accuracy") -> float:
 
 
 def comparison(recipe: str) -> str:
-    """Method, accuracy with its spread over seeds, parameters, MACs, training time relative to dense."""
+    """Method, accuracy with its spread over seeds, parameters, MACs; from the timing pass: training time, latency."""
     results = load(recipe)
-    lines = ["| method | test accuracy, % | parameters | MACs | training time | seeds |", "|---|---|---|---|---|---|"]
+    if "dense" not in results or not (RESULTS / recipe / "times.json").exists():
+        return "(no results yet)\n"
+    times = json.loads((RESULTS / recipe / "times.json").read_text())
+    lines = ["| method | test accuracy, % | parameters | MACs | training time | batch of 64 | seeds |", "|---|---|---|---|---|---|---|"]
     base = results["dense"]
     for method, runs in results.items():
-        accuracy, time, dense_time = mean(runs, "accuracy"), mean(runs, "train_seconds"), mean(base, "train_seconds")
+        accuracy = mean(runs, "accuracy")
         assert accuracy is not None
-        relative = f"{time / dense_time:.2f}" if time is not None and dense_time is not None else "-"
+        relative = f"{times['train_seconds'][method] / times['train_seconds']['dense']:.2f}"
+        latency = f"{times['latency_b64_ms'][SAME_NETWORK.get(method, method)]:.2f} ms"
         params, macs = mean(runs, "params") or 0, mean(runs, "macs") or 0
         whole, all_macs = mean(base, "params") or 1, mean(base, "macs") or 1
         lines.append(
             f"| {LABELS[method]} | {100 * accuracy:.2f} ± {100 * spread(runs):.2f} | {params:,.0f} ({params / whole:.2f}) "
-            f"| {macs / 1e6:.2f} M ({macs / all_macs:.2f}) | {relative} | {len(runs)} |"
+            f"| {macs / 1e6:.2f} M ({macs / all_macs:.2f}) | {relative} | {latency} | {len(runs)} |"
         )
     return "\n".join(lines) + "\n"
 

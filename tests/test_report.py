@@ -197,6 +197,19 @@ def test_pictures_name_every_layer_they_show(num_layers):
     assert all(f"rank {x.rank} of {x.full_rank}" in spectra for x in cut)
 
 
+def test_the_mark_stands_at_the_rank_that_was_kept():
+    svg = spectra_picture(make_report(1))  # rank 2 of 8
+    mark = re.search(r'<path d="M (\S+) \S+ \nL (\S+) [^>]*var\(--mark\)', svg)
+    tick = re.search(r'<text[^>]* x="([^"]*)"[^>]*>2</text>', svg)
+    assert mark[1] == mark[2] == tick[1]
+
+
+def test_dollars_in_a_name_are_not_read_as_mathematics():
+    report = make_report(1, names=("a.$x_1$",))
+    for svg in (spectra_picture(report), ranks_picture(report), params_picture(report)):
+        assert "a.$x_1$" in svg
+
+
 def test_every_colour_follows_the_page():
     report = make_report()
     for svg in (spectra_picture(report), ranks_picture(report), params_picture(report), comparison_picture(make_rows())):

@@ -88,7 +88,7 @@ class Compressor:
         if not isinstance(model, nn.Module):
             raise InvalidTypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         structures = check_structures(structures)
-        _check_arguments(structures, budget, total_steps, every, cut)
+        _check_arguments(structures, budget, total_steps, every, cut, schedule)
         optimizers = _check_optimizers(optimizer)
         trained = {p for o in optimizers for g in o.param_groups for p in g["params"]}
         if not any(p in trained for p in model.parameters()):
@@ -314,7 +314,7 @@ class Compressor:
                 ranks, times, more = choose_ranks(
                     self.model, self.plan, values, partial(self._choose, values, energy), only_faster, self.example_inputs
                 )
-                self._cut(values, ranks, calibration, times, notes + more)
+                self._cut(values, ranks, calibration, times, more)
             except BaseException:
                 for site, weight, owed in unpaid:
                     site.weight.data.copy_(weight)
@@ -322,7 +322,7 @@ class Compressor:
                 raise
         elif calibration is not None:
             notes.append("calibration had no effect: the model trained on after the cut")
-        self._cuts[-1].notes += [f"a solver failed and another was used: {line}" for line in self.failures]
+        self._cuts[-1].notes += [*notes, *self._solver_notes()]
         self.detach()
         self._report = make_report(
             self.model,
@@ -345,6 +345,13 @@ class Compressor:
                 for s in self.plan.sites
             }
         return {name: None if name in keep_dense else rank for name, rank in ranks.items()}
+
+    def _solver_notes(self) -> list[str]:
+        """Which solvers `auto` chose in the last proximal step of each weight, and every failure that was survived."""
+        chosen = sorted(set(self.solvers.values()))
+        weights = {name: [w for w, used in self.solvers.items() if used == name] for name in chosen}
+        notes = [f"proximal steps every {self.every} steps, by the solver {name}: {', '.join(weights[name])}" for name in chosen]
+        return notes + [f"a solver failed and another was used: {line}" for line in self.failures]
 
     def detach(self) -> None:
         """Remove the hooks: from here on the optimizer runs alone."""
@@ -388,6 +395,7 @@ class Compressor:
             "history": [{"step": h.step, "strength": h.strength, "ranks": dict(h.ranks)} for h in self.history],
             "spectra_start": {k: v.tolist() for k, v in self.spectra_start.items()},
             "failures": list(self.failures),
+            "solvers": dict(self.solvers),
             "cuts": [
                 {
                     "ranks": c.ranks, "values": {k: torch.from_numpy(v.copy()) for k, v in c.values.items()}, "errors": c.errors,
@@ -425,7 +433,7 @@ class Compressor:
             self.controller.strength, self.controller.start_gap = state["controller"]["strength"], state["controller"]["start_gap"]
         self.history = [Snapshot(**h) for h in state["history"]]
         self.spectra_start = {k: np.array(v, dtype=np.float32) for k, v in state["spectra_start"].items()}
-        self.failures = list(state["failures"])
+        self.failures, self.solvers = list(state["failures"]), dict(state["solvers"])
         for saved in state["cuts"]:
             values = {k: v.numpy().copy() for k, v in saved["values"].items()}
             times = {k: (v[0], v[1]) for k, v in saved["timings"].items()}
@@ -434,7 +442,7 @@ class Compressor:
             self._forget(replayed.ranks)
 
 
-def _check_arguments(structures: Sequence[LowRank], budget: Any, total_steps: Any, every: Any, cut: Any) -> None:
+def _check_arguments(structures: Sequence[LowRank], budget: Any, total_steps: Any, every: Any, cut: Any, schedule: Any) -> None:
     if budget is None and any(s.strength is None for s in structures):
         raise InvalidValueError(
             "Compressor needs a budget=laconic.Budget(params=0.25) (with total_steps=), or structures=[laconic.LowRank(strength=...)]"
@@ -446,6 +454,8 @@ def _check_arguments(structures: Sequence[LowRank], budget: Any, total_steps: An
     for name, value in (("total_steps", total_steps), ("every", every)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise InvalidValueError(f"{name} = {value!r}: must be a whole number, at least 1")
+    if budget is None and schedule is not None:
+        raise InvalidValueError("schedule= has no effect without a budget: a strength presses from the first step to the last")
     if cut not in ("early", "end"):
         raise InvalidValueError(f"cut = {cut!r} is unknown{nearest(str(cut), ('early', 'end'))}")
 

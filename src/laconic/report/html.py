@@ -39,9 +39,9 @@ def render(
         section("Methods compared", comparison_section(comparison)),
         section("Parameters, layer by layer", picture(params_picture(report), "No picture: the report lists no layers.", PARAMS)),
         section("Singular values", picture(spectra_picture(report), "No picture: no layer was cut, or its spectrum was not recorded.", spectra_text(report))),
-        section("Ranks over training", picture(ranks_picture(report), "No picture: there is no history of ranks; the model was cut without training under pressure.", RANKS)),
+        section("Ranks over training", picture(ranks_picture(report), "No picture: there is no history of ranks, as for a model that was cut without training under pressure.", RANKS)),
         section("Layers", layer_section(report)),
-        section("Notes", bullet_list(report.notes) if report.notes else missing("No notes: nothing fell back, nothing was without effect.")),
+        section("Notes", bullet_list(report.notes) if report.notes else missing("No notes.")),
         section("Measured", profile_section(profiles)) if profiles else "",
         section("How this was made", context_section(context)),
     ]  # fmt: skip
