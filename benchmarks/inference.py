@@ -29,7 +29,7 @@ RESULT = Path(__file__).parents[1] / "experiments" / "results" / "cifar10" / "la
 def main() -> None:
     torch.manual_seed(0)
     recipe = load_recipe("cifar10")
-    dense = ConvNet(3, 10, recipe.widths, recipe.pools).eval()
+    dense = ConvNet(3, 10, recipe.widths, recipe.pools).eval().to(memory_format=torch.channels_last)
     cut = copy.deepcopy(dense)
     pairs = {}
     for name, rank in json.loads(RESULT.read_text())["ranks"].items():
@@ -37,7 +37,7 @@ def main() -> None:
             layer = dense.get_submodule(name)
             pairs[name] = factorize(layer, choose_unfolding(layer, recipe.matricization), rank)
             put(cut, name, pairs[name])
-    x = torch.randn(64, 3, 32, 32)
+    x = torch.randn(64, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     rows = []
     macs = count_macs(dense, (x,)) / count_macs(cut, (x,))
     with evaluating(dense), evaluating(cut):

@@ -509,6 +509,24 @@ def test_second_moments_follow_the_independent_entries_approximation(build, keys
             assert float(optimizer.state[p]["step"]) == 3
 
 
+def test_the_carried_variance_of_centered_rmsprop_is_not_negative():
+    """It takes the root of square_avg - grad_avg^2: the approximation has to be one of the variance."""
+    model = mlp()
+    optimizer = optim.RMSprop(model.parameters(), lr=1e-3, centered=True, alpha=0.5)
+    compressor = laconic.Compressor(model, optimizer, NOTHING)
+    for _ in range(20):  # always the same gradient, nearly: the variance is small beside the mean
+        backward(model, 0)
+        optimizer.step()
+        optimizer.zero_grad()
+    compressor.compact(energy=0.5)
+    for p in model.parameters():
+        state = optimizer.state[p]
+        assert torch.all(state["square_avg"] >= state["grad_avg"] ** 2)
+    backward(model, 0)
+    optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
 OPTIMIZERS = {
     "sgd": lambda p: optim.SGD(p, lr=0.05, momentum=0.9),
     "adam": lambda p: optim.Adam(p, lr=0.01),

@@ -72,19 +72,9 @@ def product_rule(choices: Sequence[Choice], fixed: Floats, limits: Floats, what:
         worst = int(np.argmax(spent / limits))
         raise InfeasibleBudgetError(f"{what}: the smallest possible is {spent[worst]:.0f}, above the limit of {limits[worst]:.0f}", 0.0)
 
-    steps: list[tuple[float, int, int]] = []  # (slope, choice, option), steepest first
-    for i, (choice, cost) in enumerate(zip(choices, scalar, strict=True)):
-        at = now[i]
-        while True:
-            higher = np.flatnonzero((cost > cost[at]) & (choice.gains > choice.gains[at]))
-            if not len(higher):
-                break
-            slopes = (choice.gains[higher] - choice.gains[at]) / (cost[higher] - cost[at])
-            following = int(higher[np.argmax(slopes)])
-            steps.append((-float(slopes.max()), i, following))
-            at = following
+    steps = [(-slope, i, option) for i, choice in enumerate(choices) for slope, option in concave_hull(scalar[i], choice.gains, now[i])]
     stopped: set[int] = set()
-    for _, i, option in sorted(steps):
+    for _, i, option in sorted(steps):  # steepest first
         change = choices[i].costs[option] - choices[i].costs[now[i]]
         if i not in stopped and np.all(spent + change <= limits):
             spent, now[i] = spent + change, option
@@ -96,14 +86,34 @@ def product_rule(choices: Sequence[Choice], fixed: Floats, limits: Floats, what:
         for i, (choice, cost) in enumerate(zip(choices, scalar, strict=True)):
             fits = (cost > cost[now[i]]) & (choice.gains >= choice.gains[now[i]])
             fits &= np.all(spent + choice.costs - choice.costs[now[i]] <= limits, axis=1)
-            for j in np.flatnonzero(fits):
-                slope = (choice.gains[j] - choice.gains[now[i]]) / (cost[j] - cost[now[i]])
-                candidate = (float(slope), -float(cost[j]), i, int(j))
-                best = candidate if best is None or candidate[:2] > best[:2] else best
+            if not fits.any():
+                continue
+            slopes = np.where(fits, (choice.gains - choice.gains[now[i]]) / np.where(fits, cost - cost[now[i]], 1.0), -np.inf)
+            j = int(np.lexsort((cost, -slopes))[0])
+            candidate = (float(slopes[j]), -float(cost[j]), i, j)
+            best = candidate if best is None or candidate[:2] > best[:2] else best
         if best is None:
             return [c.ranks[j] for c, j in zip(choices, now, strict=True)]
         _, _, which, option = best
         spent, now[which] = spent + choices[which].costs[option] - choices[which].costs[now[which]], option
+
+
+def concave_hull(cost: Floats, gain: Floats, start: int) -> list[tuple[float, int]]:
+    """The corners of the upper concave hull of (cost, gain) from `start` on, each with the slope that leads to it."""
+    corners = [start]
+    slopes: list[float] = []
+    for option in np.lexsort((-gain, cost)):
+        if cost[option] <= cost[corners[-1]] or gain[option] <= gain[corners[-1]]:
+            continue
+        while True:
+            slope = float((gain[option] - gain[corners[-1]]) / (cost[option] - cost[corners[-1]]))
+            if not slopes or slopes[-1] >= slope:
+                break
+            corners.pop()
+            slopes.pop()
+        corners.append(int(option))
+        slopes.append(slope)
+    return list(zip(slopes, corners[1:], strict=True))
 
 
 def energy_rule(values: Floats, share: float) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from .surgery.record import Cut, find_cuts, replay, undo
 
 FORMAT = 1
 TENSORS, RECORD = "model.safetensors", "laconic.json"
+METADATA = "laconic_record_sha256"
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], report: dict[str, Any] | None = None) -> Path:
@@ -54,9 +55,13 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: dict[str, 
                 f"{name} in the model's state is a {type(value).__name__}, not a tensor: it cannot be saved without pickle"
             )
     tensors, aliases = _separate_ties(state)
-    cuts = [cut.to_json() for cut in find_cuts(model)]
-    record_hash = hashlib.sha256(json.dumps(cuts, sort_keys=True).encode()).hexdigest()
-    payload = save_tensors(tensors, metadata={"format": "pt", "laconic_record_sha256": record_hash})
+    record = {
+        "cuts": [cut.to_json() for cut in find_cuts(model)],
+        "aliases": aliases,
+        "tensors": {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in tensors.items()},
+    }
+    record_hash = _record_hash(record)
+    payload = save_tensors(tensors, metadata={"format": "pt", METADATA: record_hash})
     manifest = {
         "format": FORMAT,
         "laconic": _version.__version__,
@@ -64,9 +69,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: dict[str, 
         "model": type(model).__name__,
         "sha256": hashlib.sha256(payload).hexdigest(),
         "record_sha256": record_hash,
-        "cuts": cuts,
-        "aliases": aliases,
-        "tensors": {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in tensors.items()},
+        **record,
     } | ({"report": report} if report is not None else {})
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -98,9 +101,13 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     if hashlib.sha256(payload).hexdigest() != manifest["sha256"]:
         raise CheckpointError(f"{source / TENSORS} was cut short or altered (its hash is not the one in {RECORD}): save the model again")
     try:
+        with safe_open(source / TENSORS, framework="pt") as file:
+            recorded = (file.metadata() or {}).get(METADATA)
         tensors = load_tensors(payload)
     except SafetensorError as error:
         raise CheckpointError(f"{source / TENSORS} cannot be read: {error}") from None
+    if recorded != manifest["record_sha256"]:
+        raise CheckpointError(f"{source / RECORD} was cut short or altered ({TENSORS} belongs to another record): save the model again")
     tensors |= {alias: tensors[name] for alias, name in manifest["aliases"].items()}
     done = replay(model, [Cut.from_json(c) for c in manifest["cuts"]])
     try:
@@ -129,13 +136,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{directory / RECORD} has format {version!r}; this laconic reads {FORMAT}: install the version that wrote it ({manifest.get('laconic')})"
             )
-        recorded = hashlib.sha256(json.dumps(manifest["cuts"], sort_keys=True).encode()).hexdigest()
-        whole = {"sha256", "aliases", "tensors"} <= manifest.keys() and recorded == manifest["record_sha256"]
+        whole = "sha256" in manifest and _record_hash(manifest) == manifest["record_sha256"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise CheckpointError(f"{directory / RECORD} was cut short or altered: save the model again")
     return dict(manifest)
+
+
+def _record_hash(manifest: dict[str, Any]) -> str:
+    """Of all that loading depends on: an edit of it is noticed."""
+    record = {key: manifest[key] for key in ("cuts", "aliases", "tensors")}
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _find(directory: Path) -> Path:
