@@ -18,23 +18,28 @@ from laconic.penalties import energy_count
 from .cases import with_spectrum
 
 
+def factors(draw, currencies: int) -> np.ndarray:
+    """Parameters, and further costs that are some multiple of them."""
+    return np.array([1.0, *(draw(st.integers(1, 50)) for _ in range(currencies - 1))])
+
+
 @st.composite
 def layers(draw, currencies: int = 1) -> Choice:
-    """A layer m x n with a random spectrum, whose costs are parameters (and, further on, that times some factor)."""
+    """A layer m x n with a random spectrum."""
     m, n = draw(st.integers(2, 7)), draw(st.integers(2, 7))
     values = np.sort(np.array(draw(st.lists(st.floats(0, 1), min_size=min(m, n), max_size=min(m, n)))))[::-1]
-    factors = np.array([1.0, *(draw(st.integers(1, 50)) for _ in range(currencies - 1))])
-    largest = (m * n - 1) // (m + n)
-    return low_rank_choice(f"{m}x{n}", values, (m + n) * factors, m * n * factors, largest, draw(st.sampled_from([1, 1, 2])))
+    largest, k = (m * n - 1) // (m + n), factors(draw, currencies)
+    return low_rank_choice(f"{m}x{n}", values, (m + n) * k, m * n * k, largest, draw(st.sampled_from([1, 1, 2])))
 
 
 @st.composite
-def tables(draw) -> Choice:
+def tables(draw, currencies: int = 1) -> Choice:
     """Gains and costs without any order, with ties."""
     count = draw(st.integers(1, 5))
     costs = draw(st.lists(st.integers(1, 12), min_size=count, max_size=count))
     gains = draw(st.lists(st.integers(-12, 0), min_size=count, max_size=count))
-    return Choice("table", (*range(1, count), None), np.array(gains, dtype=float), np.array(costs, dtype=float)[:, None])
+    ranks = (*range(1, count), None)
+    return Choice("table", ranks, np.array(gains, dtype=float), np.array(costs, dtype=float)[:, None] * factors(draw, currencies))
 
 
 def cost(choices: list[Choice], ranks) -> np.ndarray:
@@ -80,7 +85,7 @@ def test_without_a_binding_budget_everything_is_kept(choices):
     assert gain(choices, found) == pytest.approx(brute_force(choices, largest(choices)), abs=1e-12)
 
 
-@given(st.lists(st.one_of(layers(2), layers(2)), min_size=1, max_size=4), shares, shares, st.integers(0, 100))
+@given(st.lists(st.one_of(layers(2), tables(2)), min_size=1, max_size=4), shares, shares, st.integers(0, 100))
 def test_no_limit_is_passed_and_nothing_more_fits(choices, share, other, fixed):
     limits = fixed + smallest(choices) + np.array([share, other]) * (largest(choices) - smallest(choices))
     ranks = product_rule(choices, np.full(2, float(fixed)), limits)
@@ -90,6 +95,13 @@ def test_no_limit_is_passed_and_nothing_more_fits(choices, share, other, fixed):
         now = choice.ranks.index(rank)
         better = choice.gains > choice.gains[now]
         assert not np.any(better & np.all(spent + choice.costs - choice.costs[now] <= limits, axis=1))
+
+
+def test_a_rank_below_the_hull_is_taken_where_the_hull_does_not_fit():
+    """All values equal: from rank 1 (14 parameters of 49) the steepest way up is straight to dense."""
+    choice = low_rank_choice("7x7", np.ones(7), np.array([14.0]), np.array([49.0]), 3)
+    for limit, rank in [(27, 1), (28, 2), (41, 2), (42, 3), (48, 3), (49, None)]:
+        assert product_rule([choice], np.zeros(1), np.array([float(limit)])) == [rank]
 
 
 @given(problems, shares)

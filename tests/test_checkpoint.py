@@ -225,7 +225,7 @@ DAMAGES = {
         DAMAGED,
     ),
     "an alias removed": (edit_json(lambda m: m["aliases"].clear()), laconic.CheckpointError, DAMAGED),
-    "a shape edited": (edit_json(lambda m: m["tensors"]["head.weight"].update(shape=[1])), laconic.CheckpointError, DAMAGED),
+    "a shape edited": (edit_json(lambda m: m["tensors"]["one.0.weight"].update(shape=[1])), laconic.CheckpointError, DAMAGED),
     "the hash edited": (edit_json(lambda m: m.update(sha256="0" * 64)), laconic.CheckpointError, DAMAGED),
     "a key missing": (edit_json(lambda m: m.pop("cuts")), laconic.CheckpointError, DAMAGED),
     "a future format": (edit_json(lambda m: m.update(format=99)), laconic.CheckpointError, r"has format 99; this laconic reads 1"),

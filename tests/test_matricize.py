@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from laconic.errors import InvalidValueError
-from laconic.matricize import choose_unfolding, unfoldings
+from laconic.matricize import Unfolding, choose_unfolding, unfoldings
 
 from .cases import LAYERS, UNFOLDED
 
@@ -55,6 +55,13 @@ def test_every_entry_is_where_the_table_says(module, dtype):
         for index in np.ndindex(*weight.shape):
             assert stack[place(unfolding.name, tuple(weight.shape), module.groups, index)] == weight[index]
         assert torch.equal(unfolding.fold(stack), weight)
+
+
+@given(st.permutations([1, 2, 3, 4]), st.integers(0, 4), st.sampled_from([1, 2]))
+def test_an_unfolding_may_take_its_axes_in_any_order(axes, cut, groups):
+    unfolding = Unfolding("any", (6, 2, 5, 4), groups, tuple(axes[:cut]), tuple(axes[cut:]))
+    weight = torch.arange(240).reshape(6, 2, 5, 4)
+    assert torch.equal(unfolding.fold(unfolding.unfold(weight)), weight)
 
 
 @given(layers())

@@ -131,7 +131,7 @@ def runs(method: str, data: Dataset, recipe: Recipe, seed: int, out: Path, show:
     names = ("dense", "svd") if method == "svd" else (method,)
     base: Trained | None = None
     for name in names:
-        with progress_bar(name, show) as report, interruptible(result_path(out, recipe, name, seed).with_suffix("")):
+        with progress_bar(name, show and name != "svd") as report, interruptible(result_path(out, recipe, name, seed).with_suffix("")):
             base = svd(data, recipe, seed, trained=base) if name == "svd" else METHODS[name](data, recipe, seed, report)
         yield name, base
 

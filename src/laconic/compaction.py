@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from .allocate import Floats, energy_rule, log_shares
 from .budget import Budget, ranks_for_budget
-from .errors import InfeasibleBudgetError, InvalidValueError, SurgeryError
+from .errors import InfeasibleBudgetError, InvalidValueError, NonFiniteError, SurgeryError
 from .matricize import Layer
 from .measure import check_inputs, count_macs, count_params, evaluating, input_shapes, measure_latency
 from .penalties import check_share
@@ -44,7 +44,14 @@ class CutResult:
 
 
 def spectra(plan: Plan) -> dict[str, Floats]:
-    """Singular values of every site, float64, non-increasing."""
+    """Singular values of every site, float64, non-increasing.
+
+    Raises:
+        NonFiniteError: a weight holds NaN or Inf.
+    """
+    for site in plan.sites:
+        if not bool(torch.isfinite(site.weight).all()):
+            raise NonFiniteError(f"{site.name} holds NaN or Inf: load the last good checkpoint of the model")
     return {site.name: site.structure.values(site).numpy() for site in plan.sites}
 
 

@@ -4,6 +4,8 @@ r"""Carry an optimizer over a factorisation `W = A B` (in unfolded coordinates).
 - Second moments have no exact map. We take the *independent-entries approximation*: if the entries of the gradient of W
   are uncorrelated, :math:`g_A = g_W B^T` has :math:`E[g_A^2] = V_W (B \circ B)^T`, and likewise
   :math:`V_B = (A \circ A)^T V_W`.
+- Where the state holds a mean beside the second moment (centered RMSprop), the approximation is made on the variance,
+  `V_W - M_W^2`, or the optimizer would take the root of a negative number.
 - Step counters and other scalars are copied.
 
 An optimizer whose state has an entry of an unknown meaning is not touched; `unknown_state` names the entry.
@@ -47,8 +49,16 @@ def carry(optimizer: torch.optim.Optimizer, weight: nn.Parameter, pair: nn.Seque
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == weight.shape and value.numel() > 1:
             moment = unfolding.unfold(value.double())
-            a, b = (left, right) if key in FIRST_MOMENTS else (left.square(), right.square())
-            parts = pair_weights(unfolding, moment @ b.mT, a.mT @ moment)
+            if key in FIRST_MOMENTS:
+                factors = moment @ right.mT, left.mT @ moment
+            else:
+                mean = unfolding.unfold(state["grad_avg"].double()) if key == "square_avg" and "grad_avg" in state else None
+                spread = moment if mean is None else (moment - mean.square()).clamp_min(0)
+                factors = spread @ right.square().mT, left.square().mT @ spread
+                if mean is not None:  # a little more than the square of the carried mean: rounding must not make it less
+                    slack = 1 + 8 * torch.finfo(value.dtype).eps
+                    factors = factors[0] + slack * (mean @ right.mT).square(), factors[1] + slack * (left.mT @ mean).square()
+            parts = pair_weights(unfolding, *factors)
             for target, part, parameter in zip(carried, parts, new, strict=True):
                 target[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(part)
         else:

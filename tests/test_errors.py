@@ -1,0 +1,206 @@
+"""Every bad input is one clear line, of a documented type that also is the builtin one a user would expect."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn, optim
+
+import laconic
+from laconic import errors
+from laconic.data.sets import load_dataset
+from laconic.recipe import load_recipe
+
+from .models import mlp, snapshot
+
+X = torch.zeros(2, 6, dtype=torch.float64)
+
+
+def compressor(structures=None, model=None, optimizer=None, **options) -> laconic.Compressor:
+    model = mlp() if model is None else model
+    optimizer = optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer
+    return laconic.Compressor(model, optimizer, structures, **options)
+
+
+def by_strength(strength=0.1, **options) -> laconic.LowRank:
+    return laconic.LowRank(strength=strength, **options)
+
+
+def budgeted(*structures, budget=None, **options):
+    return compressor(list(structures) or None, budget=budget or laconic.Budget(params=0.5), **{"total_steps": 10, **options})
+
+
+def with_nan_weight() -> nn.Module:
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    return model
+
+
+def step_with(value: float, where: str) -> None:
+    """One step whose gradient, or whose weight after the step, is not finite."""
+    model = mlp()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    laconic.Compressor(model, optimizer, by_strength(), every=1)
+    model[2].weight.grad = torch.zeros_like(model[2].weight)
+    (model[2].weight.grad if where == "gradient" else model[2].weight.data)[0, 0] = value
+    optimizer.step()
+
+
+def compact_with_nan() -> None:
+    made = compressor(by_strength(0.0))
+    with torch.no_grad():
+        made.model[2].weight[0, 0] = float("nan")
+    made.compact(energy=0.9)
+
+
+def energy_beside_a_budget() -> None:
+    budgeted().compact(energy=0.9)
+
+
+def other_optimizer() -> optim.Optimizer:
+    return optim.SGD(mlp().parameters(), lr=0.1)
+
+
+def conv_only() -> nn.Module:
+    return nn.Sequential(nn.Embedding(4, 4), nn.LSTM(4, 4))
+
+
+def compress(**options):
+    return laconic.compress(options.pop("model", None) or mlp(), **options)
+
+
+V, T = ValueError, TypeError
+# what is done, type, builtin type, the message
+BAD = {
+    # weights and gradients
+    "NaN weights before training": (lambda: compressor(by_strength(), with_nan_weight()), errors.NonFiniteError, V, r"2\.weight holds NaN or Inf before training"),
+    "NaN weights, post hoc": (lambda: compress(model=with_nan_weight(), energy=0.9), errors.NonFiniteError, V, r"2\.weight.*NaN or Inf"),
+    "NaN gradient": (lambda: step_with(float("nan"), "gradient"), errors.NonFiniteError, V, r"2\.weight.*NaN.*its gradient holds them too; optimizer step 1"),
+    "Inf gradient": (lambda: step_with(float("inf"), "gradient"), errors.NonFiniteError, V, r"2\.weight.*its gradient holds them too"),
+    "NaN weight in training": (lambda: step_with(float("nan"), "weight"), errors.NonFiniteError, V, r"2\.weight.*its last gradient was finite"),
+    "NaN weight when compacting": (compact_with_nan, errors.NonFiniteError, V, r"2\.weight holds NaN or Inf: load the last good"),
+    "NaN matrix": (lambda: laconic.svt(torch.full((2, 2), float("nan")), 0.1), errors.NonFiniteError, V, "NaN or Inf"),
+    # budgets
+    "budget 0": (lambda: laconic.Budget(params=0), errors.InvalidValueError, V, r"params=0\): a fraction .* above 0 and at most 1; absolute: max_params="),
+    "budget above 1": (lambda: laconic.Budget(macs=1.5), errors.InvalidValueError, V, r"macs=1\.5\)"),
+    "budget NaN": (lambda: laconic.Budget(params=float("nan")), errors.InvalidValueError, V, "params=nan"),
+    "budget absolute 0": (lambda: laconic.Budget(max_params=0), errors.InvalidValueError, V, r"max_params=0\)"),
+    "budget absolute Inf": (lambda: laconic.Budget(max_macs=float("inf")), errors.InvalidValueError, V, "max_macs=inf"),
+    "budget empty": (lambda: laconic.Budget(), errors.InvalidValueError, V, "at least one of params="),
+    "budget twice": (lambda: laconic.Budget(params=0.5, max_params=10), errors.InvalidValueError, V, "given twice"),
+    "budget out of reach": (lambda: budgeted(budget=laconic.Budget(params=0.01)), errors.InfeasibleBudgetError, V, r"out of reach: .*smallest feasible: params=0\.\d+"),
+    "budget out of reach, post hoc": (lambda: compress(budget=laconic.Budget(max_params=5)), errors.InfeasibleBudgetError, V, r"at most 5 params .* smallest feasible"),
+    "budget in MACs without inputs": (lambda: budgeted(budget=laconic.Budget(macs=0.5)), errors.InvalidValueError, V, "example_inputs"),
+    "budget without total_steps": (lambda: budgeted(total_steps=None), errors.InvalidValueError, V, "needs total_steps="),
+    "budget of another type": (lambda: compressor(budget=0.25, total_steps=10), errors.InvalidTypeError, T, r"budget = 0\.25: expected laconic\.Budget"),
+    "energy beside a budget": (energy_beside_a_budget, errors.InvalidValueError, V, "the budget rules here"),
+    "energy above 1": (lambda: compress(energy=1.5), errors.InvalidValueError, V, r"1\.5"),
+    "energy 0": (lambda: compressor(by_strength()).compact(energy=0), errors.InvalidValueError, V, "0"),
+    "published energy 0": (lambda: laconic.Compressor.as_published(m := mlp(), optim.SGD(m.parameters(), lr=0.1), 0.1, 10, energy=0), errors.InvalidValueError, V, "0"),
+    "neither energy nor budget, post hoc": (compress, errors.InvalidValueError, V, "exactly one of budget="),
+    "both, post hoc": (lambda: compress(energy=0.9, budget=laconic.Budget(params=0.5)), errors.InvalidValueError, V, "exactly one of budget="),
+    # strength and the other options of a structure
+    "strength below 0": (lambda: by_strength(-1.0), errors.InvalidValueError, V, r"strength = -1\.0: must be finite and at least 0"),
+    "strength NaN": (lambda: by_strength(float("nan")), errors.InvalidValueError, V, "strength = nan"),
+    "strength Inf": (lambda: by_strength(float("inf")), errors.InvalidValueError, V, "strength = inf"),
+    "neither budget nor strength": (compressor, errors.InvalidValueError, V, r"needs a budget=.*or structures=\[laconic\.LowRank\(strength="),
+    "scale unknown": (lambda: laconic.LowRank(scale="relativ"), errors.InvalidValueError, V, r"scale = 'relativ' is unknown; did you mean 'relative'"),
+    "matricization unknown": (lambda: laconic.LowRank(matricization="out,in"), errors.InvalidValueError, V, "matricization = 'out,in' is unknown"),
+    "penalty of another type": (lambda: laconic.LowRank(penalty="L1"), errors.InvalidTypeError, T, r"penalty = 'L1': expected .* such as laconic\.LogSum"),
+    "rank_multiple 0": (lambda: laconic.LowRank(rank_multiple=0), errors.InvalidValueError, V, "rank_multiple = 0"),
+    "epsilon 0": (lambda: laconic.LogSum(epsilon=0), errors.InvalidValueError, V, "epsilon=0"),
+    "structures of another type": (lambda: compressor([laconic.L1()]), errors.InvalidTypeError, T, r"expected laconic\.LowRank"),
+    "structures empty": (lambda: compressor([]), errors.InvalidValueError, V, "structures is empty"),
+    "structures that overlap": (lambda: compressor([by_strength(), by_strength()]), errors.InvalidValueError, V, r"0\.weight is claimed by 2"),
+    "include matches nothing": (lambda: compressor(by_strength(include="conv*")), errors.PatternError, V, r"include='conv\*' matches no module or parameter; there are: 0"),
+    "exclude matches nothing": (lambda: compressor(by_strength(exclude=("0", "9"))), errors.PatternError, V, "exclude='9' matches no"),
+    # the run
+    "every 0": (lambda: compressor(by_strength(), every=0), errors.InvalidValueError, V, "every = 0: must be a whole number, at least 1"),
+    "every a fraction": (lambda: compressor(by_strength(), every=2.5), errors.InvalidValueError, V, r"every = 2\.5"),
+    "every a truth value": (lambda: compressor(by_strength(), every=True), errors.InvalidValueError, V, "every = True"),
+    "total_steps 0": (lambda: budgeted(total_steps=0), errors.InvalidValueError, V, "total_steps = 0"),
+    "cut unknown": (lambda: budgeted(cut="erly"), errors.InvalidValueError, V, "cut = 'erly' is unknown; did you mean 'early'"),
+    "schedule backwards": (lambda: laconic.Schedule(warmup=0.6, cut=0.5), errors.InvalidValueError, V, "need 0 <= warmup < cut <= 1"),
+    "schedule without a budget": (lambda: compressor(by_strength(), schedule=laconic.Schedule()), errors.InvalidValueError, V, "no effect without a budget"),
+    "example_inputs a dict": (lambda: compressor(by_strength(), example_inputs={"x": X}), errors.InvalidTypeError, T, "must be a tuple .* got dict"),
+    "only_faster without inputs": (lambda: compress(energy=0.5, only_faster=True), errors.InvalidValueError, V, "only_faster=True needs example_inputs"),
+    "step() of a hooked optimizer": (lambda: compressor(by_strength()).step(), errors.LaconicError, Exception, r"optimizer\.step\(\) is enough"),
+    # models and optimizers
+    "not a model": (lambda: compressor(by_strength(), model=lambda x: x, optimizer=other_optimizer()), errors.InvalidTypeError, T, r"expected a torch\.nn\.Module, got function"),
+    "nothing to compress": (lambda: compressor(by_strength(), conv_only()), errors.NothingToCompressError, V, r"nothing to compress in Sequential \(0\.weight: Embedding is not supported"),
+    "no weights at all": (lambda: compress(model=nn.Sequential(nn.ReLU()), energy=0.5), errors.NothingToCompressError, V, "no weight of two or more dimensions"),
+    "the model is the layer": (lambda: compress(model=nn.Linear(8, 8), energy=0.5), errors.NothingToCompressError, V, r"wrap it in nn\.Sequential"),
+    "lazy layer": (lambda: compress(model=nn.Sequential(nn.LazyLinear(4)), energy=0.5), errors.InvalidValueError, V, r"0\.weight is not initialised yet"),
+    "optimizer of another model": (lambda: compressor(by_strength(), optimizer=other_optimizer()), errors.OptimizerError, V, r"does not own any of the model's weights: build it from model\.parameters\(\)"),
+    "optimizer list empty": (lambda: compressor(by_strength(), optimizer=[]), errors.OptimizerError, V, "list is empty"),
+    "LBFGS": (lambda: compressor(by_strength(), m := mlp(), optim.LBFGS(m.parameters())), errors.UnsupportedOptimizerError, T, "LBFGS evaluates the loss several times per step"),
+    "optimizer without groups": (lambda: compressor(by_strength(), optimizer=object()), errors.UnsupportedOptimizerError, T, "object has no param_groups"),
+    # files, recipes, data
+    "load: missing": (lambda: laconic.load("/nowhere/at/all", mlp()), errors.CheckpointNotFoundError, FileNotFoundError, "does not exist"),
+    "state of another version": (lambda: compressor(by_strength()).load_state_dict({"version": 0}), errors.CheckpointError, V, "format version 0; this laconic reads 1"),
+    "recipe unknown": (lambda: load_recipe("digit"), errors.RecipeError, V, "neither a file nor a shipped recipe; did you mean 'digits'"),
+    "data missing": (lambda: load_dataset("scene", "/nowhere/at/all"), errors.DataNotFoundError, FileNotFoundError, "/nowhere/at/all"),
+    "data unknown": (lambda: load_dataset("scen"), errors.InvalidValueError, V, "did you mean 'scene'"),
+    "solver unknown": (lambda: laconic.svt(torch.eye(2), 0.1, solver="gramm"), errors.InvalidValueError, V, "did you mean 'gram'"),
+    "tau below 0": (lambda: laconic.svt(torch.eye(2), -1.0), errors.InvalidValueError, V, "tau"),
+    "matrix of integers": (lambda: laconic.svt(torch.eye(2).int(), 0.1), errors.InvalidTypeError, T, "float"),
+    "array in place of a tensor": (lambda: laconic.svt(np.eye(2), 0.1), errors.InvalidTypeError, T, "ndarray"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("do", "kind", "builtin", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_clear_line_of_the_documented_type(do, kind, builtin, message):
+    with pytest.raises(kind, match=message) as caught:
+        do()
+    assert type(caught.value) is kind
+    assert isinstance(caught.value, laconic.LaconicError)
+    assert isinstance(caught.value, builtin)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_key_is_answered_with_the_nearest_valid_one(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('task = "digits"\nepoch = 3\n')
+    with pytest.raises(laconic.RecipeError, match=r"mine\.toml: unknown key 'epoch'; did you mean 'epochs'"):
+        load_recipe(path)
+
+
+def test_a_refused_construction_leaves_no_hook_and_changes_nothing():
+    model = mlp()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    before = snapshot(model, optimizer)
+    with pytest.raises(laconic.InfeasibleBudgetError):
+        laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.01), total_steps=10)
+    assert not optimizer._optimizer_step_post_hooks
+    assert [str(x) for x in snapshot(model, optimizer)] == [str(x) for x in before]
+
+
+def test_a_not_a_number_in_training_spoils_no_other_weight():
+    model = mlp()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    compressor = laconic.Compressor(model, optimizer, by_strength(), every=1)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    model[2].weight.grad[0, 0] = float("nan")
+    with pytest.raises(laconic.NonFiniteError):
+        optimizer.step()
+    assert bool(model[0].weight.isfinite().all())
+    assert bool(model[4].weight.isfinite().all())
+    with pytest.raises(laconic.NonFiniteError, match=r"2\.weight"):  # and it is not forgotten
+        compressor.compact(energy=0.9)
+
+
+def test_every_error_is_a_laconic_error_and_is_exported():
+    kinds = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, BaseException)]
+    assert len(kinds) > 10
+    for kind in kinds:
+        assert issubclass(kind, laconic.LaconicError)
+        assert getattr(laconic, kind.__name__) is kind
+        assert kind.__doc__
+
+
+def test_the_error_table_covers_every_type_that_the_training_side_raises():
+    elsewhere = {"DecompositionError", "SurgeryError", "ArchitectureMismatchError", "MissingExtraError"}
+    tested = {row[1].__name__ for row in BAD.values()}
+    kinds = {e.__name__ for e in vars(errors).values() if isinstance(e, type) and issubclass(e, BaseException)}
+    assert tested == kinds - elsewhere

@@ -1,0 +1,158 @@
+"""Parameters, MACs, latency and memory, against numbers worked out by hand."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import laconic
+from laconic.measure import count_macs, input_shapes, measure_latency, peak_memory
+
+from .models import Shared, Tied
+
+
+class Attention(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.options = options
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q * self.scale, k, v, **self.options)
+
+
+@dataclass
+class Case:
+    """A model, its inputs, and what it costs."""
+
+    model: nn.Module
+    inputs: tuple
+    params: int
+    macs: int
+
+
+def transformer(**options) -> nn.Module:
+    return nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, **options)
+
+
+# Batch 2, 5 tokens: projections in and out, scores and values, two feed-forward layers.
+TRANSFORMER_MACS = 2 * (5 * 16 * 48 + 5 * 16 * 16 + 2 * 5 * 5 * 16 + 2 * 5 * 16 * 32)
+TRANSFORMER_PARAMS = 16 * 48 + 48 + 16 * 16 + 16 + 16 * 32 + 32 + 32 * 16 + 16 + 2 * 32
+
+CASES = {
+    "linear": Case(nn.Linear(8, 4), (torch.zeros(3, 8),), 36, 3 * 32),
+    "linear, one vector": Case(nn.Linear(8, 4), (torch.zeros(8),), 36, 32),
+    "linear, tokens": Case(nn.Linear(8, 4), (torch.zeros(3, 5, 8),), 36, 15 * 32),
+    "conv1d": Case(nn.Conv1d(4, 6, 3, stride=2, padding=1), (torch.zeros(2, 4, 9),), 78, 2 * 5 * 6 * 4 * 3),
+    "conv2d": Case(nn.Conv2d(3, 8, 3, padding=1), (torch.zeros(2, 3, 6, 5),), 224, 2 * 30 * 8 * 27),
+    "conv2d, strided and dilated": Case(nn.Conv2d(3, 8, 3, stride=2, dilation=2, bias=False), (torch.zeros(1, 3, 9, 9),), 216, 9 * 216),
+    "conv2d, groups": Case(nn.Conv2d(6, 9, 3, groups=3), (torch.zeros(1, 6, 5, 5),), 171, 9 * 9 * 2 * 9),
+    "conv3d": Case(nn.Conv3d(2, 4, 2), (torch.zeros(1, 2, 3, 3, 3),), 68, 8 * 4 * 2 * 8),
+    "transposed conv2d": Case(nn.ConvTranspose2d(4, 3, 2, stride=2), (torch.zeros(1, 4, 5, 5),), 51, 25 * 4 * 3 * 4),
+    "tied weight": Case(Tied(), (torch.zeros(3, 10),), 100 + 20 + 44, 3 * 240),
+    "shared module": Case(Shared(), (torch.zeros(3, 10),), 110 + 44, 3 * 240),
+    "norms cost nothing": Case(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU()), (torch.zeros(2, 4),), 28, 32),
+    "attention": Case(Attention(), (torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 7, 8), torch.zeros(2, 4, 7, 6)), 1, 2 * 4 * 5 * 7 * (8 + 6)),
+    "causal attention": Case(Attention(is_causal=True), (torch.zeros(2, 4, 5, 8),) * 3, 1, 2 * 4 * 25 * 16),
+    "transformer layer": Case(transformer(), (torch.randn(2, 5, 16),), TRANSFORMER_PARAMS, TRANSFORMER_MACS),
+    "transformer layer, evaluating": Case(transformer().eval(), (torch.randn(2, 5, 16),), TRANSFORMER_PARAMS, TRANSFORMER_MACS),
+    "transformer": Case(
+        nn.TransformerEncoder(transformer(), 3, enable_nested_tensor=False), (torch.randn(2, 5, 16),), 3 * TRANSFORMER_PARAMS, 3 * TRANSFORMER_MACS
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_params_and_macs_are_those_worked_out_by_hand(case):
+    found = laconic.profile(case.model, case.inputs, latency=False)
+    assert (found.params, found.macs) == (case.params, case.macs)
+    assert count_macs(case.model, case.inputs) == case.macs
+
+
+def test_each_layer_has_its_own_share():
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4, bias=False), nn.LayerNorm(4)))
+    layers = laconic.profile(model, (torch.zeros(3, 8),), latency=False).layers
+    assert [(x.name, x.kind, x.params, x.macs) for x in layers] == [
+        ("0", "Linear", 36, 96),
+        ("2.0", "Linear", 16, 48),
+        ("2.1", "LayerNorm", 8, 0),
+    ]
+
+
+def test_a_lone_tensor_is_accepted_and_anything_else_is_named():
+    assert laconic.profile(nn.Linear(8, 4), torch.zeros(3, 8), latency=False).macs == 96
+    with pytest.raises(laconic.InvalidTypeError, match=r"must be a tuple .* got dict"):
+        laconic.profile(nn.Linear(8, 4), {"x": torch.zeros(3, 8)})
+
+
+MEASURES = {
+    "profile": lambda m, x: laconic.profile(m, x, seconds=0.01),
+    "macs": count_macs,
+    "latency": lambda m, x: measure_latency(m, x, 0.01),
+    "memory": peak_memory,
+    "input shapes": lambda m, x: input_shapes(m, [m[0]], x),
+}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_measuring_leaves_modes_hooks_buffers_gradients_and_switches_as_they_were(measure, fails):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 4))
+    model[1].eval()
+    calls = []
+    model[3].register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(3, 5 if fails else 4)
+
+    def state():
+        return (
+            [m.training for m in model.modules()],
+            [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+            [b.clone().tolist() for b in model.buffers()],
+            [p.grad for p in model.parameters()],
+            (torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()),
+        )
+
+    before = state()
+    if fails:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            measure(model, (x,))
+    else:
+        measure(model, (x,))
+        assert calls
+    assert state() == before
+
+
+def test_latency_states_median_spread_blocks_threads_and_device():
+    threads = torch.get_num_threads()
+    latency = measure_latency(nn.Linear(64, 64), (torch.zeros(8, 64),), 0.02)
+    assert 0 < latency.median_ms < 20
+    assert latency.spread_ms >= 0
+    assert latency.blocks >= 1
+    assert (latency.threads, latency.device) == (threads, "cpu")
+    with pytest.raises(laconic.InvalidValueError, match="seconds = 0"):
+        measure_latency(nn.Linear(4, 4), (torch.zeros(1, 4),), 0)
+
+
+def test_latency_grows_with_the_work():
+    small, large = (measure_latency(nn.Linear(n, n), (torch.zeros(64, n),), 0.05).median_ms for n in (32, 1024))
+    assert large > 5 * small
+
+
+def test_peak_memory_counts_parameters_buffers_and_the_activations_alive_at_once():
+    """A chain of layers: input of one and output of the other are alive together, not all of them."""
+    wide, narrow = 4 * 64 * 1000, 4 * 64 * 10
+    chain = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(10, 1000), nn.Linear(1000, 10))))
+    fixed = sum(p.numel() * 4 for p in chain.parameters())
+    found = peak_memory(chain, (torch.zeros(64, 10),))
+    assert fixed + wide <= found <= fixed + wide + 3 * narrow
+
+
+def test_a_profile_is_plain_data():
+    found = laconic.profile(nn.Linear(4, 4), (torch.zeros(1, 4),), seconds=0.01)
+    data = json.loads(json.dumps(found.to_json()))
+    assert data["latency_ms"] == found.latency_ms == data["latency"]["median_ms"]
+    assert data["layers"][0]["kind"] == "Linear"
+    assert laconic.profile(nn.Linear(4, 4), (torch.zeros(1, 4),), latency=False).latency is None
