@@ -79,6 +79,14 @@ def test_the_product_rule_loses_at_most_one_step_against_brute_force(choices, sh
     assert best - largest_step(choices) - 1e-9 <= found <= best + 1e-9
 
 
+@given(problems, st.floats(0, 5))
+def test_the_product_rule_is_optimal_at_every_budget_that_a_price_leads_to(choices, price):
+    """What is best at a fixed price per unit of cost is the best that its cost can buy (Lagrange)."""
+    bought = [c.ranks[np.lexsort((c.costs[:, 0], price * c.costs[:, 0] - c.gains))[0]] for c in choices]
+    found = product_rule(choices, np.zeros(1), cost(choices, bought))
+    assert gain(choices, found) == pytest.approx(gain(choices, bought), abs=1e-9)
+
+
 @given(problems)
 def test_without_a_binding_budget_everything_is_kept(choices):
     found = product_rule(choices, np.zeros(1), largest(choices))
@@ -95,6 +103,13 @@ def test_no_limit_is_passed_and_nothing_more_fits(choices, share, other, fixed):
         now = choice.ranks.index(rank)
         better = choice.gains > choice.gains[now]
         assert not np.any(better & np.all(spent + choice.costs - choice.costs[now] <= limits, axis=1))
+
+
+def test_a_steep_last_step_does_not_make_a_long_way_cheap():
+    """The first gains 10 for 2 (its last unit alone 9.9), the second 16 for 3: with 3 to spend, the second."""
+    first = Choice("first", (1, 2, 3), np.array([-10, -9.9, 0]), np.array([[1.0], [2.0], [3.0]]))
+    second = Choice("second", (1, None), np.array([-16.0, 0]), np.array([[1.0], [4.0]]))
+    assert product_rule([first, second], np.zeros(1), np.array([5.0])) == [1, None]
 
 
 def test_a_rank_below_the_hull_is_taken_where_the_hull_does_not_fit():

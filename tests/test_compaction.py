@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -421,11 +422,9 @@ def test_a_refusal_leaves_model_and_optimizer_as_they_were(prepare, error, messa
     parts = dict(model.named_modules())
     groups = [[id(p) for p in g["params"]] for g in optimizer.param_groups]
     before = snapshot(model, optimizer)
+    cut = partial(laconic.compress, model, example_inputs=(x,)) if post_hoc else compressor.compact
     with pytest.raises(error, match=message):
-        if post_hoc:
-            laconic.compress(model, energy=0.5, example_inputs=(x,), **options)
-        else:
-            compressor.compact(energy=0.5, **options)
+        cut(energy=0.5, **options)
     assert_same(snapshot(model, optimizer), before)
     after = dict(model.named_modules())
     assert parts.keys() == after.keys()

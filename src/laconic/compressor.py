@@ -2,6 +2,8 @@
 
 Nothing in the training loop changes. After the optimizer's own step a hook adds the learning rate of that step to each
 weight's account; every few steps the account is paid with one proximal step.
+
+One object, one file, and therefore a long one: the run, its end, and its resumption share all of its state.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .allocate import Floats, log_shares, numerical_rank
 from .budget import Budget, ranks_for_budget
@@ -26,10 +28,10 @@ from .errors import (
     LaconicError,
     NonFiniteError,
     OptimizerError,
-    UnsupportedOptimizerError,
     nearest,
 )
 from .measure import check_inputs
+from .optimizers import check_optimizers, has_hooks, holds, last_holder, learning_rate, peak_learning_rate, was_skipped
 from .penalties import check_share
 from .plan import check_structures, make_plan, use_unfoldings
 from .report import CompactReport, Snapshot
@@ -89,7 +91,7 @@ class Compressor:
             raise InvalidTypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         structures = check_structures(structures)
         _check_arguments(structures, budget, total_steps, every, cut, schedule)
-        optimizers = _check_optimizers(optimizer)
+        optimizers = check_optimizers(optimizer)
         trained = {p for o in optimizers for g in o.param_groups for p in g["params"]}
         if not any(p in trained for p in model.parameters()):
             raise OptimizerError(
@@ -117,15 +119,15 @@ class Compressor:
         self.history: list[Snapshot] = []
         self.failures: list[str] = []
         self.solvers: dict[str, str] = {}
-        self._owner = {s.name: _owner(s, optimizers) for s in self.plan.sites}
+        self._owner = {s.name: last_holder(optimizers, s.weight) for s in self.plan.sites}
         self._owed = {s.name: 0.0 for s in self.plan.sites}
         self._values: dict[str, Floats] = {}
         self._steps = [0] * len(optimizers)
         self._stride = 1
         self._cuts: list[CutResult] = []
         self._report: CompactReport | None = None
-        self._handles = [o.register_step_post_hook(partial(self._after_step, i)) for i, o in enumerate(optimizers) if _has_hooks(o)]
-        self._unhooked = [i for i, o in enumerate(optimizers) if not _has_hooks(o)]
+        self._handles = [o.register_step_post_hook(partial(self._after_step, i)) for i, o in enumerate(optimizers) if has_hooks(o)]
+        self._unhooked = [i for i, o in enumerate(optimizers) if not has_hooks(o)]
 
     @classmethod
     def as_published(
@@ -141,10 +143,9 @@ class Compressor:
         """A controller, where a budget rules and no structure has a strength of its own."""
         if self.budget is None or self.total_steps is None or any(s.structure.strength is not None for s in self.plan.sites):
             return None
-        # Half of the unit of the spectra over the whole phase of pressure, at today's learning rates.
+        # Half of the unit of the spectra over the whole phase of pressure, were the learning rate at its peak throughout.
         span = (self.cut_fraction - self.schedule.warmup) * self.total_steps
-        rates = [_learning_rate(o, s.weight) for o in self.optimizers for s in self.plan.sites if _holds(o, s.weight)]
-        return Controller(strength=0.5 / max(span * max(rates), 1e-12))
+        return Controller(strength=0.5 / max(span * peak_learning_rate(self.optimizers), 1e-12))
 
     @property
     def cut_fraction(self) -> float:
@@ -167,8 +168,7 @@ class Compressor:
             self._after_step(index, self.optimizers[index])
 
     def _after_step(self, index: int, optimizer: Any, *_: Any) -> None:
-        found = getattr(optimizer, "found_inf", None)  # set while a fused optimizer steps under a GradScaler
-        if found is not None and bool(found):
+        if was_skipped(optimizer):
             return
         self._steps[index] += 1
         cut_now = self.cut_early and not self._cuts and index == len(self.optimizers) - 1 and self.progress >= self.schedule.cut
@@ -178,8 +178,8 @@ class Compressor:
             return
         for site in self.plan.sites:
             # A weight without a gradient was not moved by this step. Rates are read now: a scheduler may change them next.
-            if site.weight.grad is not None and site.weight.requires_grad and _holds(optimizer, site.weight):
-                self._owed[site.name] += _learning_rate(optimizer, site.weight)
+            if site.weight.grad is not None and site.weight.requires_grad and holds(optimizer, site.weight):
+                self._owed[site.name] += learning_rate(optimizer, site.weight)
         if self._steps[index] % self.every == 0 or cut_now:
             self._prox([s for s in self.plan.sites if cut_now or self._owner[s.name] is optimizer])
         if cut_now:
@@ -458,39 +458,3 @@ def _check_arguments(structures: Sequence[LowRank], budget: Any, total_steps: An
         raise InvalidValueError("schedule= has no effect without a budget: a strength presses from the first step to the last")
     if cut not in ("early", "end"):
         raise InvalidValueError(f"cut = {cut!r} is unknown{nearest(str(cut), ('early', 'end'))}")
-
-
-def _check_optimizers(optimizer: Any) -> list[Any]:
-    optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-    if not optimizers:
-        raise OptimizerError("optimizer: the list is empty")
-    found = []
-    for o in optimizers:
-        if not _has_hooks(o) and hasattr(o, "optimizer"):
-            o = o.optimizer  # a wrapper such as Accelerate's
-        if isinstance(o, torch.optim.LBFGS):
-            raise UnsupportedOptimizerError(
-                "LBFGS evaluates the loss several times per step and keeps a history that a proximal step would contradict: use SGD, Adam, AdamW, ..."
-            )
-        if not hasattr(o, "param_groups"):
-            raise UnsupportedOptimizerError(f"{type(o).__name__} has no param_groups: expected a torch.optim.Optimizer")
-        found.append(o)
-    return found
-
-
-def _has_hooks(optimizer: Any) -> bool:
-    # A wrapper that never called Optimizer.__init__ has the method but not what it needs.
-    return hasattr(optimizer, "register_step_post_hook") and hasattr(optimizer, "_optimizer_step_post_hooks")
-
-
-def _holds(optimizer: Any, weight: Tensor) -> bool:
-    return any(p is weight for g in optimizer.param_groups for p in g["params"])
-
-
-def _owner(site: Site, optimizers: Sequence[Any]) -> Any:
-    """The last optimizer that holds the weight: its step completes the round."""
-    return [o for o in optimizers if _holds(o, site.weight)][-1]
-
-
-def _learning_rate(optimizer: Any, weight: Tensor) -> float:
-    return sum(float(g["lr"]) for g in optimizer.param_groups if any(p is weight for p in g["params"]))

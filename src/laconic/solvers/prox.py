@@ -30,7 +30,7 @@ class Auto:
     | input (after promotion) | cutoff / s_max | solver | why |
     |---|---|---|---|
     | any, smaller side <= 2 | any | `svd` | nothing to gain |
-    | float32 | >= 64 sqrt(eps) = 0.022 | `gram` | the fastest; its error at the cutoff is below 1 % of it |
+    | float32 | >= 64 sqrt(eps) = 0.022 | `gram` | the fastest; its error bound at the cutoff is a few percent of it |
     | float32 | below | `gram-float64` | as accurate as float32 `svd`, 1.2-6 times faster |
     | float64 | >= 64 sqrt(eps) = 1e-6 | `gram` | as above |
     | float64 | below | `svd` | squaring would lose what is asked for |

@@ -1,0 +1,66 @@
+"""What laconic asks of an optimizer: did it step, which weights does it hold, at which learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import OptimizerError, UnsupportedOptimizerError
+
+
+def check_optimizers(optimizer: Any) -> list[Any]:
+    """One optimizer or several as a list; wrappers without hooks of their own (Accelerate's) are unwrapped.
+
+    Raises:
+        OptimizerError: an empty list.
+        UnsupportedOptimizerError: LBFGS, or an object without parameter groups.
+    """
+    optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    if not optimizers:
+        raise OptimizerError("optimizer: the list is empty")
+    found = []
+    for o in optimizers:
+        if not has_hooks(o) and hasattr(o, "optimizer"):
+            o = o.optimizer
+        if isinstance(o, torch.optim.LBFGS):
+            raise UnsupportedOptimizerError(
+                "LBFGS evaluates the loss several times per step and keeps a history that a proximal step would contradict: use SGD, Adam, AdamW, ..."
+            )
+        if not hasattr(o, "param_groups"):
+            raise UnsupportedOptimizerError(f"{type(o).__name__} has no param_groups: expected a torch.optim.Optimizer")
+        found.append(o)
+    return found
+
+
+def has_hooks(optimizer: Any) -> bool:
+    """Can the optimizer call us after its steps? A wrapper that never called `Optimizer.__init__` has only the method."""
+    return hasattr(optimizer, "register_step_post_hook") and hasattr(optimizer, "_optimizer_step_post_hooks")
+
+
+def was_skipped(optimizer: Any) -> bool:
+    """Inside the hook: a fused optimizer under a GradScaler found an Inf and changed nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def holds(optimizer: Any, weight: Tensor) -> bool:
+    return any(p is weight for g in optimizer.param_groups for p in g["params"])
+
+
+def last_holder(optimizers: Sequence[Any], weight: Tensor) -> Any:
+    """The last optimizer that holds the weight: its step completes the round."""
+    return [o for o in optimizers if holds(o, weight)][-1]
+
+
+def learning_rate(optimizer: Any, weight: Tensor) -> float:
+    """The rate at which the weight is trained now."""
+    return sum(float(g["lr"]) for g in optimizer.param_groups if any(p is weight for p in g["params"]))
+
+
+def peak_learning_rate(optimizers: Sequence[Any]) -> float:
+    """The largest rate that is set or announced: schedulers note where they started from, or where they go, in the groups."""
+    groups = [g for o in optimizers for g in o.param_groups]
+    return max(float(g.get(key, 0.0)) for g in groups for key in ("lr", "initial_lr", "max_lr"))
