@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find src -name '*.py' -o -name '*.toml' -o -name '*.typed')
 
-.PHONY: demo test lint docs results clean constraints
+.PHONY: demo test lint docs sabotage results clean constraints
 .DEFAULT_GOAL := test
 
 $(VENV)/.dependencies: pyproject.toml constraints.txt
@@ -32,6 +32,10 @@ test: lint
 
 docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict --quiet
+
+# Break the code on purpose in 50 places, and require red: minutes.
+sabotage: $(VENV)/.installed
+	$(BIN)/python tests/sabotage.py
 
 # The committed results, one after the other, hours on two cores; finished ones are kept.
 results: $(VENV)/.installed

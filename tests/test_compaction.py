@@ -681,6 +681,24 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(run, at):
     assert_same(snapshot(resumed.model, *resumed.optimizers), snapshot(whole.model, *whole.optimizers))
 
 
+def test_a_resumed_run_keeps_the_unfoldings_that_auto_chose_for_other_weights():
+    def run(separable: bool):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 4))
+        if separable:  # rank 1 between rows and columns of the kernel: the spatial unfolding is the cheap one
+            model[0].weight.data = torch.einsum("oh,iw->oihw", torch.randn(8, 3), torch.randn(8, 3))
+        else:  # rank 1 between outputs and the rest
+            model[0].weight.data = torch.einsum("o,ihw->oihw", torch.randn(8), torch.randn(8, 3, 3))
+        structure = laconic.LowRank(matricization="auto", strength=0.0)
+        return laconic.Compressor(model, sgd(model), structure, example_inputs=(torch.zeros(1, 8, 4, 4),))
+
+    first, fresh = run(separable=True), run(separable=False)
+    assert [c.plan.sites[0].unfolding.name for c in (first, fresh)] == ["out*k,in", "out,in*k"]
+    fresh.load_state_dict(first.state_dict())
+    assert str(fresh.plan) == str(first.plan)
+    assert [s.unit_macs for s in fresh.plan.sites] == [s.unit_macs for s in first.plan.sites]
+
+
 def test_a_cut_uses_no_random_numbers():
     model = mlp()
     compressor = laconic.Compressor(model, sgd(model), NOTHING, example_inputs=(inputs_for(model),))

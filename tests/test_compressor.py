@@ -589,3 +589,25 @@ def test_the_first_strength_does_not_depend_on_a_learning_rate_that_is_still_war
         return compressor.metrics()["laconic/strength"]
 
     assert first_strength(warm_up) == pytest.approx(first_strength(lambda o: None))
+
+
+def test_with_several_optimizers_steering_happens_once_per_round_and_the_cut_pays_every_debt(monkeypatch):
+    """The second optimizer holds none of the weights; at the cut the first one's weights still owe for a step."""
+    model = mlp()
+    optimizers = [
+        optim.SGD([p for p in model.parameters() if p.ndim > 1], lr=0.1),
+        optim.SGD([p for p in model.parameters() if p.ndim == 1], lr=0.1),
+    ]
+    schedule = laconic.Schedule(warmup=0, cut=0.7)
+    compressor = laconic.Compressor(model, optimizers, budget=laconic.Budget(params=0.6), total_steps=10, every=2, schedule=schedule)
+    steered, owed = [], []
+    update, cut = type(compressor.controller).update, compressor._cut_in_mid_run
+    monkeypatch.setattr(type(compressor.controller), "update", lambda *args: (steered.append(compressor.steps), update(*args)))
+    monkeypatch.setattr(compressor, "_cut_in_mid_run", lambda: (owed.append(sum(compressor._owed.values())), cut()))
+    for t in range(10):
+        backward(model, t)
+        for o in optimizers:
+            o.step()
+        model.zero_grad()
+    assert steered == [2, 4, 6, 7]
+    assert owed == [0]

@@ -1,0 +1,420 @@
+"""Break the code on purpose, one small wrong edit at a time, and require red.
+
+    python tests/sabotage.py [WORDS OF A NAME ...]
+
+Every edit is made in a private copy; the tests named beside it must fail there. An edit that no longer finds its place
+counts as a failure too: mend the list with the code. Minutes, not part of the default tests.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Edit(NamedTuple):
+    """Replace `right` by `wrong` in src/laconic/`file`: one of `tests` must go red."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+EDITS = [
+    Edit(
+        "threshold without lr",
+        "compressor.py",
+        "self._owed[site.name] += learning_rate(optimizer, site.weight)",
+        "self._owed[site.name] += 0.1",
+        "test_compressor",
+    ),
+    Edit(
+        "rate of first group",
+        "optimizers.py",
+        'return sum(float(g["lr"]) for g in optimizer.param_groups if any(p is weight for p in g["params"]))',
+        'return float(optimizer.param_groups[0]["lr"])',
+        "test_compressor",
+    ),
+    Edit(
+        "found_inf ignored",
+        "optimizers.py",
+        "return found is not None and bool(found)",
+        "return False",
+        "test_amp",
+    ),
+    Edit(
+        "grad None counted",
+        "compressor.py",
+        "if site.weight.grad is not None and site.weight.requires_grad",
+        "if site.weight.requires_grad",
+        "test_compressor",
+    ),
+    Edit(
+        "frozen mid-run shrunk",
+        "compressor.py",
+        "if tau == 0 or not site.weight.requires_grad:",
+        "if tau == 0:",
+        "test_compressor",
+    ),
+    Edit(
+        "stale parameter kept",
+        "surgery/optimizer.py",
+        'group["params"][i : i + 1] = new',
+        'group["params"][i + 1 : i + 1] = new',
+        "test_compaction",
+    ),
+    Edit(
+        "stale state kept",
+        "surgery/optimizer.py",
+        'getattr(optimizer, "state", {}).pop(weight, None)',
+        'getattr(optimizer, "state", {}).get(weight, None)',
+        "test_compaction",
+    ),
+    Edit(
+        "moments swapped",
+        "surgery/optimizer.py",
+        "factors = moment @ right.mT, left.mT @ moment",
+        "factors = 2 * moment @ right.mT, left.mT @ moment",
+        "test_compaction",
+    ),
+    Edit(
+        "second moment not squared",
+        "surgery/optimizer.py",
+        "spread @ right.square().mT",
+        "spread @ right.abs().mT",
+        "test_compaction",
+    ),
+    Edit(
+        "centered as uncentered",
+        "surgery/optimizer.py",
+        'if key == "square_avg" and "grad_avg" in state else None',
+        "if False else None",
+        "test_compaction",
+    ),
+    Edit(
+        "alias dropped on save",
+        "checkpoint.py",
+        "        if value.numel() and key in first:",
+        "        if False:",
+        "test_checkpoint",
+    ),
+    Edit(
+        "tie dropped on load",
+        "checkpoint.py",
+        '    _tie(model, manifest["aliases"])\n',
+        "",
+        "test_checkpoint",
+    ),
+    Edit(
+        "payload hash unchecked",
+        "checkpoint.py",
+        'if hashlib.sha256(payload).hexdigest() != manifest["sha256"]:',
+        "if False:",
+        "test_checkpoint",
+    ),
+    Edit(
+        "record hash unchecked",
+        "checkpoint.py",
+        '_record_hash(manifest) == manifest["record_sha256"]',
+        "True",
+        "test_checkpoint",
+    ),
+    Edit(
+        "metadata unchecked",
+        "checkpoint.py",
+        'if recorded != manifest["record_sha256"]:',
+        "if False:",
+        "test_checkpoint",
+    ),
+    Edit(
+        "load undo skipped",
+        "checkpoint.py",
+        "        undo(model, done)\n        raise",
+        "        raise",
+        "test_checkpoint",
+    ),
+    Edit(
+        "overwrite in place",
+        "checkpoint.py",
+        "        os.rename(target, aside)",
+        "        shutil.rmtree(target)",
+        "test_checkpoint",
+    ),
+    Edit(
+        "no fsync",
+        "checkpoint.py",
+        "        os.fsync(file.fileno())",
+        "        pass",
+        "test_checkpoint",
+    ),
+    Edit(
+        "cut undo skipped",
+        "compaction.py",
+        "        undo(model, done)\n",
+        "        pass\n",
+        "test_compaction",
+    ),
+    Edit(
+        "surgery error unchecked",
+        "compaction.py",
+        "if not errors[site.name] <= tolerance:",
+        "if False:",
+        "test_compaction",
+    ),
+    Edit(
+        "weights not restored on refusal",
+        "compressor.py",
+        "site.weight.data.copy_(weight)",
+        "pass",
+        "test_compaction",
+    ),
+    Edit(
+        "dense weights kept",
+        "compressor.py",
+        "site.modules = ()",
+        "pass",
+        "test_compressor",
+    ),
+    Edit(
+        "autounfolding chosen anew",
+        "compressor.py",
+        '        use_unfoldings(self.model, self.plan, state["unfoldings"], self.example_inputs)\n',
+        "",
+        "test_compaction",
+    ),
+    Edit(
+        "owed lost on resume",
+        "compressor.py",
+        'self._owed = dict(state["owed"])',
+        "pass",
+        "test_compaction",
+    ),
+    Edit(
+        "owed not paid by compact",
+        "compressor.py",
+        "                self._prox([s for s, _, _ in unpaid])\n",
+        "",
+        "test_compressor",
+    ),
+    Edit(
+        "muon unpaid at cut",
+        "compressor.py",
+        "if cut_now or self._owner[s.name] is optimizer",
+        "if self._owner[s.name] is optimizer",
+        "test_compressor",
+    ),
+    Edit(
+        "steer twice",
+        "compressor.py",
+        "        if not sites:  #",
+        "        if False:  #",
+        "test_compressor",
+    ),
+    Edit(
+        "relative unit frobenius",
+        "structures.py",
+        "/ math.sqrt(matrix.shape[0] * min(matrix.shape[-2:]))",
+        "/ math.sqrt(max(matrix.shape[-2:]))",
+        "test_compressor test_compaction",
+    ),
+    Edit(
+        "tied not shared",
+        "structures.py",
+        "            pair[0].weight, pair[1].weight = first[0].weight, first[1].weight\n",
+        "",
+        "test_compressor test_compaction",
+    ),
+    Edit(
+        "break-even off by one",
+        "structures.py",
+        "return (self.unfolding.dense_params - 1) // self.unfolding.unit_params",
+        "return self.unfolding.dense_params // self.unfolding.unit_params",
+        "test_compressor test_compaction",
+    ),
+    Edit(
+        "only first path",
+        "compaction.py",
+        "done.extend((path, put(model, path, pair)) for path in paths)",
+        "done.extend((path, put(model, path, pair)) for path in paths[:1])",
+        "test_compaction",
+    ),
+    Edit(
+        "bn momentum kept",
+        "surgery/batchnorm.py",
+        "            layer.momentum = None  # cumulative average\n",
+        "",
+        "test_compaction",
+    ),
+    Edit(
+        "bn not restored",
+        "surgery/batchnorm.py",
+        "                buffer.copy_(buffers[name])",
+        "                pass",
+        "test_compaction",
+    ),
+    Edit(
+        "readers unseen",
+        "plan.py",
+        "    readers = _weight_readers(modules)",
+        "    readers = {}",
+        "test_plan",
+    ),
+    Edit(
+        "hooks ignored",
+        "plan.py",
+        "if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:",
+        "if False:",
+        "test_plan",
+    ),
+    Edit(
+        "parametrized ignored",
+        "plan.py",
+        'if type(module).__name__ == "ParametrizationList" or attribute in ("weight_g", "weight_v", "weight_orig"):',
+        "if False:",
+        "test_plan",
+    ),
+    Edit(
+        "attention uncounted",
+        "measure.py",
+        "        with sdpa_kernel(SDPBackend.MATH):\n            yield",
+        "        yield",
+        "test_measure",
+    ),
+    Edit(
+        "modes not restored",
+        "measure.py",
+        "            module.training = training",
+        "            pass",
+        "test_measure",
+    ),
+    Edit(
+        "rounding too coarse",
+        "allocate.py",
+        "computed = min(epsilon, 2.0**-23)",
+        "computed = epsilon",
+        "test_amp",
+    ),
+    Edit(
+        "warmup ignored",
+        "compressor.py",
+        "return self.budget is None or self.progress >= self.schedule.warmup",
+        "return True",
+        "test_compressor",
+    ),
+    Edit(
+        "lbfgs accepted",
+        "optimizers.py",
+        "if isinstance(o, torch.optim.LBFGS):",
+        "if False:",
+        "test_errors",
+    ),
+    Edit(
+        "max diff in train mode",
+        "compaction.py",
+        "    with evaluating(model):\n        return [x.detach",
+        "    with torch.no_grad():\n        return [x.detach",
+        "test_compaction",
+    ),
+    Edit(
+        "fused prox in autocast",
+        "solvers/prox.py",
+        "enabled=False",
+        "enabled=True",
+        "test_amp",
+    ),
+    Edit(
+        "prox adds instead of subtracting",
+        "penalties.py",
+        "return (s - check_tau(tau)).clamp_min(0)",
+        "return (s + check_tau(tau)).clamp_min(0)",
+        "test_penalties",
+    ),
+    Edit(
+        "cutoff of LogSum at zero",
+        "penalties.py",
+        "return torch.where(s > self.cutoff(tau),",
+        "return torch.where(s > 0,",
+        "test_penalties",
+    ),
+    Edit(
+        "fold without its permutation",
+        "matricize.py",
+        ".permute(inverse)",
+        "",
+        "test_matricize",
+    ),
+    Edit(
+        "gram of the larger side",
+        "solvers/gram.py",
+        "tall = x.shape[-2] > x.shape[-1]",
+        "tall = x.shape[-2] < x.shape[-1]",
+        "test_solvers",
+    ),
+    Edit(
+        "prox off by the scale",
+        "solvers/base.py",
+        "return penalty.prox(s * scale, tau) / scale",
+        "return penalty.prox(s, tau)",
+        "test_solvers",
+    ),
+    Edit(
+        "stride on both layers",
+        "surgery/factorize.py",
+        "            return (values[0], *ones) if second else (neutral, *values[1:])",
+        "            return values",
+        "test_factorize",
+    ),
+    Edit(
+        "sum instead of product",
+        "allocate.py",
+        "return np.log1p(-np.minimum(lost / total, 1 - 1e-16))",
+        "return -lost",
+        "test_allocate",
+    ),
+]
+
+
+def survives(edit: Edit) -> str | None:
+    """None if the tests go red, else what went wrong."""
+    source = (ROOT / "src/laconic" / edit.file).read_text()
+    if edit.right not in source:
+        return "its place is not in the source any more"
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in ("src", "tests"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        (copy / "src/laconic" / edit.file).write_text(source.replace(edit.right, edit.wrong))
+        files = [f"tests/{name}.py" for name in edit.tests.split()]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+        done = subprocess.run(
+            command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy / "src")}, capture_output=True, text=True, check=False
+        )
+    if done.returncode == 1:
+        return None
+    return f"the tests {'passed' if done.returncode == 0 else 'could not run: ' + done.stdout[-300:]}"
+
+
+def main(words: list[str]) -> int:
+    chosen = [edit for edit in EDITS if all(word in edit.name for word in words)]
+    survivors = 0
+    for edit in chosen:
+        problem = survives(edit)
+        survivors += problem is not None
+        sys.stdout.write(f"{'red' if problem is None else 'SURVIVED: ' + problem:<10} {edit.name}\n")
+        sys.stdout.flush()
+    sys.stdout.write(f"{len(chosen) - survivors} red, {survivors} survived\n")
+    return 1 if survivors or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
