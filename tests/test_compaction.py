@@ -723,3 +723,31 @@ def test_a_compressor_refuses_a_state_that_is_not_its_own(edit, build, message):
     with pytest.raises(laconic.CheckpointError, match=message):
         laconic.Compressor(model, sgd(model), NOTHING).load_state_dict(state)
     assert_same(snapshot(model), before)
+
+
+CHANGES = {
+    "total_steps": {"total_steps": 80},
+    "budget": {"budget": laconic.Budget(params=0.5)},
+    "schedule": {"schedule": laconic.Schedule(cut=0.7)},
+    "cut": {"cut": "end"},
+    "structures": {"structures": laconic.LowRank(penalty=laconic.L1())},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_resume_with_another_setting_is_refused_by_name(name):
+    def compressor(**options) -> laconic.Compressor:
+        model = mlp()
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+        return laconic.Compressor(model, optimizer, **{"budget": laconic.Budget(params=0.6), "total_steps": 60, **options})
+
+    with pytest.raises(laconic.CheckpointError, match=rf"other settings.* {name} was "):
+        compressor(**CHANGES[name]).load_state_dict(compressor().state_dict())
+
+
+def test_batches_that_do_not_fit_are_blamed_and_not_the_cut():
+    model = cnn().eval()
+    before = snapshot(model)
+    with pytest.raises(laconic.SurgeryError, match="check that every batch of calibration"):
+        laconic.compress(model, energy=0.5, calibration=[torch.zeros(2, 5, 9, 9)])
+    assert_same(snapshot(model), before)

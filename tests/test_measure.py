@@ -1,6 +1,7 @@
 """Parameters, MACs, latency and memory, against numbers worked out by hand."""
 
 import json
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -128,7 +129,7 @@ def test_measuring_leaves_modes_hooks_buffers_gradients_and_switches_as_they_wer
 def test_latency_states_median_spread_blocks_threads_and_device():
     threads = torch.get_num_threads()
     latency = measure_latency(nn.Linear(64, 64), (torch.zeros(8, 64),), 0.02)
-    assert 0 < latency.median_ms < 20
+    assert latency.median_ms > 0
     assert latency.spread_ms >= 0
     assert latency.blocks >= 1
     assert (latency.threads, latency.device) == (threads, "cpu")
@@ -136,9 +137,17 @@ def test_latency_states_median_spread_blocks_threads_and_device():
         measure_latency(nn.Linear(4, 4), (torch.zeros(1, 4),), 0)
 
 
-def test_latency_grows_with_the_work():
-    small, large = (measure_latency(nn.Linear(n, n), (torch.zeros(64, n),), 0.05).median_ms for n in (32, 1024))
-    assert large > 5 * small
+class Sleeper(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.005)
+        return x
+
+
+def test_latency_is_in_milliseconds_per_call():
+    """A lower bound holds on a busy machine too."""
+    latency = measure_latency(Sleeper(), (torch.zeros(1),), 0.05)
+    assert latency.median_ms * latency.blocks >= 5
+    assert 5 <= latency.median_ms < 500
 
 
 def test_peak_memory_counts_parameters_buffers_and_the_activations_alive_at_once():

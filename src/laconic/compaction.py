@@ -109,12 +109,14 @@ def cut_sites(
             )
 
     done: list[tuple[str, nn.Module]] = []
+    hint = "exclude the layer that something reads directly: LowRank(exclude=...)"
     try:
         for site, _ in to_cut:
             for pair, paths in zip(pairs[site.name], site.paths, strict=True):
                 done.extend((path, put(model, path, pair)) for path in paths)
         after = _outputs(model, inputs) if inputs is not None else []
         if calibration is not None:
+            hint = "check that every batch of calibration is what the model takes: a tensor, or a tuple of its positional arguments"
             batches = reestimate(model, calibration)
             notes.append(
                 f"BatchNorm statistics re-estimated on {batches} batches"
@@ -123,13 +125,12 @@ def cut_sites(
             )
             if batches and inputs is not None:
                 after = _outputs(model, inputs)
-    except Exception as error:
+    except BaseException as error:
         undo(model, done)
-        if isinstance(error, InvalidValueError):
+        if isinstance(error, InvalidValueError) or not isinstance(error, Exception):
             raise
-        raise SurgeryError(
-            f"the model no longer runs after the cut ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); it was left as it was. Exclude the layer that something reads directly: LowRank(exclude=...)"
-        ) from error
+        what = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise SurgeryError(f"the model no longer runs after the cut ({what}); it was left as it was; {hint}") from error
     if calibration is None and to_cut and batch_norms(model) and not optimizers:
         notes.append("BatchNorm statistics are those of the uncut model: pass calibration= (an iterable of inputs) to re-estimate them")
     for site, _ in to_cut:

@@ -8,6 +8,7 @@ One object, one file, and therefore a long one: the run, its end, and its resump
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -384,6 +385,7 @@ class Compressor:
         return {
             "version": STATE_VERSION,
             "names": [s.name for s in self.plan.sites],
+            "settings": self._settings(),
             "unfoldings": {s.name: s.unfolding.name for s in self.plan.sites},
             "steps": list(self._steps),
             "owed": dict(self._owed),
@@ -405,6 +407,16 @@ class Compressor:
             ],
         }  # fmt: skip
 
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same on resume. The interval and the unfoldings are not here: they are taken from the state."""
+        return {
+            "total_steps": self.total_steps,
+            "budget": dataclasses.asdict(self.budget) if self.budget is not None else None,
+            "schedule": dataclasses.asdict(self.schedule),
+            "cut": "early" if self.cut_early else "end",
+            "structures": [repr(s.structure) for s in self.plan.sites],
+        }
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume. Call it first, on a fresh dense model with its optimizer: it makes the same cuts on both; then load the
         model's and the optimizer's own state.
@@ -421,6 +433,10 @@ class Compressor:
             raise CheckpointError(
                 f"compressor state belongs to another model or other structures; differing weights: {', '.join(differing) or 'order'}"
             )
+        settings = self._settings()
+        changed = [f"{k} was {v!r}, is {settings.get(k)!r}" for k, v in state["settings"].items() if settings.get(k) != v]
+        if changed:
+            raise CheckpointError(f"compressor state was saved with other settings, a resume could not be exact: {'; '.join(changed)}")
         if len(state["steps"]) != len(self.optimizers):
             raise CheckpointError(f"compressor state has {len(state['steps'])} optimizers, this one {len(self.optimizers)}")
         use_unfoldings(self.model, self.plan, state["unfoldings"], self.example_inputs)

@@ -123,11 +123,12 @@ def input_shapes(model: nn.Module, modules: Sequence[nn.Module], example_inputs:
     """Shapes of the first input of each module, one per call, in one forward pass."""
     shapes: dict[nn.Module, list[torch.Size]] = {m: [] for m in modules}
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            shapes[module].append(args[0].shape)
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if given:
+            shapes[module].append(given[0].shape)
 
-    handles = [m.register_forward_pre_hook(note) for m in shapes]
+    handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in shapes]
     try:
         with evaluating(model):
             call(model, check_inputs(example_inputs))
