@@ -146,7 +146,6 @@ class Sleeper(nn.Module):
 def test_latency_is_in_milliseconds_per_call():
     """A lower bound holds on a busy machine too."""
     latency = measure_latency(Sleeper(), (torch.zeros(1),), 0.05)
-    assert latency.median_ms * latency.blocks >= 5
     assert 5 <= latency.median_ms < 500
 
 
