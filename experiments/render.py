@@ -22,15 +22,17 @@ LABELS = {
     "svd": "dense, then SVD to the budget",
     "thin": "thin dense, same steps",
     "thin-long": "thin dense, twice the steps",
+    "late": "laconic, but cut last",
     "laconic": "**laconic**",
 }
+DENSE_OF = {"cifar10-tenth": "cifar10"}  # recipes that differ in their budget alone share the dense runs
 SAME_NETWORK = {"svd": "laconic", "thin-long": "thin"}  # as good as the same shapes: not timed twice
 
 
 def load(recipe: str) -> dict[str, list[dict[str, Any]]]:
     """Results of one recipe by method, in the order of LABELS, each sorted by seed."""
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in LABELS}
-    for path in sorted((RESULTS / recipe).glob("*-seed*.json")):
+    for path in sorted([*(RESULTS / recipe).glob("*-seed*.json"), *(RESULTS / DENSE_OF.get(recipe, "-")).glob("dense-seed*.json")]):
         result = json.loads(path.read_text())
         found[result["method"]].append(result)
     return {method: sorted(runs, key=lambda r: r["seed"]) for method, runs in found.items() if runs}
@@ -55,6 +57,8 @@ def comparison(recipe: str) -> str:
     lines = ["| method | test accuracy, % | parameters | MACs | training time | batch of 64 | seeds |", "|---|---|---|---|---|---|---|"]
     base = results["dense"]
     for method, runs in results.items():
+        if method not in times["train_seconds"]:  # has a table of its own
+            continue
         accuracy = mean(runs, "accuracy")
         assert accuracy is not None
         relative = f"{times['train_seconds'][method] / times['train_seconds']['dense']:.2f}"
@@ -76,7 +80,36 @@ def inference(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"inference": inference}  # any other name is a recipe's
+def training(_: str) -> str:
+    """Training time against the plain loop."""
+    if not (ROOT / "benchmarks" / "results" / "training.json").exists():
+        return "(no results yet)\n"
+    lines = [
+        "| network | steps | training time | a step after settling | laconic itself | final training loss, dense | laconic |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text())["rows"]:
+        own = sum(r["overhead_seconds"].values()) / r["seconds"]["laconic"]
+        loss = r["final_loss"]
+        lines += [
+            f"| {r['name']} | {r['steps']} | {r['ratio']:.2f} | {r['step_ratio_after_settling']:.2f} | {own:.0%} of its time | {loss['dense']:.3f} | {loss['laconic']:.3f} |"
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def cut_last(_: str) -> str:
+    """Cut on the way against cut last, at two budgets."""
+    lines = ["| budget | laconic, % | cut last, % | dense, % | seeds |", "|---|---|---|---|---|"]
+    for recipe in ("cifar10", "cifar10-tenth"):
+        runs = load(recipe)
+        if not {"laconic", "late", "dense"} <= runs.keys():
+            return "(no results yet)\n"
+        cells = [f"{100 * (mean(runs[m], 'accuracy') or 0):.2f} ± {100 * spread(runs[m]):.2f}" for m in ("laconic", "late", "dense")]
+        lines.append(f"| {runs['laconic'][0]['budget']['params']} | {' | '.join(cells)} | {len(runs['laconic'])} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"inference": inference, "training": training, "cut-last": cut_last}  # any other name is a recipe's
 
 
 def render(page: str) -> str:

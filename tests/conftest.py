@@ -12,3 +12,11 @@ settings.load_profile("laconic")
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def layer_times(tmp_path_factory):
+    """Measured layer times go to a place of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LACONIC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -18,6 +18,12 @@ from laconic.penalties import energy_count
 from .cases import with_spectrum
 
 
+def ranked(name: str, values, unit, dense, largest: int, multiple: int = 1) -> Choice:
+    """Ranks up to `largest` in multiples, each at `unit` a piece, then dense."""
+    ranks = list(range(multiple, largest + 1, multiple)) or ([largest] if largest else [])
+    return low_rank_choice(name, values, ranks, np.outer(ranks, unit), np.asarray(dense))
+
+
 def factors(draw, currencies: int) -> np.ndarray:
     """Parameters, and further costs that are some multiple of them."""
     return np.array([1.0, *(draw(st.integers(1, 50)) for _ in range(currencies - 1))])
@@ -29,7 +35,7 @@ def layers(draw, currencies: int = 1) -> Choice:
     m, n = draw(st.integers(2, 7)), draw(st.integers(2, 7))
     values = np.sort(np.array(draw(st.lists(st.floats(0, 1), min_size=min(m, n), max_size=min(m, n)))))[::-1]
     largest, k = (m * n - 1) // (m + n), factors(draw, currencies)
-    return low_rank_choice(f"{m}x{n}", values, (m + n) * k, m * n * k, largest, draw(st.sampled_from([1, 1, 2])))
+    return ranked(f"{m}x{n}", values, (m + n) * k, m * n * k, largest, draw(st.sampled_from([1, 1, 2])))
 
 
 @st.composite
@@ -114,7 +120,7 @@ def test_a_steep_last_step_does_not_make_a_long_way_cheap():
 
 def test_a_rank_below_the_hull_is_taken_where_the_hull_does_not_fit():
     """All values equal: from rank 1 (14 parameters of 49) the steepest way up is straight to dense."""
-    choice = low_rank_choice("7x7", np.ones(7), np.array([14.0]), np.array([49.0]), 3)
+    choice = ranked("7x7", np.ones(7), np.array([14.0]), np.array([49.0]), 3)
     for limit, rank in [(27, 1), (28, 2), (41, 2), (42, 3), (48, 3), (49, None)]:
         assert product_rule([choice], np.zeros(1), np.array([float(limit)])) == [rank]
 
@@ -126,7 +132,7 @@ def test_what_else_the_model_costs_counts(choices, share):
 
 
 def test_the_tighter_of_several_limits_rules():
-    choice = low_rank_choice("w", np.ones(10), np.array([1.0, 10.0]), np.array([20.0, 200.0]), 10)
+    choice = ranked("w", np.ones(10), np.array([1.0, 10.0]), np.array([20.0, 200.0]), 10)
     for limits, rank in [((7.5, 1000.0), 7), ((1000.0, 43.0), 4), ((3.0, 43.0), 3)]:
         assert product_rule([choice], np.zeros(2), np.array(limits)) == [rank]
 
@@ -136,7 +142,7 @@ def test_the_tighter_of_several_limits_rules():
     [([9.9], r"^params: the smallest possible is 10, above the limit of 10$"), ([3.0], "smallest possible is 10, above the limit of 3")],
 )
 def test_an_impossible_budget_is_refused(limits, message):
-    choices = [low_rank_choice(name, np.ones(4), np.array([4.0]), np.array([16.0]), 3) for name in "ab"]
+    choices = [ranked(name, np.ones(4), np.array([4.0]), np.array([16.0]), 3) for name in "ab"]
     assert product_rule(choices, np.full(1, 2.0), np.array([10.0])) == [1, 1]
     with pytest.raises(InfeasibleBudgetError, match=message):
         product_rule(choices, np.full(1, 2.0), np.array(limits), what="params")
@@ -145,7 +151,7 @@ def test_an_impossible_budget_is_refused(limits, message):
 def test_a_product_starves_no_layer_where_a_sum_does():
     """Two flat spectra of 20 and 10 values, budget for 11 units: a unit adds 1/20 or 1/10 to the sum of shares, so the sum
     gives the first layer the least there is; r/20 * (11 - r)/10 is largest in the middle."""
-    choices = [low_rank_choice(str(k), np.ones(k), np.ones(1), np.full(1, 100.0), k) for k in (20, 10)]
+    choices = [ranked(str(k), np.ones(k), np.ones(1), np.full(1, 100.0), k) for k in (20, 10)]
     limits = np.array([11.0])
 
     def sum_of_shares(ranks) -> float:
@@ -159,17 +165,18 @@ def test_a_product_starves_no_layer_where_a_sum_does():
 # --- what may be chosen ---
 
 
-@pytest.mark.parametrize(
-    ("largest", "multiple", "ranks"),
-    [(5, 1, (1, 2, 3, 4, 5, None)), (5, 2, (2, 4, None)), (5, 8, (5, None)), (0, 1, (None,)), (0, 8, (None,)), (99, 4, (4, 8, None))],
-)
-def test_ranks_that_may_be_chosen(largest, multiple, ranks):
+def test_options_are_the_ranks_that_the_spectrum_has_and_dense():
     values = np.linspace(2, 1, 8)
-    choice = low_rank_choice("w", values, np.array([3.0, 7.0]), np.array([50.0, 60.0]), largest, multiple)
-    assert choice.ranks == ranks
-    assert choice.costs.tolist() == [[50.0, 60.0] if r is None else [3.0 * r, 7.0 * r] for r in ranks]
-    kept = [1.0 if r is None else float(np.sum(values[:r] ** 2) / np.sum(values**2)) for r in ranks]
+    costs = np.outer([2, 4, 9], [3.0, 7.0])
+    choice = low_rank_choice("w", values, [2, 4, 9], costs, np.array([50.0, 60.0]))
+    assert choice.ranks == (2, 4, None)
+    assert choice.costs.tolist() == [[6.0, 14.0], [12.0, 28.0], [50.0, 60.0]]
+    kept = [float(np.sum(values[:r] ** 2) / np.sum(values**2)) for r in (2, 4)] + [1.0]
     np.testing.assert_allclose(np.exp(choice.gains), kept, rtol=1e-12)
+
+
+def test_what_was_cut_has_no_way_back_to_dense():
+    assert low_rank_choice("w", np.ones(3), [1, 2, 3], np.ones((3, 1)), None).ranks == (1, 2, 3)
 
 
 spectra = st.lists(st.floats(1e-12, 1), min_size=1, max_size=12).map(lambda v: np.sort(np.array(v))[::-1])

@@ -710,7 +710,7 @@ def test_a_cut_uses_no_random_numbers():
 STATES = {
     "another version": (lambda s: s | {"version": 99}, mlp, "format version 99"),
     "another model": (lambda s: s, lambda: nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 3)).double(), r"differing weights: 1\.weight, 2\.weight, 4\.weight"),
-    "another number of optimizers": (lambda s: s | {"steps": [1, 1]}, mlp, "has 2 optimizers, this one 1"),
+    "another number of optimizers": (lambda s: s | {"run": s["run"] | {"steps": [1, 1]}}, mlp, "has 2 optimizers, this one 1"),
 }  # fmt: skip
 
 
@@ -728,7 +728,7 @@ def test_a_compressor_refuses_a_state_that_is_not_its_own(edit, build, message):
 CHANGES = {
     "total_steps": {"total_steps": 80},
     "budget": {"budget": laconic.Budget(params=0.5)},
-    "schedule": {"schedule": laconic.Schedule(cut=0.7)},
+    "schedule": {"schedule": laconic.Schedule(settle=0.7)},
     "cut": {"cut": "end"},
     "structures": {"structures": laconic.LowRank(penalty=laconic.L1())},
 }

@@ -15,6 +15,7 @@ from torch import Tensor, nn, optim
 
 import laconic
 from laconic import reference
+from laconic.schedule import Controller
 
 from .models import Shared, Tied, assert_same, backward, inputs_for, mlp, snapshot
 
@@ -475,7 +476,7 @@ def held_by(compressor: laconic.Compressor) -> Held:
 def test_between_steps_less_than_one_percent_of_the_model_is_kept_and_no_weight():
     model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024))
     optimizer = optim.SGD(model.parameters(), lr=1e-3)
-    schedule = laconic.Schedule(warmup=0, cut=1)
+    schedule = laconic.Schedule(warmup=0, settle=1)
     compressor = laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.3), total_steps=1000, every=1, schedule=schedule)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -509,7 +510,7 @@ def test_during_the_warm_up_nothing_is_pressed():
     model, bare = mlp(), mlp()
     optimizer, alone = (optim.SGD(m.parameters(), lr=0.1) for m in (model, bare))
     laconic.Compressor(
-        model, optimizer, budget=laconic.Budget(params=0.6), total_steps=20, every=1, schedule=laconic.Schedule(warmup=0.3, cut=0.8)
+        model, optimizer, budget=laconic.Budget(params=0.6), total_steps=20, every=1, schedule=laconic.Schedule(warmup=0.3, settle=0.8)
     )
     same = []
     for t in range(8):
@@ -598,12 +599,12 @@ def test_with_several_optimizers_steering_happens_once_per_round_and_the_cut_pay
         optim.SGD([p for p in model.parameters() if p.ndim > 1], lr=0.1),
         optim.SGD([p for p in model.parameters() if p.ndim == 1], lr=0.1),
     ]
-    schedule = laconic.Schedule(warmup=0, cut=0.7)
+    schedule = laconic.Schedule(warmup=0, settle=0.7)
     compressor = laconic.Compressor(model, optimizers, budget=laconic.Budget(params=0.6), total_steps=10, every=2, schedule=schedule)
     steered, owed = [], []
-    update, cut = type(compressor.controller).update, compressor._cut_in_mid_run
-    monkeypatch.setattr(type(compressor.controller), "update", lambda *args: (steered.append(compressor.steps), update(*args)))
-    monkeypatch.setattr(compressor, "_cut_in_mid_run", lambda: (owed.append(sum(compressor._owed.values())), cut()))
+    update, settle = Controller.update, compressor._settle
+    monkeypatch.setattr(Controller, "update", lambda *args: (steered.append(compressor.steps), update(*args)))
+    monkeypatch.setattr(compressor, "_settle", lambda: (owed.append(sum(compressor.state.owed.values())), settle()))
     for t in range(10):
         backward(model, t)
         for o in optimizers:

@@ -120,7 +120,7 @@ BAD = {
     "every a truth value": (lambda: compressor(by_strength(), every=True), errors.InvalidValueError, V, "every = True"),
     "total_steps 0": (lambda: budgeted(total_steps=0), errors.InvalidValueError, V, "total_steps = 0"),
     "cut unknown": (lambda: budgeted(cut="erly"), errors.InvalidValueError, V, "cut = 'erly' is unknown; did you mean 'early'"),
-    "schedule backwards": (lambda: laconic.Schedule(warmup=0.6, cut=0.5), errors.InvalidValueError, V, "need 0 <= warmup < cut <= 1"),
+    "schedule backwards": (lambda: laconic.Schedule(warmup=0.6, settle=0.5), errors.InvalidValueError, V, "need 0 <= warmup < settle <= 1"),
     "schedule without a budget": (lambda: compressor(by_strength(), schedule=laconic.Schedule()), errors.InvalidValueError, V, "no effect without a budget"),
     "example_inputs a dict": (lambda: compressor(by_strength(), example_inputs={"x": X}), errors.InvalidTypeError, T, "must be a tuple .* got dict"),
     "only_faster without inputs": (lambda: compress(energy=0.5, only_faster=True), errors.InvalidValueError, V, "only_faster=True needs example_inputs"),
@@ -137,7 +137,7 @@ BAD = {
     "optimizer without groups": (lambda: compressor(by_strength(), optimizer=object()), errors.UnsupportedOptimizerError, T, "object has no param_groups"),
     # files, recipes, data
     "load: missing": (lambda: laconic.load("/nowhere/at/all", mlp()), errors.CheckpointNotFoundError, FileNotFoundError, "does not exist"),
-    "state of another version": (lambda: compressor(by_strength()).load_state_dict({"version": 0}), errors.CheckpointError, V, "format version 0; this laconic reads 1"),
+    "state of another version": (lambda: compressor(by_strength()).load_state_dict({"version": 0}), errors.CheckpointError, V, "format version 0; this laconic reads 2"),
     "recipe unknown": (lambda: load_recipe("digit"), errors.RecipeError, V, "neither a file nor a shipped recipe; did you mean 'digits'"),
     "data missing": (lambda: load_dataset("scene", "/nowhere/at/all"), errors.DataNotFoundError, FileNotFoundError, "/nowhere/at/all"),
     "data unknown": (lambda: load_dataset("scen"), errors.InvalidValueError, V, "did you mean 'scene'"),

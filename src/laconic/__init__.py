@@ -28,6 +28,7 @@ from .measure import Latency, Profile, profile
 from .penalties import L1, Hoyer, KeepEnergy, KeepLargest, LogSum, Penalty
 from .report import CompactReport
 from .schedule import Schedule
+from .search import SearchResult, Trial, smallest
 from .solvers import SVTResult, spectral_prox, svt
 from .structures import LowRank
 
@@ -61,13 +62,16 @@ __all__ = [
     "RecipeError",
     "SVTResult",
     "Schedule",
+    "SearchResult",
     "SurgeryError",
+    "Trial",
     "UnsupportedOptimizerError",
     "__version__",
     "compress",
     "load",
     "profile",
     "save",
+    "smallest",
     "spectral_prox",
     "svt",
 ]

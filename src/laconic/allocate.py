@@ -44,13 +44,16 @@ def log_shares(values: Floats) -> Floats:
     return np.log1p(-np.minimum(lost / total, 1 - 1e-16))
 
 
-def low_rank_choice(name: str, values: Floats, unit_costs: Floats, dense_costs: Floats, largest: int, multiple: int = 1) -> Choice:
-    """Ranks 1..`largest` (multiples of `multiple`, where there is one), then dense."""
+def low_rank_choice(name: str, values: Floats, ranks: Sequence[int], costs: Floats, dense_costs: Floats | None) -> Choice:
+    """The given ranks (increasing) with their costs `[ranks, limits]`, then dense, unless its costs are None."""
     shares = log_shares(values)
-    ranks = [r for r in range(1, min(largest, len(values)) + 1) if r % multiple == 0] or ([largest] if largest >= 1 else [])
-    gains = [*(float(shares[r - 1]) for r in ranks), 0.0]
-    costs = [*(unit_costs * r for r in ranks), dense_costs]
-    return Choice(name, (*ranks, None), np.array(gains), np.array(costs, dtype=np.float64).reshape(len(gains), -1))
+    known = [i for i, r in enumerate(ranks) if r <= len(values)]
+    options: list[int | None] = [ranks[i] for i in known]
+    gains = [float(shares[ranks[i] - 1]) for i in known]
+    rows = [costs[i] for i in known]
+    if dense_costs is not None:
+        options, gains, rows = [*options, None], [*gains, 0.0], [*rows, dense_costs]
+    return Choice(name, tuple(options), np.array(gains), np.array(rows, dtype=np.float64).reshape(len(gains), -1))
 
 
 def product_rule(choices: Sequence[Choice], fixed: Floats, limits: Floats, what: str = "budget") -> list[int | None]:

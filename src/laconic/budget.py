@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from torch import nn
 
 from .allocate import Choice, Floats, low_rank_choice, product_rule
+from .costs import CURRENCIES, Ranks, correct_times, cut_costs, dense_costs, fixed_costs, measure_times, model_costs, present_costs
 from .errors import InfeasibleBudgetError, InvalidValueError
+from .measure import check_inputs
 from .plan import Plan
+from .structures import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,93 +24,140 @@ class Budget:
     Args:
         params: fraction of the dense model's parameters, above 0 and at most 1.
         macs: fraction of its multiply-accumulates on the example inputs.
-        max_params, max_macs: the same as absolute numbers.
+        latency: fraction of its measured time for a forward pass of the example inputs, in eval mode, on the device and
+            with the threads at hand.
+        max_params, max_macs, latency_ms: the same as absolute numbers.
     """
 
     params: float | None = None
     macs: float | None = None
+    latency: float | None = None
     max_params: int | None = None
     max_macs: int | None = None
+    latency_ms: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("params", "macs"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
+        for c in CURRENCIES.values():
+            share, amount = getattr(self, c.fraction), getattr(self, c.absolute)
+            if share is not None and not 0 < share <= 1:
                 raise InvalidValueError(
-                    f"Budget({name}={value}): a fraction of the dense cost, above 0 and at most 1; absolute: max_{name}="
+                    f"Budget({c.fraction}={share}): a fraction of the dense cost, above 0 and at most 1; absolute: {c.absolute}="
                 )
-        for name in ("max_params", "max_macs"):
-            value = getattr(self, name)
-            if value is not None and not (value >= 1 and math.isfinite(value)):
-                raise InvalidValueError(f"Budget({name}={value}): must be a number, at least 1")
-            if value is not None and getattr(self, name.removeprefix("max_")) is not None:
-                short = name.removeprefix("max_")
-                raise InvalidValueError(f"Budget({short}=, {name}=): one cost given twice; give the fraction or the absolute number")
+            least = 1 if c.whole else 0
+            if amount is not None and not (math.isfinite(amount) and amount >= least and amount > 0):
+                raise InvalidValueError(f"Budget({c.absolute}={amount}): must be a number, {'at least 1' if c.whole else 'above 0'}")
+            if share is not None and amount is not None:
+                raise InvalidValueError(
+                    f"Budget({c.fraction}=, {c.absolute}=): one cost given twice; give the fraction or the absolute number"
+                )
         if not self.currencies:
-            raise InvalidValueError("Budget(): give at least one of params=, macs=, max_params=, max_macs=")
+            keywords = ", ".join(f"{k}=" for c in CURRENCIES.values() for k in (c.fraction, c.absolute))
+            raise InvalidValueError(f"Budget(): give at least one of {keywords}")
 
     @property
     def currencies(self) -> tuple[str, ...]:
-        """The costs that are bounded: "params", "macs"."""
-        return tuple(c for c in ("params", "macs") if getattr(self, c) is not None or getattr(self, f"max_{c}") is not None)
-
-    @property
-    def needs_inputs(self) -> bool:
-        return "macs" in self.currencies
-
-    def limits(self, plan: Plan) -> Floats:
-        """The bounds as absolute numbers, one per currency."""
-        return np.array(
-            [
-                math.floor(getattr(self, c) * dense_cost(plan, c)) if getattr(self, c) is not None else getattr(self, f"max_{c}")
-                for c in self.currencies
-            ],
-            dtype=np.float64,
+        """The costs that are bounded: names in `laconic.costs.CURRENCIES`."""
+        return tuple(
+            name for name, c in CURRENCIES.items() if getattr(self, c.fraction) is not None or getattr(self, c.absolute) is not None
         )
 
+    def limits(self, plan: Plan, way: float = 1.0) -> Floats:
+        """The bounds as absolute numbers, one per currency; at `way` < 1 those of a run that is on its way there.
 
-def dense_cost(plan: Plan, currency: str) -> int:
-    if currency == "params":
-        return plan.params
-    if plan.macs is None:
-        raise InvalidValueError("a budget in MACs needs example_inputs=(...), to count them on")
-    return plan.macs
+        The cost falls from dense to the bound as a geometric line: the same share of what is left at every step.
+        """
+        dense = model_costs(plan, self.currencies)
+        final = np.array([self._limit(name, cost) for name, cost in zip(self.currencies, dense, strict=True)])
+        if way == 1:
+            return final
+        return np.maximum(final, dense * (np.minimum(final, dense) / dense) ** way)
+
+    def _limit(self, name: str, dense: float) -> float:
+        currency = CURRENCIES[name]
+        share = getattr(self, currency.fraction)
+        if share is None:
+            return float(getattr(self, currency.absolute))
+        return float(math.floor(share * dense)) if currency.whole else share * dense
+
+
+def prepare(model: nn.Module, plan: Plan, values: dict[str, Floats], budget: Budget, example_inputs: Any) -> None:
+    """Measure what the budget needs to have measured, and check that it is within reach.
+
+    Raises:
+        InvalidValueError: example inputs are missing.
+        InfeasibleBudgetError: with the smallest feasible fraction in the message.
+    """
+    if "latency" in budget.currencies:
+        if example_inputs is None:
+            raise InvalidValueError(CURRENCIES["latency"].missing)
+        inputs = check_inputs(example_inputs)
+        measure_times(model, plan, inputs)
+        for _ in range(3):  # layers one by one do not add up to the model: correct where the budget will end
+            if not correct_times(model, plan, inputs, ranks_for_budget(plan, values, budget)):
+                break
+    ranks_for_budget(plan, values, budget)
 
 
 def choices_for(
     plan: Plan, values: dict[str, Floats], currencies: tuple[str, ...], keep_dense: frozenset[str] = frozenset()
 ) -> list[Choice]:
-    """What may be kept of each site, priced in the given currencies."""
+    """What may be kept of each site, priced in the given currencies. A site that was cut has no way back."""
     choices = []
     for site in plan.sites:
-        units = {"params": site.unfolding.unit_params, "macs": site.unit_macs}
-        dense = {"params": site.unfolding.dense_params, "macs": site.dense_macs}
-        unit_costs = np.array([units[c] for c in currencies], dtype=np.float64)
-        dense_costs = np.array([dense[c] for c in currencies], dtype=np.float64)
-        largest = 0 if site.name in keep_dense else largest_useful_rank(site.break_even, unit_costs, dense_costs)
-        choices.append(low_rank_choice(site.name, values[site.name], unit_costs, dense_costs, largest, site.structure.rank_multiple))
+        ranks = [] if site.name in keep_dense else useful_ranks(site, currencies)
+        costs = cut_costs(site, ranks, currencies)
+        dense = dense_costs(site, currencies) if site.rank is None else None
+        choices.append(low_rank_choice(site.name, values[site.name], ranks, costs, dense))
     return choices
 
 
-def largest_useful_rank(break_even: int, unit_costs: Floats, dense_costs: Floats) -> int:
-    """The largest rank below break-even in parameters and in every bounded cost."""
-    below = [math.ceil(d / u) - 1 for u, d in zip(unit_costs, dense_costs, strict=True) if u > 0]
-    return max(min([break_even, *below]), 0)
+def useful_ranks(site: Site, currencies: tuple[str, ...]) -> list[int]:
+    """Ranks below break-even in parameters and in every bounded cost, in the structure's multiples where there are any."""
+    if site.rank is not None:
+        below = list(range(1, site.rank + 1))
+    else:
+        every = np.arange(1, site.break_even + 1, dtype=np.float64)
+        below = [int(r) for r in every[np.all(cut_costs(site, every, currencies) < dense_costs(site, currencies), axis=1)]]
+    rounded = [r for r in below if r % site.structure.rank_multiple == 0 or r == site.rank]
+    return rounded or below[-1:]
+
+
+def is_met(plan: Plan, budget: Budget) -> bool:
+    """Does the model, as it is cut now, keep within the budget?"""
+    return bool(np.all(present_costs(plan, budget.currencies) <= budget.limits(plan)))
+
+
+def cost_weights(plan: Plan, budget: Budget | None) -> dict[str, float]:
+    r"""How much stronger a weight is pressed, by what its units of rank cost.
+
+    In units of the root mean square value, dropping the value s of a k x n weight lowers the mean log share by about
+    :math:`s^2 / k`; per cost c that is :math:`s^2 / (k c)`. One threshold on *this* for all weights is a threshold
+    proportional to :math:`\sqrt{k c}` on s. The weights are scaled to a mean of 1; without a budget they are 1.
+    """
+    if budget is None:
+        return {site.name: 1.0 for site in plan.sites}
+    limits = budget.limits(plan)
+    raw = {}
+    for site in plan.sites:
+        most = max(site.break_even, 2)
+        first, last = cut_costs(site, [1, most], budget.currencies)
+        raw[site.name] = math.sqrt(site.unfolding.full_rank * float(((last - first) / (most - 1) / limits).sum()))
+    mean = sum(raw.values()) / len(raw)
+    return {name: weight / mean for name, weight in raw.items()} if mean > 0 else dict.fromkeys(raw, 1.0)
 
 
 def ranks_for_budget(
-    plan: Plan, values: dict[str, Floats], budget: Budget, keep_dense: frozenset[str] = frozenset()
-) -> dict[str, int | None]:
-    """Global rank choice by the product rule; None: stays dense.
+    plan: Plan, values: dict[str, Floats], budget: Budget, keep_dense: frozenset[str] = frozenset(), way: float = 1.0
+) -> Ranks:
+    """Global rank choice by the product rule; None: stays dense. `way`: see `Budget.limits`.
 
     Raises:
         InfeasibleBudgetError: with the smallest feasible fraction in the message.
     """
-    fixed = {"params": plan.fixed_params, "macs": plan.fixed_macs if plan.macs is not None else 0}
-    limits = budget.limits(plan)
+    limits = budget.limits(plan, way)
     choices = choices_for(plan, values, budget.currencies, keep_dense)
     try:
-        chosen = product_rule(choices, np.array([fixed[c] for c in budget.currencies], dtype=np.float64), limits)
+        chosen = product_rule(choices, fixed_costs(plan, budget.currencies), limits)
     except InfeasibleBudgetError:
         raise infeasible(plan, budget, choices, limits) from None
     return {c.name: r for c, r in zip(choices, chosen, strict=True)}
@@ -113,15 +165,16 @@ def ranks_for_budget(
 
 def infeasible(plan: Plan, budget: Budget, choices: list[Choice], limits: Floats) -> InfeasibleBudgetError:
     """The error that says what would be feasible."""
-    fixed = {"params": plan.fixed_params, "macs": plan.fixed_macs if plan.macs is not None else 0}
     parts, smallest = [], 0.0
-    for k, currency in enumerate(budget.currencies):
-        least = fixed[currency] + sum(c.costs[:, k].min() for c in choices)
+    names = budget.currencies
+    for k, (name, fixed, dense) in enumerate(zip(names, fixed_costs(plan, names), model_costs(plan, names), strict=True)):
+        least = fixed + sum(c.costs[:, k].min() for c in choices)
         if least > limits[k]:
-            dense = dense_cost(plan, currency)
+            currency = CURRENCIES[name]
             fraction = math.ceil(least / dense * 1e4) / 1e4
             smallest = max(smallest, fraction)
+            asked, left = (f"{x:.0f}" if currency.whole else f"{x:.3g}" for x in (limits[k], least))
             parts.append(
-                f"at most {limits[k]:.0f} {currency} are asked for, but {least:.0f} are left with every weight at its lowest rank; smallest feasible: {currency}={fraction}"
+                f"at most {asked} {currency.unit} are asked for, but {left} are left with every weight at its lowest rank; smallest feasible: {name}={fraction}"
             )
     return InfeasibleBudgetError("budget out of reach: " + "; ".join(parts or ["the bounds cannot hold together"]), smallest)

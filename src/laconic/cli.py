@@ -67,7 +67,14 @@ def demo(out: Path = Path("laconic-demo"), seed: int = 0, json: bool = False) ->
     print(f"report: {page}" if page else "report: pip install 'laconic[plot]' for the HTML page")
 
 
-NAMES = {"dense": "dense", "svd": "dense, then SVD", "thin": "thin dense", "thin-long": "thin dense, longer", "laconic": "laconic"}
+NAMES = {
+    "dense": "dense",
+    "svd": "dense, then SVD",
+    "thin": "thin dense",
+    "thin-long": "thin dense, longer",
+    "late": "laconic, cut last",
+    "laconic": "laconic",
+}
 
 
 def train(

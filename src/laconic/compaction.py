@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .allocate import Floats, energy_rule, log_shares
-from .budget import Budget, ranks_for_budget
+from .budget import Budget, prepare, ranks_for_budget
+from .costs import Ranks
 from .errors import InfeasibleBudgetError, InvalidValueError, NonFiniteError, SurgeryError
 from .matricize import Layer
 from .measure import check_inputs, count_macs, count_params, evaluating, input_shapes, measure_latency
@@ -24,23 +27,45 @@ from .plan import Plan, check_structures, make_plan
 from .report import CompactReport, LayerReport
 from .structures import LowRank, Site
 from .surgery.batchnorm import batch_norms, reestimate
-from .surgery.factorize import MARK
+from .surgery.factorize import pair_matrices, pair_weights
+from .surgery.factorize import weights as pair_parameters
 from .surgery.optimizer import carry, unknown_state
 from .surgery.record import put, undo
-
-Ranks = dict[str, int | None]
 
 
 @dataclasses.dataclass(slots=True)
 class CutResult:
-    """What a cut did; `timings` (dense ms, cut ms) and `errors` by site name."""
+    """What the cuts of a run did so far, by site name.
 
-    ranks: Ranks
-    values: dict[str, Floats]
-    errors: dict[str, float]
-    max_abs_diff: float | None
-    notes: list[str]
-    timings: dict[str, tuple[float, float]]
+    Attributes:
+        ranks: of the sites that were cut.
+        values: singular values just before a site's last cut; of sites that stayed dense, where known.
+        energies: share of the squared singular values that a site's cuts have kept, multiplied up.
+        errors: largest `surgery_error` of a site's cuts.
+        timings: (dense ms, cut ms), where measured.
+        max_abs_diff: largest change of an output by a single round of cuts; None without example inputs.
+    """
+
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    values: dict[str, Floats] = dataclasses.field(default_factory=dict)
+    energies: dict[str, float] = dataclasses.field(default_factory=dict)
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    timings: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    max_abs_diff: float | None = None
+
+    def add(self, later: CutResult) -> None:
+        """Take in the next round of cuts."""
+        for name, energy in later.energies.items():
+            self.energies[name] = self.energies.get(name, 1.0) * energy
+        for name, error in later.errors.items():
+            self.errors[name] = max(self.errors.get(name, 0.0), error)
+        self.ranks |= later.ranks
+        self.values |= {name: v for name, v in later.values.items() if name in later.ranks or name not in self.ranks}
+        self.timings |= later.timings
+        self.notes += [note for note in later.notes if note not in self.notes]
+        if later.max_abs_diff is not None:
+            self.max_abs_diff = max(later.max_abs_diff, self.max_abs_diff or 0.0)
 
 
 def spectra(plan: Plan) -> dict[str, Floats]:
@@ -50,7 +75,7 @@ def spectra(plan: Plan) -> dict[str, Floats]:
         NonFiniteError: a weight holds NaN or Inf.
     """
     for site in plan.sites:
-        if not bool(torch.isfinite(site.weight).all()):
+        if not site.finite:
             raise NonFiniteError(f"{site.name} holds NaN or Inf: load the last good checkpoint of the model")
     return {site.name: site.structure.values(site).numpy() for site in plan.sites}
 
@@ -77,32 +102,24 @@ def cut_sites(
     example_inputs: Any = None,
     optimizers: Sequence[torch.optim.Optimizer] = (),
     calibration: Iterable[Any] | None = None,
-    timings: dict[str, tuple[float, float]] | None = None,
 ) -> CutResult:
-    """Cut every site whose rank is a number. On any failure the model and the optimizers are as they were.
+    """Cut every site whose rank is a number below its own. On any failure model, plan and optimizers are as they were.
 
     Raises:
-        SurgeryError: a pair of layers differs from the truncated layer by more than rounding, or the model no longer
-            runs on the example inputs.
+        SurgeryError: a pair of layers differs from the truncated layer by more than rounding, the model no longer
+            runs on the example inputs, or a layer is no longer the one that was planned.
     """
     notes: list[str] = []
-    ranks = dict(ranks)
-    for site in plan.sites:
-        for optimizer in optimizers if ranks[site.name] is not None else ():
-            entry = unknown_state(optimizer, site.weight)
-            if entry is not None:
-                ranks[site.name] = None
-                notes.append(
-                    f"{site.name} stays dense: {type(optimizer).__name__} keeps a state {entry!r} that cannot be carried over a cut"
-                )
     inputs = check_inputs(example_inputs) if example_inputs is not None else None
     before = _outputs(model, inputs) if inputs is not None else []
 
-    to_cut = [(site, rank) for site in plan.sites if (rank := ranks[site.name]) is not None]
+    to_cut = [(site, rank) for site in plan.sites if (rank := ranks[site.name]) is not None and rank != site.rank]
+    for site, _ in to_cut:
+        check_in_place(model, site)
     pairs = {site.name: site.structure.cut(site, rank) for site, rank in to_cut}
     errors = {site.name: surgery_error(site, pairs[site.name][0]) for site, _ in to_cut}
     for site, _ in to_cut:
-        tolerance = 32 * torch.finfo(site.weight.dtype).eps
+        tolerance = 32 * torch.finfo(site.dtype).eps
         if not errors[site.name] <= tolerance:
             raise SurgeryError(
                 f"{site.layer}: the factors differ from the truncated layer by {errors[site.name]:.2g} (relative), more than rounding ({tolerance:.2g}); the model was left as it was"
@@ -133,10 +150,54 @@ def cut_sites(
         raise SurgeryError(f"the model no longer runs after the cut ({what}); it was left as it was; {hint}") from error
     if calibration is None and to_cut and batch_norms(model) and not optimizers:
         notes.append("BatchNorm statistics are those of the uncut model: pass calibration= (an iterable of inputs) to re-estimate them")
-    for site, _ in to_cut:
+    for site, rank in to_cut:
+        accept(site, rank, pairs[site.name], optimizers)
+    kept = {site.name: math.exp(log_shares(values[site.name])[rank - 1]) for site, rank in to_cut}
+    difference = _largest_difference(before, after) if inputs is not None else None
+    return CutResult({site.name: rank for site, rank in to_cut}, values, kept, errors, {}, notes, difference)
+
+
+def check_in_place(model: nn.Module, site: Site) -> None:
+    """A layer that the user has replaced or removed in mid-run must not be overwritten."""
+    for module, paths in zip(site.modules, site.paths, strict=True):
+        for path in paths:
+            try:
+                same = model.get_submodule(path) is module
+            except AttributeError:
+                same = False
+            if not same:
+                raise SurgeryError(
+                    f"{path} is no longer the layer that was planned (replaced or removed since): build a new Compressor after changing the model"
+                )
+
+
+def accept(site: Site, rank: int, pairs: Sequence[nn.Sequential], optimizers: Sequence[Any]) -> None:
+    """The pairs are in the model: hand them the optimizers' state, and let go of what they replace."""
+    for optimizer in optimizers:
+        carry(optimizer, site.weights, pairs[0], site.unfolding)
+    site.modules, site.rank = tuple(pairs), rank
+
+
+def replay_cuts(model: nn.Module, plan: Plan, ranks: dict[str, int], optimizers: Sequence[Any]) -> None:
+    """The same cuts on a fresh dense model and its optimizers; the values are loaded afterwards."""
+    for site in plan.sites:
+        if site.name in ranks:
+            pairs = site.structure.cut(site, ranks[site.name])
+            for pair, paths in zip(pairs, site.paths, strict=True):
+                for path in paths:
+                    put(model, path, pair)
+            accept(site, ranks[site.name], pairs, optimizers)
+
+
+def not_carried(plan: Plan, optimizers: Sequence[Any]) -> dict[str, str]:
+    """Sites whose optimizer state has an entry that cannot be carried over a cut, each with the reason."""
+    found: dict[str, str] = {}
+    for site in plan.sites:
         for optimizer in optimizers:
-            carry(optimizer, site.weight, pairs[site.name][0], site.unfolding)
-    return CutResult(ranks, values, errors, _largest_difference(before, after) if inputs is not None else None, notes, timings or {})
+            entry = next((e for w in site.weights if (e := unknown_state(optimizer, w)) is not None), None)
+            if entry is not None:
+                found[site.name] = f"{type(optimizer).__name__} keeps a state {entry!r} that cannot be carried over a cut"
+    return found
 
 
 def slower_when_cut(
@@ -146,14 +207,14 @@ def slower_when_cut(
 
     Returns the names of those that would not get faster, and all times (dense ms, cut ms).
     """
-    to_cut = [(site, rank) for site in plan.sites if (rank := ranks[site.name]) is not None]
+    to_cut = [(site, rank) for site in plan.sites if (rank := ranks[site.name]) is not None and site.rank is None]
     shapes = input_shapes(model, [site.modules[0] for site, _ in to_cut], example_inputs)
     times: dict[str, tuple[float, float]] = {}
     for site, rank in to_cut:
         module = site.modules[0]
         if not shapes[module]:
             continue
-        x = (torch.zeros(shapes[module][0], dtype=site.weight.dtype, device=site.weight.device),)
+        x = (torch.zeros(shapes[module][0], dtype=site.dtype, device=site.weights[0].device),)
         pair = site.structure.cut(site, rank)[0]
         times[site.name] = (measure_latency(module, x, seconds).median_ms, measure_latency(pair, x, seconds).median_ms)
     return {name for name, (dense, cut) in times.items() if cut >= dense}, times
@@ -191,35 +252,54 @@ def choose_ranks(
 
 
 def surgery_error(site: Site, pair: nn.Sequential) -> float:
-    """Largest difference between the pair and the layer with the truncated weight, on noise, relative to the output.
+    """How far a pair is from the layer with the truncated weight: the larger of two relative errors, both rounding.
 
-    Both run in float64 with their weights as stored, so that what remains is the rounding of the stored factors.
+    - The pair's output on noise against that of the layer (or of the wider pair) with the weight that the pair stands for.
+    - That weight against a truncation of the old one: what was cut off, R, is orthogonal to what was kept, P Q, on both
+      sides: :math:`P^T R = 0` and :math:`R Q^T = 0`.
+
+    All in float64 with the weights as stored, so that what remains is the rounding of the stored factors.
     """
     module: Layer = copy.deepcopy(site.modules[0]).double()
-    u, s, vh = torch.linalg.svd(site.matrix.double(), full_matrices=False)
-    rank = pair_rank(pair)
-    truncated = site.unfolding.fold((u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :])
-    module.weight = nn.Parameter(truncated.to(module.weight.device))
+    left, right = pair_matrices(site.unfolding, *(w.detach().double() for w in pair_parameters(pair)))
+    if site.rank is None:
+        old = site.matrix.double()
+        module.weight = nn.Parameter(site.unfolding.fold(left @ right).to(module.weight.device))
+    else:
+        wide_left, wide_right = (f.double() for f in site.factors)
+        old = wide_left @ wide_right
+        gap = site.rank - left.shape[-1]
+        padded = F.pad(left, (0, gap)), F.pad(right, (0, 0, 0, gap))
+        for layer, weight in zip(module, pair_weights(site.unfolding, *padded), strict=True):
+            layer.weight = nn.Parameter(weight.to(layer.weight.device))
+    rest = old - left @ right
+    size = torch.linalg.vector_norm(old) or torch.ones(())
+    slanted = max(
+        float(torch.linalg.vector_norm(left.mT @ rest) / (size * torch.linalg.vector_norm(left)).clamp_min(math.ulp(0.0))),
+        float(torch.linalg.vector_norm(rest @ right.mT) / (size * torch.linalg.vector_norm(right)).clamp_min(math.ulp(0.0))),
+    )
     twin = copy.deepcopy(pair).double()
-    x = torch.randn(probe_shape(module), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(module.weight.device)
+    probe = probe_shape([module] if site.rank is None else module)
+    x = torch.randn(probe, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(site.weights[0].device)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         wanted, got = module(x), twin(x)
     scale = float(wanted.abs().max()) or 1.0
-    return float((wanted - got).abs().max()) / scale
+    return max(float((wanted - got).abs().max()) / scale, slanted)
 
 
-def pair_rank(pair: nn.Sequential) -> int:
-    return int(getattr(pair, MARK)["rank"])
-
-
-def probe_shape(module: Layer) -> tuple[int, ...]:
-    """A small input shape that a layer accepts, wide enough for its kernel, stride and padding to matter."""
-    if not hasattr(module, "kernel_size"):
-        width = module.nx if hasattr(module, "nx") else getattr(module, "in_features", None)
-        return (4, int(width if width is not None else module.weight.shape[0]))
-    extents = [d * (k - 1) + 1 + 2 * s for k, s, d in zip(module.kernel_size, module.stride, module.dilation, strict=True)]
-    padding = module.padding if not isinstance(module.padding, str) else (0,) * len(extents)
-    return (2, module.in_channels, *(max(e, p + 2) for e, p in zip(extents, padding, strict=True)))
+def probe_shape(layers: Iterable[Layer]) -> tuple[int, ...]:
+    """A small input shape that a chain of layers accepts, wide enough for kernels, strides and paddings to matter."""
+    layers = list(layers)
+    first = layers[0]
+    if not hasattr(first, "kernel_size"):
+        width = first.nx if hasattr(first, "nx") else getattr(first, "in_features", None)
+        return (4, int(width if width is not None else first.weight.shape[0]))
+    sides = [0] * len(first.kernel_size)
+    for layer in layers:
+        padding = layer.padding if not isinstance(layer.padding, str) else (0,) * len(sides)
+        extents = [d * (k - 1) + 1 + 2 * s for k, s, d in zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)]
+        sides = [max(side, e, p + 2) for side, e, p in zip(sides, extents, padding, strict=True)]
+    return (2, first.in_channels, *sides)
 
 
 def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
@@ -236,25 +316,13 @@ def _largest_difference(before: list[Tensor], after: list[Tensor]) -> float:
     return max((float((a.double() - b.double()).abs().max()) for a, b in zip(before, after, strict=True) if a.numel()), default=0.0)
 
 
-def make_report(model: nn.Module, plan: Plan, cuts: Sequence[CutResult], example_inputs: Any, **extra: Any) -> CompactReport:
+def make_report(model: nn.Module, plan: Plan, cuts: CutResult, example_inputs: Any, **extra: Any) -> CompactReport:
     """The report on everything that was cut so far."""
-    ranks: Ranks = {site.name: None for site in plan.sites}
-    values: dict[str, Floats] = {}
-    errors: dict[str, float] = {}
-    timings: dict[str, tuple[float, float]] = {}
-    notes: list[str] = []
-    for cut in cuts:
-        ranks |= {k: v for k, v in cut.ranks.items() if v is not None}
-        values = cut.values | values
-        errors |= cut.errors
-        timings |= cut.timings
-        notes += cut.notes
     layers = []
     for site in plan.sites:
-        u, rank = site.unfolding, ranks[site.name]
-        spectrum = values.get(site.name)
-        energy = float(torch.tensor(log_shares(spectrum)[rank - 1]).exp()) if rank is not None and spectrum is not None else 1.0
-        ms = timings.get(site.name, (None, None))
+        u, rank = site.unfolding, site.rank
+        spectrum = cuts.values.get(site.name)
+        ms = cuts.timings.get(site.name, (None, None))
         layers.append(
             LayerReport(
                 name=site.layer,
@@ -266,7 +334,7 @@ def make_report(model: nn.Module, plan: Plan, cuts: Sequence[CutResult], example
                 params_after=u.dense_params if rank is None else rank * u.unit_params,
                 macs_before=site.dense_macs,
                 macs_after=site.dense_macs if rank is None or site.unit_macs is None else rank * site.unit_macs,
-                energy=energy,
+                energy=cuts.energies.get(site.name, 1.0),
                 spectrum=tuple(float(f"{v:.6g}") for v in spectrum) if spectrum is not None else (),
                 ms_before=ms[0],
                 ms_after=ms[1],
@@ -283,10 +351,12 @@ def make_report(model: nn.Module, plan: Plan, cuts: Sequence[CutResult], example
         params_after=count_params(model),
         macs_before=plan.macs,
         macs_after=count_macs(model, example_inputs) if example_inputs is not None else None,
-        max_abs_diff=cuts[-1].max_abs_diff if cuts else (0.0 if example_inputs is not None else None),
-        surgery_error=max(errors.values(), default=0.0),
+        latency_before=plan.latency_ms,
+        latency_after=measure_latency(model, check_inputs(example_inputs)).median_ms if plan.latency_ms is not None else None,
+        max_abs_diff=cuts.max_abs_diff,
+        surgery_error=max(cuts.errors.values(), default=0.0),
         layers=tuple(layers),
-        **{"notes": tuple(notes), **extra},
+        **{"notes": tuple(cuts.notes), **extra},
     )
 
 
@@ -318,6 +388,8 @@ def compress(
         raise InvalidValueError("compress needs exactly one of budget=laconic.Budget(...) and energy=0.99")
     plan = make_plan(model, check_structures(structures), example_inputs)
     values = spectra(plan)
+    if budget is not None:
+        prepare(model, plan, values, budget, example_inputs)
 
     def choose(keep_dense: frozenset[str]) -> Ranks:
         if budget is not None:
@@ -326,6 +398,7 @@ def compress(
         return {n: None if n in keep_dense else r for n, r in energy_ranks(plan, values, energy).items()}
 
     ranks, times, notes = choose_ranks(model, plan, values, choose, only_faster, example_inputs)
-    result = cut_sites(model, plan, values, ranks, example_inputs=example_inputs, calibration=calibration, timings=times)
+    result = cut_sites(model, plan, values, ranks, example_inputs=example_inputs, calibration=calibration)
+    result.timings = times
     result.notes[:0] = notes
-    return make_report(model, plan, [result], example_inputs)
+    return make_report(model, plan, result, example_inputs)

@@ -20,10 +20,12 @@ import torch
 from torch import nn
 
 from .allocate import Floats, log_shares, numerical_rank
-from .budget import Budget, ranks_for_budget
-from .compaction import CutResult, Ranks, choose_ranks, cut_sites, energy_ranks, guarded, make_report, spectra
+from .budget import Budget, cost_weights, is_met, prepare, ranks_for_budget
+from .compaction import choose_ranks, cut_sites, energy_ranks, guarded, make_report, not_carried, replay_cuts, spectra
+from .costs import Ranks, present_costs
 from .errors import (
     CheckpointError,
+    InfeasibleBudgetError,
     InvalidTypeError,
     InvalidValueError,
     LaconicError,
@@ -32,15 +34,31 @@ from .errors import (
     nearest,
 )
 from .measure import check_inputs
-from .optimizers import check_optimizers, has_hooks, holds, last_holder, learning_rate, peak_learning_rate, was_skipped
+from .optimizers import (
+    check_optimizers,
+    check_parameters,
+    has_hooks,
+    holds,
+    last_holder,
+    learning_rate,
+    named_by_identity,
+    peak_learning_rate,
+    was_skipped,
+)
 from .penalties import check_share
 from .plan import check_structures, make_plan, use_unfoldings
 from .report import CompactReport, Snapshot
 from .schedule import Controller, Schedule
-from .structures import LowRank, Site, combined
+from .state import VERSION, RunState
+from .structures import LowRank, Site
+from .timing import RankTimes, ShapeWatch, layer_times
 
-STATE_VERSION = 1
-MAX_SNAPSHOTS = 200
+ROUNDS = 16  # proximal steps in the phase of pressure, unless `every` is given
+# A layer is cut in mid-run once its pair takes at most this share of its time in training, and again whenever its rank
+# has fallen by a fifth. Where the time could not be measured: once it has this share of the break-even rank.
+FIRST_CUT = 0.9
+NEXT_CUT = 0.8
+FIRST_CUT_UNMEASURED = 0.6
 
 
 class Compressor:
@@ -58,7 +76,7 @@ class Compressor:
         budget: how much the result may cost.
         total_steps: optimizer steps of the whole run; needed with a budget.
         example_inputs: tuple of positional arguments; needed for MACs and for the check of the outputs.
-        every: steps between proximal steps; None: 20, or a fiftieth of the run where that is less.
+        every: steps between proximal steps; None: 16 rounds until the network settles, or 20 steps without a budget.
         cut: `"early"` or `"end"` (at `compact()`); without a budget always at the end.
         schedule: when pressure begins and when the layers are cut, as fractions of the run.
         calibration: not here, but in `compact`.
@@ -104,28 +122,28 @@ class Compressor:
         self.budget = budget
         self.total_steps = total_steps
         self.example_inputs = check_inputs(example_inputs) if example_inputs is not None else None
-        self.every = every or (20 if total_steps is None else max(1, min(20, total_steps // 50)))
         self.schedule = schedule or Schedule()
         self.cut_early = cut == "early" and budget is not None
         self.plan = make_plan(model, structures, example_inputs, trained)
         for site in self.plan.sites:
-            if not bool(torch.isfinite(site.weight).all()):
+            if not site.finite:
                 raise NonFiniteError(f"{site.name} holds NaN or Inf before training: initialise or load the model again")
         start = spectra(self.plan)
         if budget is not None:
-            ranks_for_budget(self.plan, start, budget)  # out of reach: said now, not at the end
-        self.spectra_start = {k: v.astype(np.float32) for k, v in start.items()}  # for the report; small
-        self.controller = self._controller()
+            prepare(model, self.plan, start, budget, self.example_inputs)  # out of reach: said now, not at the end
         self.energy: float | None = None
-        self.history: list[Snapshot] = []
-        self.failures: list[str] = []
-        self.solvers: dict[str, str] = {}
-        self._owner = {s.name: last_holder(optimizers, s.weight) for s in self.plan.sites}
-        self._owed = {s.name: 0.0 for s in self.plan.sites}
-        self._values: dict[str, Floats] = {}
-        self._steps = [0] * len(optimizers)
-        self._stride = 1
-        self._cuts: list[CutResult] = []
+        self.weights = cost_weights(self.plan, budget)
+        self.state = RunState(
+            steps=[0] * len(optimizers),
+            every=every or self._interval(),
+            owed={s.name: 0.0 for s in self.plan.sites},
+            controller=self._controller(),
+            spectra_start={k: v.astype(np.float32) for k, v in start.items()},
+        )
+        self.plan.ranks = self.state.ranks
+        self._owner = {s.name: last_holder(optimizers, s.weights[0]) for s in self.plan.sites}
+        self._parameters = named_by_identity(model)
+        self._watch: ShapeWatch | None = None
         self._report: CompactReport | None = None
         self._handles = [o.register_step_post_hook(partial(self._after_step, i)) for i, o in enumerate(optimizers) if has_hooks(o)]
         self._unhooked = [i for i, o in enumerate(optimizers) if not has_hooks(o)]
@@ -145,19 +163,38 @@ class Compressor:
         if self.budget is None or self.total_steps is None or any(s.structure.strength is not None for s in self.plan.sites):
             return None
         # Half of the unit of the spectra over the whole phase of pressure, were the learning rate at its peak throughout.
-        span = (self.cut_fraction - self.schedule.warmup) * self.total_steps
+        span = (self.settle - self.schedule.warmup) * self.total_steps
         return Controller(strength=0.5 / max(span * peak_learning_rate(self.optimizers), 1e-12))
 
+    def _interval(self) -> int:
+        """With a budget so that there are ROUNDS proximal steps until the network settles; else 20 or less."""
+        if self.total_steps is None:
+            return 20
+        if self.budget is None:
+            return max(1, min(20, self.total_steps // 50))
+        return max(1, round((self.settle - self.schedule.warmup) * self.total_steps / ROUNDS))
+
     @property
-    def cut_fraction(self) -> float:
-        return self.schedule.cut if self.cut_early else 1.0
+    def settle(self) -> float:
+        """Fraction of the run at which pressure ends."""
+        return self.schedule.settle if self.cut_early else 1.0
 
     # ---- the run ------------------------------------------------------------------------------------------------
 
     @property
     def steps(self) -> int:
         """Optimizer steps so far (of the first optimizer; skipped ones do not count)."""
-        return self._steps[0]
+        return self.state.steps[0]
+
+    @property
+    def every(self) -> int:
+        """Steps between proximal steps."""
+        return self.state.every
+
+    @property
+    def history(self) -> list[Snapshot]:
+        """Ranks and strength over the run, thinned."""
+        return self.state.history
 
     def step(self) -> None:
         """Tell that an optimizer without hooks has stepped. Hooked optimizers need no call, and refuse one."""
@@ -171,112 +208,142 @@ class Compressor:
     def _after_step(self, index: int, optimizer: Any, *_: Any) -> None:
         if was_skipped(optimizer):
             return
-        self._steps[index] += 1
-        cut_now = self.cut_early and not self._cuts and index == len(self.optimizers) - 1 and self.progress >= self.schedule.cut
-        if self._cuts or not self._pressing:
-            if cut_now:
-                self._cut_in_mid_run()
+        state = self.state
+        state.steps[index] += 1
+        round_done = index == len(self.optimizers) - 1
+        if self.cut_early and round_done and state.shapes is None:
+            self._watch_shapes()
+        if state.settled or (self.budget is not None and self.progress < self.schedule.warmup):
             return
         for site in self.plan.sites:
             # A weight without a gradient was not moved by this step. Rates are read now: a scheduler may change them next.
-            if site.weight.grad is not None and site.weight.requires_grad and holds(optimizer, site.weight):
-                self._owed[site.name] += learning_rate(optimizer, site.weight)
-        if self._steps[index] % self.every == 0 or cut_now:
-            self._prox([s for s in self.plan.sites if cut_now or self._owner[s.name] is optimizer])
-        if cut_now:
-            self._cut_in_mid_run()
+            weight = site.weights[0]
+            if weight.grad is not None and weight.requires_grad and holds(optimizer, weight):
+                state.owed[site.name] += learning_rate(optimizer, weight)
+        settle_now = self.cut_early and round_done and self.progress >= self.schedule.settle
+        due = state.steps[index] % state.every == 0
+        if due or settle_now:
+            self._prox([s for s in self.plan.sites if settle_now or self._owner[s.name] is optimizer])
+        if settle_now:
+            self._settle()
+        elif due and round_done and self.cut_early:
+            self._shrink()
 
     @property
     def progress(self) -> float:
         """Share of `total_steps` done; 0 where it is not known."""
         return self.steps / self.total_steps if self.total_steps else 0.0
 
-    @property
-    def _pressing(self) -> bool:
-        """Without a budget: always. With one: from the end of the warm-up on."""
-        return self.budget is None or self.progress >= self.schedule.warmup
-
     def strength(self, site: Site) -> float:
-        """The strength that holds for a weight now."""
+        """The strength that holds for a weight now: its structure's own, or the controller's times the weight of its cost."""
         if site.structure.strength is not None:
             return site.structure.strength
-        assert self.controller is not None
-        return self.controller.strength
+        assert self.state.controller is not None
+        return self.state.controller.strength * self.weights[site.name]
 
     def _prox(self, sites: Sequence[Site]) -> None:
         if not sites:  # the step of an optimizer that holds none of the weights: steering is once per round
             return
+        state = self.state
+        check_parameters(self.model, self._parameters, self.optimizers, [w for s in self.plan.sites for w in s.weights])
         for site in sites:
-            owed, self._owed[site.name] = self._owed[site.name], 0.0
+            owed, state.owed[site.name] = state.owed[site.name], 0.0
             tau = self.strength(site) * owed
-            if tau == 0 or not site.weight.requires_grad:
+            if tau == 0 or not site.weights[0].requires_grad:
                 continue
             try:
                 result = site.structure.shrink(site, tau)
             except NonFiniteError as error:
-                self._owed[site.name] = owed
-                gradient = site.weight.grad
-                where = (
-                    "its gradient holds them too"
-                    if gradient is not None and not bool(torch.isfinite(gradient).all())
-                    else "its last gradient was finite"
-                )
+                state.owed[site.name] = owed
+                gradients = [w.grad for w in site.weights if w.grad is not None]
+                bad = any(not bool(torch.isfinite(g).all()) for g in gradients)
+                where = "its gradient holds them too" if bad else "its last gradient was finite"
                 raise NonFiniteError(f"{error} ({where}; optimizer step {self.steps})") from None
-            self._values[site.name] = combined(result.values).numpy()
-            self.plan.ranks[site.name] = result.rank
-            self.solvers[site.name] = result.solver
-            self.failures += [f"step {self.steps}, {site.name}: {line}" for line in result.failures]
-        self._steer()
-        self._remember()
+            state.values[site.name] = result.values.numpy()
+            state.ranks[site.name] = result.rank
+            state.solvers[site.name] = result.solver
+            state.failures += [f"step {self.steps}, {site.name}: {line}" for line in result.failures]
+        gap = self.gap()
+        if state.controller is not None and math.isfinite(gap):
+            way = (self.progress - self.schedule.warmup) / (self.settle - self.schedule.warmup)
+            state.controller.update(min(way, 1.0), gap)
+        state.remember(sum(self.strength(s) for s in self.plan.sites) / len(self.plan.sites), gap)
 
-    def _steer(self) -> None:
-        if self.controller is None or self.budget is None or len(self._values) < len(self.plan.sites):
-            return
-        span = self.cut_fraction - self.schedule.warmup
-        self.controller.update(min((self.progress - self.schedule.warmup) / span, 1.0), self.gap())
+    @property
+    def _spectra_known(self) -> bool:
+        return len(self.state.values) == len(self.plan.sites)
 
     def gap(self) -> float:
         """What a cut to the budget would lose now (see `Controller`), from the spectra of the last proximal step."""
-        if self.budget is None or len(self._values) < len(self.plan.sites):
+        if self.budget is None or not self._spectra_known:
             return math.nan
-        ranks = ranks_for_budget(self.plan, self._values, self.budget)
-        kept = [log_shares(self._values[name])[rank - 1] for name, rank in ranks.items() if rank is not None]
+        ranks = ranks_for_budget(self.plan, self.state.values, self.budget)
+        kept = [log_shares(self.state.values[name])[rank - 1] for name, rank in ranks.items() if rank is not None]
         return -float(np.sum(kept)) / len(ranks)
 
-    def _remember(self) -> None:
-        """Keep a thinned history: at most MAX_SNAPSHOTS, evenly spread."""
-        if self.history and (self.steps - self.history[-1].step) < self._stride * self.every:
-            return
-        strengths = [self.strength(s) for s in self.plan.sites]
-        self.history.append(Snapshot(self.steps, sum(strengths) / len(strengths), dict(self.plan.ranks)))
-        if len(self.history) > MAX_SNAPSHOTS:
-            del self.history[1::2]
-            self._stride *= 2
+    def _shrink(self) -> None:
+        """On the way to the budget: cut the layers for which it pays by now, and cut deeper those that were cut before.
 
-    def _cut_in_mid_run(self) -> None:
+        The spectra are those of the last proximal step: no decomposition is made to decide.
+        """
         assert self.budget is not None
-        values = spectra(self.plan)
-        ranks = ranks_for_budget(self.plan, values, self.budget)
-        self._cut(values, ranks, None, {}, [])
+        if not self._spectra_known:
+            return
+        way = self.schedule.way(self.progress)
+        dense = frozenset(not_carried(self.plan, self.optimizers))
+        try:
+            ranks = ranks_for_budget(self.plan, self.state.values, self.budget, dense, way)
+        except InfeasibleBudgetError:  # only without the layers whose state cannot be carried: wait for the end
+            return
+        due = {s.name: rank if (rank := ranks[s.name]) is not None and self._pays(s, rank) else s.rank for s in self.plan.sites}
+        if any(due[s.name] != s.rank for s in self.plan.sites):
+            self._cut(self.state.values, due)
 
-    def _cut(
-        self, values: dict[str, Floats], ranks: Ranks, calibration: Any, times: dict[str, tuple[float, float]], notes: list[str]
-    ) -> None:
+    def _pays(self, site: Site, rank: int) -> bool:
+        """Is a cut to this rank worth the disturbance in mid-run? See FIRST_CUT."""
+        if site.rank is not None:
+            return rank <= NEXT_CUT * site.rank
+        state = self.state
+        shape = (state.shapes or {}).get(site.name)
+        if shape is None:
+            return rank <= FIRST_CUT_UNMEASURED * site.break_even
+        if site.name not in state.step_times:
+            state.step_times[site.name] = layer_times(site.modules[0], site.unfolding, shape, site.break_even, training=True)
+        times = state.step_times[site.name]
+        return times.at(rank) <= FIRST_CUT * times.dense
+
+    def _watch_shapes(self) -> None:
+        """Between the first step and the second, see how large the inputs are in training."""
+        if self._watch is None:
+            self._watch = ShapeWatch({s.name: s.modules[0] for s in self.plan.sites})
+        else:
+            self.state.shapes, self._watch = self._watch.finish(), None
+
+    def _settle(self) -> None:
+        """The last cut in mid-run: to the budget."""
+        assert self.budget is not None
+        self.state.settled = True
+        values = spectra(self.plan)
+        kept = not_carried(self.plan, self.optimizers)
+        try:
+            ranks = ranks_for_budget(self.plan, values, self.budget, frozenset(kept))
+        except InfeasibleBudgetError:  # what must wait for the end is cut deep there; the rest as planned for all
+            ranks = {n: None if n in kept else r for n, r in ranks_for_budget(self.plan, values, self.budget).items()}
+        self._cut(values, ranks)
+
+    def _cut(self, values: dict[str, Floats], ranks: Ranks, calibration: Any = None, notes: Sequence[str] = ()) -> None:
         result = cut_sites(
             self.model, self.plan, values, ranks,
-            example_inputs=self.example_inputs, optimizers=self.optimizers, calibration=calibration, timings=times,
+            example_inputs=self.example_inputs, optimizers=self.optimizers, calibration=calibration,
         )  # fmt: skip
         result.notes[:0] = notes
-        self._cuts.append(result)
-        self.plan.ranks |= {name: rank for name, rank in result.ranks.items() if rank is not None}
-        self._forget(result.ranks)
-        self.history.append(Snapshot(self.steps, math.nan if not self.history else self.history[-1].strength, dict(self.plan.ranks)))
-
-    def _forget(self, ranks: Ranks) -> None:
-        """Let go of the layers that were cut out, or their dense weights would stay in memory."""
-        for site in self.plan.sites:
-            if ranks[site.name] is not None:
-                site.modules = ()
+        state = self.state
+        self._parameters = named_by_identity(self.model)
+        state.cuts.add(result)
+        state.ranks |= result.ranks
+        for name, rank in result.ranks.items():
+            state.values[name] = values[name][:rank]
+        state.history.append(Snapshot(self.steps, math.nan if not state.history else state.history[-1].strength, dict(state.ranks)))
 
     # ---- the end ------------------------------------------------------------------------------------------------
 
@@ -300,115 +367,124 @@ class Compressor:
         if energy is not None and self.budget is not None:
             raise InvalidValueError(f"compact(energy={energy}): the budget rules here; leave energy out")
         energy = check_share(energy) if energy is not None else self.energy
-        notes = []
-        if not self._cuts:
-            if self.cut_early:
-                done = f"{self.steps} of {self.total_steps} steps"
-                notes.append(f"the run ended after {done}, before the cut at {self.schedule.cut:.0%}: cut now, without training afterwards")
-                warnings.warn(f"laconic: {notes[-1]}", stacklevel=2)
-            unpaid = [
-                (s, s.weight.detach().clone(), self._owed[s.name]) for s in self.plan.sites if self._pressing and self._owed[s.name] > 0
-            ]
+        notes = self._notes_at_the_end()
+        if self.state.settled and (self.budget is None or is_met(self.plan, self.budget)):
+            if calibration is not None:
+                notes.append("calibration had no effect: the model trained on after the cut")
+        else:
+            unpaid = [(s, [w.detach().clone() for w in s.weights], owed) for s in self.plan.sites if (owed := self.state.owed[s.name]) > 0]
             try:
                 self._prox([s for s, _, _ in unpaid])
                 values = spectra(self.plan)
-                ranks, times, more = choose_ranks(
-                    self.model, self.plan, values, partial(self._choose, values, energy), only_faster, self.example_inputs
-                )
-                self._cut(values, ranks, calibration, times, more)
+                kept = not_carried(self.plan, self.optimizers)
+                choose = partial(self._choose, values, energy, frozenset(kept))
+                ranks, times, more = choose_ranks(self.model, self.plan, values, choose, only_faster, self.example_inputs)
+                notes += [
+                    f"{name} stays dense: {reason}"
+                    if ranks[name] is None
+                    else f"{name} was trained dense to the end, and cut then because the budget needs it: {reason}"
+                    for name, reason in kept.items()
+                ]
+                self._cut(values, ranks, calibration, more)
+                self.state.cuts.timings |= times
             except BaseException:
-                for site, weight, owed in unpaid:
-                    site.weight.data.copy_(weight)
-                    self._owed[site.name] = owed
+                for site, weights, owed in unpaid:
+                    self.state.owed[site.name] = owed
+                    for weight, before in zip(site.weights, weights, strict=True):
+                        weight.data.copy_(before)
                 raise
-        elif calibration is not None:
-            notes.append("calibration had no effect: the model trained on after the cut")
-        self._cuts[-1].notes += [*notes, *self._solver_notes()]
+            self.state.settled = True
+        self.state.cuts.notes += [*notes, *self._solver_notes()]
         self.detach()
         self._report = make_report(
             self.model,
             self.plan,
-            self._cuts,
+            self.state.cuts,
             self.example_inputs,
             history=tuple(self.history),
-            spectra_start={k: tuple(float(f"{x:.6g}") for x in v) for k, v in self.spectra_start.items()},
+            spectra_start={k: tuple(float(f"{x:.6g}") for x in v) for k, v in self.state.spectra_start.items()},
         )
         return self._report
 
-    def _choose(self, values: dict[str, Floats], energy: float | None, keep_dense: frozenset[str]) -> Ranks:
+    def _notes_at_the_end(self) -> list[str]:
+        if not self.cut_early or self.state.settled:
+            return []
+        note = (
+            f"the run ended after {self.steps} of {self.total_steps} steps, before it settled at {self.schedule.settle:.0%}: "
+            "cut to the budget now, without training afterwards, which costs accuracy"
+        )
+        warnings.warn(f"laconic: {note}", stacklevel=3)
+        return [note]
+
+    def _choose(self, values: dict[str, Floats], energy: float | None, not_carried: frozenset[str], keep_dense: frozenset[str]) -> Ranks:
         if self.budget is not None:
-            return ranks_for_budget(self.plan, values, self.budget, keep_dense)
+            try:
+                return ranks_for_budget(self.plan, values, self.budget, keep_dense | not_carried)
+            except InfeasibleBudgetError:
+                return ranks_for_budget(self.plan, values, self.budget, keep_dense)
+        keep_dense |= not_carried
         if energy is not None:
             ranks = energy_ranks(self.plan, values, energy)
         else:
             ranks = {
-                s.name: guarded(s, numerical_rank(values[s.name], torch.finfo(s.weight.dtype).eps, max(s.unfolding.m, s.unfolding.n)))
+                s.name: guarded(s, numerical_rank(values[s.name], torch.finfo(s.dtype).eps, max(s.unfolding.m, s.unfolding.n)))
                 for s in self.plan.sites
             }
         return {name: None if name in keep_dense else rank for name, rank in ranks.items()}
 
     def _solver_notes(self) -> list[str]:
         """Which solvers `auto` chose in the last proximal step of each weight, and every failure that was survived."""
-        chosen = sorted(set(self.solvers.values()))
-        weights = {name: [w for w, used in self.solvers.items() if used == name] for name in chosen}
+        solvers = self.state.solvers
+        chosen = sorted(set(solvers.values()))
+        weights = {name: [w for w, used in solvers.items() if used == name] for name in chosen}
         notes = [f"proximal steps every {self.every} steps, by the solver {name}: {', '.join(weights[name])}" for name in chosen]
-        return notes + [f"a solver failed and another was used: {line}" for line in self.failures]
+        return notes + [f"a solver failed and another was used: {line}" for line in self.state.failures]
 
     def detach(self) -> None:
         """Remove the hooks: from here on the optimizer runs alone."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._watch is not None:
+            self._watch.finish()
+            self._watch = None
 
     def metrics(self) -> dict[str, float]:
         """A flat dict for any logger: step, strength, ranks, and the share of parameters that these ranks would leave."""
         sites = self.plan.sites
-        left = self.plan.fixed_params
-        for site in sites:
-            rank = self.plan.ranks.get(site.name, site.unfolding.full_rank)
-            left += rank * site.unfolding.unit_params if rank <= site.break_even else site.unfolding.dense_params
+        ranks = {s.name: self.plan.ranks.get(s.name, s.unfolding.full_rank) for s in sites}
+        left = present_costs(self.plan, ["params"], {s.name: r if (r := ranks[s.name]) <= s.break_even else None for s in sites})[0]
         flat = {
             "laconic/step": float(self.steps),
             "laconic/strength": sum(self.strength(s) for s in sites) / len(sites),
-            "laconic/params_fraction": left / self.plan.params,
-            "laconic/cut": float(bool(self._cuts)),
-            "laconic/solver_failures": float(len(self.failures)),
+            "laconic/params_fraction": float(left) / self.plan.params,
+            "laconic/cuts": float(sum(s.rank is not None for s in sites)),
+            "laconic/settled": float(self.state.settled),
+            "laconic/solver_failures": float(len(self.state.failures)),
         }
-        if self.controller is not None and not self._cuts and len(self._values) == len(sites):
+        if self.state.controller is not None and not self.state.settled and self._spectra_known:
             flat["laconic/gap"] = self.gap()
-        return flat | {f"laconic/rank/{s.name}": float(self.plan.ranks.get(s.name, s.unfolding.full_rank)) for s in sites}
+        return flat | {f"laconic/rank/{name}": float(rank) for name, rank in ranks.items()}
 
     # ---- resume -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs besides the model's and the optimizer's own state; plain tensors and numbers."""
         return {
-            "version": STATE_VERSION,
+            "version": VERSION,
             "names": [s.name for s in self.plan.sites],
             "settings": self._settings(),
             "unfoldings": {s.name: s.unfolding.name for s in self.plan.sites},
-            "steps": list(self._steps),
-            "owed": dict(self._owed),
-            "values": {k: torch.from_numpy(v.copy()) for k, v in self._values.items()},
-            "ranks": dict(self.plan.ranks),
-            "every": self.every,
-            "stride": self._stride,
-            "controller": {"strength": self.controller.strength, "start_gap": self.controller.start_gap} if self.controller else None,
-            "history": [{"step": h.step, "strength": h.strength, "ranks": dict(h.ranks)} for h in self.history],
-            "spectra_start": {k: v.tolist() for k, v in self.spectra_start.items()},
-            "failures": list(self.failures),
-            "solvers": dict(self.solvers),
-            "cuts": [
-                {
-                    "ranks": c.ranks, "values": {k: torch.from_numpy(v.copy()) for k, v in c.values.items()}, "errors": c.errors,
-                    "max_abs_diff": c.max_abs_diff, "notes": c.notes, "timings": {k: list(v) for k, v in c.timings.items()},
-                }
-                for c in self._cuts
-            ],
-        }  # fmt: skip
+            "measured": {
+                "latency_ms": self.plan.latency_ms,
+                "fixed_ms": self.plan.fixed_ms,
+                "times": {s.name: s.times.to_json() if s.times is not None else None for s in self.plan.sites},
+            },
+            "run": self.state.to_state(),
+        }
 
     def _settings(self) -> dict[str, Any]:
-        """What must be the same on resume. The interval and the unfoldings are not here: they are taken from the state."""
+        """What must be the same on resume. What is measured or chosen (the interval, unfoldings) is taken from the state."""
         return {
             "total_steps": self.total_steps,
             "budget": dataclasses.asdict(self.budget) if self.budget is not None else None,
@@ -425,8 +501,8 @@ class Compressor:
             CheckpointError: another format version, or a state of another model.
         """
         version = state.get("version")
-        if version != STATE_VERSION:
-            raise CheckpointError(f"compressor state has format version {version!r}; this laconic reads {STATE_VERSION}")
+        if version != VERSION:
+            raise CheckpointError(f"compressor state has format version {version!r}; this laconic reads {VERSION}")
         names = [s.name for s in self.plan.sites]
         if state["names"] != names:
             differing = sorted(set(names) ^ set(state["names"]))
@@ -437,25 +513,25 @@ class Compressor:
         changed = [f"{k} was {v!r}, is {settings.get(k)!r}" for k, v in state["settings"].items() if settings.get(k) != v]
         if changed:
             raise CheckpointError(f"compressor state was saved with other settings, a resume could not be exact: {'; '.join(changed)}")
-        if len(state["steps"]) != len(self.optimizers):
-            raise CheckpointError(f"compressor state has {len(state['steps'])} optimizers, this one {len(self.optimizers)}")
+        run = RunState.from_state(state["run"])
+        if len(run.steps) != len(self.optimizers):
+            raise CheckpointError(f"compressor state has {len(run.steps)} optimizers, this one {len(self.optimizers)}")
+        if any(s.rank is not None for s in self.plan.sites):
+            raise CheckpointError("this compressor has made cuts already: load the state into a fresh one, on a fresh dense model")
+        if self._watch is not None:
+            self._watch.finish()
+            self._watch = None
         use_unfoldings(self.model, self.plan, state["unfoldings"], self.example_inputs)
-        self._steps = list(state["steps"])
-        self._owed = dict(state["owed"])
-        self._values = {k: v.numpy().copy() for k, v in state["values"].items()}
-        self.plan.ranks = dict(state["ranks"])
-        self.every, self._stride = state["every"], state["stride"]
-        if self.controller is not None and state["controller"] is not None:
-            self.controller.strength, self.controller.start_gap = state["controller"]["strength"], state["controller"]["start_gap"]
-        self.history = [Snapshot(**h) for h in state["history"]]
-        self.spectra_start = {k: np.array(v, dtype=np.float32) for k, v in state["spectra_start"].items()}
-        self.failures, self.solvers = list(state["failures"]), dict(state["solvers"])
-        for saved in state["cuts"]:
-            values = {k: v.numpy().copy() for k, v in saved["values"].items()}
-            times = {k: (v[0], v[1]) for k, v in saved["timings"].items()}
-            replayed = cut_sites(self.model, self.plan, spectra(self.plan), saved["ranks"], optimizers=self.optimizers)
-            self._cuts.append(CutResult(replayed.ranks, values, saved["errors"], saved["max_abs_diff"], list(saved["notes"]), times))
-            self._forget(replayed.ranks)
+        measured = state["measured"]
+        self.plan.latency_ms, self.plan.fixed_ms = measured["latency_ms"], measured["fixed_ms"]
+        for site in self.plan.sites:
+            times = measured["times"][site.name]
+            site.times = RankTimes.from_json(times) if times is not None else None
+        self.weights = cost_weights(self.plan, self.budget)
+        self.state = run
+        self.plan.ranks = run.ranks
+        replay_cuts(self.model, self.plan, run.cuts.ranks, self.optimizers)
+        self._parameters = named_by_identity(self.model)
 
 
 def _check_arguments(structures: Sequence[LowRank], budget: Any, total_steps: Any, every: Any, cut: Any, schedule: Any) -> None:

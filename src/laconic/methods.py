@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -29,6 +30,7 @@ class Trained:
     curve: Curve
     report: CompactReport | None = None
     notes: list[str] = field(default_factory=list)
+    total_steps: int | None = None
 
 
 def build(data: Dataset, recipe: Recipe, seed: int, widths: tuple[int, ...] | None = None) -> ConvNet:
@@ -75,31 +77,53 @@ def thin_long(data: Dataset, recipe: Recipe, seed: int, report: Report | None = 
 
 def thin(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, epochs: int | None = None) -> Trained:
     """A dense network with all widths scaled down to the budget, for the same steps (or for `epochs`)."""
+    model = thin_network(data, recipe, seed)
+    curve = fit(model, data, recipe, seed, make_optimizer(model, recipe), report=report, epochs=epochs)
+    return Trained(model, curve, notes=[f"widths {model.widths}, {len(curve.loss)} epochs"])
+
+
+def thin_network(data: Dataset, recipe: Recipe, seed: int) -> ConvNet:
+    """The recipe's network with all widths scaled down to its budget."""
     whole = sum(p.numel() for p in build(data, recipe, seed).parameters())
     widths = thin_widths(data.train_x.shape[1], data.classes, recipe.widths, int(recipe.params * whole))
-    model = build(data, recipe, seed, tuple(widths))
-    curve = fit(model, data, recipe, seed, make_optimizer(model, recipe), report=report, epochs=epochs)
-    return Trained(model, curve, notes=[f"widths {widths}, {len(curve.loss)} epochs"])
+    return build(data, recipe, seed, tuple(widths))
 
 
 def laconic(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
     """Pressure towards the budget while training, cut in mid-run or at the end."""
     model = build(data, recipe, seed)
     optimizer = make_optimizer(model, recipe)
-    compressor = Compressor(
+    compressor = compressor_for(model, optimizer, data, recipe)
+    curve = fit(model, data, recipe, seed, optimizer, report=report)
+    late = recipe.settle >= 1
+    done = compressor.compact(calibration=calibration(data) if late else None, only_faster=recipe.only_faster and late)
+    return Trained(model, curve, done, total_steps=compressor.total_steps)
+
+
+def compressor_for(model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, recipe: Recipe) -> Compressor:
+    """The compressor that the recipe describes."""
+    return Compressor(
         model,
         optimizer,
         [LowRank(penalty=LogSum(recipe.penalty_epsilon), strength=recipe.strength or None, matricization=recipe.matricization)],
         budget=Budget(params=recipe.params),
         total_steps=recipe.epochs * steps_per_epoch(data, recipe),
         example_inputs=example(data),
-        cut="early" if recipe.cut < 1 else "end",
-        schedule=Schedule(warmup=recipe.warmup, cut=recipe.cut),
+        cut="early" if recipe.settle < 1 else "end",
+        schedule=Schedule(warmup=recipe.warmup, settle=recipe.settle),
     )
-    curve = fit(model, data, recipe, seed, optimizer, report=report)
-    late = recipe.cut >= 1
-    done = compressor.compact(calibration=calibration(data) if late else None, only_faster=recipe.only_faster and late)
-    return Trained(model, curve, done)
 
 
-METHODS: dict[str, Callable[..., Trained]] = {"dense": dense, "svd": svd, "thin": thin, "thin-long": thin_long, "laconic": laconic}
+def late(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
+    """As laconic, but dense to the end under pressure, and cut last; BatchNorm re-estimated, no training after it."""
+    return laconic(data, dataclasses.replace(recipe, settle=1.0), seed, report)
+
+
+METHODS: dict[str, Callable[..., Trained]] = {
+    "dense": dense,
+    "svd": svd,
+    "thin": thin,
+    "thin-long": thin_long,
+    "late": late,
+    "laconic": laconic,
+}

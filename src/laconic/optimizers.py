@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import OptimizerError, UnsupportedOptimizerError
 
@@ -64,3 +64,26 @@ def peak_learning_rate(optimizers: Sequence[Any]) -> float:
     """The largest rate that is set or announced: schedulers note where they started from, or where they go, in the groups."""
     groups = [g for o in optimizers for g in o.param_groups]
     return max(float(g.get(key, 0.0)) for g in groups for key in ("lr", "initial_lr", "max_lr"))
+
+
+def named_by_identity(model: nn.Module) -> dict[int, str]:
+    """Names of all parameters by the identity of the object."""
+    return {id(p): name for name, p in model.named_parameters()}
+
+
+def check_parameters(model: nn.Module, known: dict[int, str], optimizers: Sequence[Any], weights: Sequence[Tensor]) -> None:
+    """The model still has the parameters it had, and the optimizers still hold the weights.
+
+    Raises:
+        OptimizerError: parameters were added, replaced or removed; names them.
+    """
+    now = named_by_identity(model)
+    added = sorted(name for key, name in now.items() if key not in known)
+    gone = sorted(name for key, name in known.items() if key not in now)
+    if added or gone:
+        what = "; ".join(f"{verb}: {', '.join(names)}" for verb, names in (("added", added), ("gone", gone)) if names)
+        raise OptimizerError(f"the model's parameters changed in mid-run ({what}): build a new Compressor after changing the model")
+    held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+    lost = sorted(known[id(w)] for w in weights if id(w) not in held)
+    if lost:
+        raise OptimizerError(f"the optimizer no longer holds {', '.join(lost)}: build a new Compressor after changing its groups")

@@ -42,6 +42,8 @@ class Plan:
         params: parameters of the dense model (biases, norms and all).
         macs: multiply-accumulates on the example inputs; None without.
         ranks: current rank of each site, by name; filled in as spectra become known.
+        latency_ms: of the dense model on the example inputs; fixed_ms: what of it is not the sites'. None unless a budget
+            in milliseconds asks for it.
     """
 
     sites: list[Site]
@@ -49,6 +51,8 @@ class Plan:
     params: int
     macs: int | None
     ranks: dict[str, int] = field(default_factory=dict)
+    latency_ms: float | None = None
+    fixed_ms: float | None = None
 
     @property
     def fixed_params(self) -> int:

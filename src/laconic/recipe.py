@@ -23,10 +23,10 @@ class Recipe:
         rises over the share `lr_warmup` of the steps, then falls to zero as a cosine.
     thin_epochs: of the rival that is given laconic's training time instead of its steps; 0: twice the epochs.
     params: the budget as a fraction of the dense parameters.
-    warmup, cut: `laconic.Schedule`; `cut = 1.0` cuts at the end, without training afterwards.
+    warmup, settle: `laconic.Schedule`; `settle = 1.0` cuts at the end, without training afterwards.
     penalty_epsilon: of `LogSum`; strength: 0 lets the budget steer it.
     matricization: of the convolutions.
-    only_faster: leave dense what does not get faster when cut (only with `cut = 1.0`).
+    only_faster: leave dense what does not get faster when cut (only with `settle = 1.0`).
     """
 
     name: str
@@ -43,7 +43,7 @@ class Recipe:
     thin_epochs: int = 0
     params: float = 0.25
     warmup: float = 0.1
-    cut: float = 0.5
+    settle: float = 0.5
     penalty_epsilon: float = 0.1
     strength: float = 0.0
     matricization: str = "out,in*kh*kw"

@@ -14,15 +14,19 @@ class Schedule:
 
     Attributes:
         warmup: until here the network trains dense and unpressed.
-        cut: pressure grows until here; then the layers are cut and the smaller network trains on (settles).
+        settle: until here it is pressed and shrinks; from here on the structure is final and the small network trains on.
     """
 
     warmup: float = 0.1
-    cut: float = 0.5
+    settle: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.warmup < self.cut <= 1:
-            raise InvalidValueError(f"Schedule(warmup={self.warmup}, cut={self.cut}): need 0 <= warmup < cut <= 1")
+        if not 0 <= self.warmup < self.settle <= 1:
+            raise InvalidValueError(f"Schedule(warmup={self.warmup}, settle={self.settle}): need 0 <= warmup < settle <= 1")
+
+    def way(self, progress: float) -> float:
+        """How far between warm-up (0) and settling (1) a run is."""
+        return min(max((progress - self.warmup) / (self.settle - self.warmup), 0.0), 1.0)
 
 
 @dataclass(slots=True)

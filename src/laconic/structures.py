@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from .errors import InvalidTypeError, InvalidValueError, nearest
 from .matricize import CHANNEL, SPATIAL, Unfolding, check_matricization
 from .penalties import L1, LogSum, Penalty
-from .solvers import SVTResult, spectral_prox
-from .surgery.factorize import factorize
+from .solvers import factored_prox, factored_svd, spectral_prox
+from .surgery.factorize import factorize, narrow, pair_matrices, pair_weights
+from .surgery.factorize import weights as pair_parameters
+from .timing import RankTimes
 
 
-def root_mean_square(matrix: Tensor) -> float:
+def root_mean_square(site: Site) -> float:
     """Root mean square singular value, `||W||_F / sqrt(g min(m, n))`: needs no decomposition."""
-    norm = float(torch.linalg.vector_norm(matrix.detach(), dtype=torch.float64 if matrix.device.type != "mps" else torch.float32))
-    return norm / math.sqrt(matrix.shape[0] * min(matrix.shape[-2:]))
+    u = site.unfolding
+    return site.norm / math.sqrt(u.groups * min(u.m, u.n))
 
 
-SCALES: dict[str, Callable[[Tensor], float]] = {"relative": root_mean_square, "absolute": lambda matrix: 1.0}
+SCALES: dict[str, Callable[[Site], float]] = {"relative": root_mean_square, "absolute": lambda site: 1.0}
 
 
 @dataclass(eq=False, slots=True)
@@ -35,8 +37,10 @@ class Site:
         structure: what acts on it.
         unfolding: how it becomes a matrix.
         kind: class name of the layer.
-        modules: every distinct module that holds the weight (several when it is tied).
+        modules: every distinct module that holds the weight (several when it is tied); once cut, the pairs in their place.
         paths: for each module, every path at which it sits.
+        rank: None while dense.
+        times: measured on the example inputs; None unless a budget in milliseconds asks for it.
         unit_macs, dense_macs: MACs of one unit of rank and of the dense layer, on the example inputs; None without.
     """
 
@@ -48,20 +52,50 @@ class Site:
     paths: tuple[tuple[str, ...], ...]
     dense_macs: int | None = None
     unit_macs: int | None = None
+    rank: int | None = None
+    times: RankTimes | None = None
 
     @property
     def layer(self) -> str:
         return self.paths[0][0]
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weights(self) -> tuple[nn.Parameter, ...]:
+        """The trained parameters: the weight, or once cut the weights of the pair."""
+        if self.rank is not None:
+            return pair_parameters(self.modules[0])
         weight = self.modules[0].weight
         assert isinstance(weight, nn.Parameter)
-        return weight
+        return (weight,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights[0].dtype
 
     @property
     def matrix(self) -> Tensor:
-        return self.unfolding.unfold(self.weight.detach())
+        """The dense weight, unfolded."""
+        (weight,) = self.weights
+        return self.unfolding.unfold(weight.detach())
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Once cut: `left [g, m, r]`, `right [g, r, n]`."""
+        first, second = self.weights
+        return pair_matrices(self.unfolding, first.detach(), second.detach())
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the weight, or of the product of the factors."""
+        accurate = torch.float32 if self.weights[0].device.type == "mps" else torch.float64
+        if self.rank is None:
+            return float(torch.linalg.vector_norm(self.matrix, dtype=accurate))
+        left, right = (f.to(accurate) for f in self.factors)
+        return math.sqrt(max(float(((left.mT @ left) * (right @ right.mT)).sum()), 0.0))
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(torch.isfinite(w).all()) for w in self.weights)
 
     @property
     def break_even(self) -> int:
@@ -124,32 +158,49 @@ class LowRank:
 
     def unit(self, site: Site) -> float:
         """The unit of the threshold for this weight (1 for a zero weight)."""
-        return SCALES[self.scale](site.matrix) or 1.0
+        return SCALES[self.scale](site) or 1.0
 
-    def shrink(self, site: Site, tau: float) -> SVTResult:
-        """The proximal step on one weight, in place."""
-        matrix = site.matrix
+    def shrink(self, site: Site, tau: float) -> Shrinkage:
+        """The proximal step on one weight, in place; on a cut one in the space of its factors."""
         unit = self.unit(site) if math.isfinite(tau) else 1.0
-        if not math.isfinite(unit):  # spectral_prox names the weight and what to do
+        if not math.isfinite(unit):  # the solver names the weight and what to do
             unit = 1.0
-        result = spectral_prox(matrix, InUnits(self.penalty, unit), tau * unit, name=site.name)
+        penalty = InUnits(self.penalty, unit)
+        if site.rank is not None:
+            left, right, values = factored_prox(*site.factors, penalty, tau * unit, site.name)
+            with torch.no_grad():
+                for weight, new in zip(site.weights, pair_weights(site.unfolding, left, right), strict=True):
+                    weight.copy_(new)
+            return Shrinkage(combined(values), int((values > 0).sum(-1).max()), "factored", ())
+        result = spectral_prox(site.matrix, penalty, tau * unit, name=site.name)
         with torch.no_grad():
-            site.weight.copy_(site.unfolding.fold(result.x))
-        return result
+            site.weights[0].copy_(site.unfolding.fold(result.x))
+        return Shrinkage(combined(result.values), result.rank, result.solver, result.failures)
 
     def values(self, site: Site) -> Tensor:
         """Singular values, non-increasing, float64 on CPU; for a grouped layer the norm over its groups."""
+        if site.rank is not None:
+            return combined(factored_svd(*site.factors, site.name)[1])
         return combined(torch.linalg.svdvals(site.matrix.double()))
 
     def cut(self, site: Site, rank: int) -> list[nn.Sequential]:
         """A pair of layers for each module that holds the weight; tied modules share the factors."""
-        first = factorize(site.modules[0], site.unfolding, rank)
-        pairs = [first]
-        for module in site.modules[1:]:
-            pair = factorize(module, site.unfolding, rank)
-            pair[0].weight, pair[1].weight = first[0].weight, first[1].weight
-            pairs.append(pair)
+        make = factorize if site.rank is None else narrow
+        pairs = [make(module, site.unfolding, rank) for module in site.modules]
+        for pair in pairs[1:]:
+            pair[0].weight, pair[1].weight = pairs[0][0].weight, pairs[0][1].weight
         return pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Shrinkage:
+    """What a proximal step found: `values` after it (float64, non-increasing), their number above zero, the solver used,
+    and one line for each solver that failed before it."""
+
+    values: Tensor
+    rank: int
+    solver: str
+    failures: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
-"""Networks that the demo and the experiments train."""
+"""Networks that the demo, the experiments and the benchmarks train."""
 
 from .convnet import ConvNet, thin_widths
+from .gpt import GPT
 
-__all__ = ["ConvNet", "thin_widths"]
+__all__ = ["GPT", "ConvNet", "thin_widths"]

@@ -15,6 +15,7 @@ class ConvNet(nn.Module):
 
     def __init__(self, in_channels: int, classes: int, widths: Sequence[int], pools: Sequence[int]):
         super().__init__()
+        self.widths = tuple(widths)
         layers: list[nn.Module] = []
         channels = in_channels
         for i, width in enumerate(widths):

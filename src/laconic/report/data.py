@@ -45,18 +45,22 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The state of a run at one proximal step: ranks by weight, and the strength at that time.
+    """The state of a run at one proximal step or cut: ranks by weight, the strength at that time, and what a cut to the
+    budget would have lost (see `laconic.schedule.Controller`).
 
-    A strength of NaN (a cut before the first proximal step) becomes None, which JSON can hold.
+    What is not known, NaN, becomes None, which JSON can hold.
     """
 
     step: int
     strength: float | None
     ranks: dict[str, int]
+    gap: float | None = None
 
     def __post_init__(self) -> None:
-        if self.strength is not None and not math.isfinite(self.strength):
-            object.__setattr__(self, "strength", None)
+        for name in ("strength", "gap"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                object.__setattr__(self, name, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class CompactReport:
     Attributes:
         params_before, params_after: parameters of the whole model.
         macs_before, macs_after: MACs on the example inputs; None without.
+        latency_before, latency_after: measured ms of a forward pass on the example inputs, where the budget is in ms.
         max_abs_diff: largest change of an output on the example inputs, in eval mode; None without.
         surgery_error: largest relative difference between a cut layer and the dense layer with the truncated weight;
             rounding, or the cut would have been refused.
@@ -85,6 +90,8 @@ class CompactReport:
     notes: tuple[str, ...] = ()
     history: tuple[Snapshot, ...] = ()
     spectra_start: dict[str, tuple[float, ...]] | None = None
+    latency_before: float | None = None
+    latency_after: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, dicts and numbers, ready for `json.dumps`. An infinite or undefined change of an output is a string."""
@@ -108,6 +115,8 @@ class CompactReport:
         lines = [f"parameters {self.params_before} -> {self.params_after} ({self.params_after / self.params_before:.3f})"]
         if self.macs_before and self.macs_after:
             lines.append(f"MACs {self.macs_before} -> {self.macs_after} ({self.macs_after / self.macs_before:.3f})")
+        if self.latency_before and self.latency_after:
+            lines.append(f"{self.latency_before:.3g} ms -> {self.latency_after:.3g} ms ({self.latency_after / self.latency_before:.3f})")
         if self.max_abs_diff is not None:
             lines.append(f"largest change of an output {self.max_abs_diff:.3g}; surgery error {self.surgery_error:.2g}")
         for layer in self.layers:

@@ -6,6 +6,8 @@ r"""Carry an optimizer over a factorisation `W = A B` (in unfolded coordinates).
   :math:`V_B = (A \circ A)^T V_W`.
 - Where the state holds a mean beside the second moment (centered RMSprop), the approximation is made on the variance,
   `V_W - M_W^2`, or the optimizer would take the root of a negative number.
+- A pair that is cut again, `A' = A E`, `B' = C B`, is carried in the same two ways: :math:`M_{A'} = M_A C^T`,
+  :math:`V_{A'} = V_A (C \circ C)^T`, and likewise for B.
 - Step counters and other scalars are copied.
 
 An optimizer whose state has an entry of an unknown meaning is not touched; `unknown_state` names the entry.
@@ -13,6 +15,7 @@ An optimizer whose state has an entry of an unknown meaning is not touched; `unk
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,36 +36,71 @@ def unknown_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> str
     return None
 
 
-def carry(optimizer: torch.optim.Optimizer, weight: nn.Parameter, pair: nn.Sequential, unfolding: Unfolding) -> None:
-    """Replace `weight` by the pair's weights in the optimizer's groups, with its state; in place, nothing else changes."""
+def carry(optimizer: torch.optim.Optimizer, old: Sequence[nn.Parameter], pair: nn.Sequential, unfolding: Unfolding) -> None:
+    """Replace a weight, or the two weights of a pair that is cut again, by the pair's weights in the optimizer's groups,
+    with its state; in place, nothing else changes."""
     new = weights(pair)
     for group in optimizer.param_groups:
-        # By identity: `in` would compare tensors.
-        where = [i for i, p in enumerate(group["params"]) if p is weight]
-        for i in where:
-            group["params"][i : i + 1] = new
-    state = getattr(optimizer, "state", {}).pop(weight, None)
-    if not state:
+        params: list[nn.Parameter] = []
+        for p in group["params"]:  # by identity: `in` would compare tensors
+            position = next((i for i, w in enumerate(old) if p is w), None)
+            params += [p] if position is None else new if len(old) == 1 else [new[position]]
+        group["params"][:] = params
+    known = all(unknown_state(optimizer, w) is None for w in old)
+    states = [getattr(optimizer, "state", {}).pop(w, None) for w in old]
+    if not all(states) or not known:  # nothing to carry, or nothing that can be: the pair starts without a state
         return
     left, right = pair_matrices(unfolding, *(w.detach().double() for w in new))
+    to_left, to_right = right.mT, left.mT
+    if len(old) == 2:  # new left = old left @ E and new right = C @ old right, and gradients go the other way
+        old_left, old_right = pair_matrices(unfolding, *(w.detach().double() for w in old))
+        to_left, to_right = _solve(old_right.mT, right.mT), _solve(old_left, left).mT
     carried: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == weight.shape and value.numel() > 1:
-            moment = unfolding.unfold(value.double())
-            if key in FIRST_MOMENTS:
-                factors = moment @ right.mT, left.mT @ moment
-            else:
-                mean = unfolding.unfold(state["grad_avg"].double()) if key == "square_avg" and "grad_avg" in state else None
-                spread = moment if mean is None else (moment - mean.square()).clamp_min(0)
-                factors = spread @ right.square().mT, left.square().mT @ spread
-                if mean is not None:  # a little more than the square of the carried mean: rounding must not make it less
-                    slack = 1 + 8 * torch.finfo(value.dtype).eps
-                    factors = factors[0] + slack * (mean @ right.mT).square(), factors[1] + slack * (left.mT @ mean).square()
-            parts = pair_weights(unfolding, *factors)
-            for target, part, parameter in zip(carried, parts, new, strict=True):
-                target[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(part)
-        else:
-            for target in carried:
-                target[key] = value.clone() if isinstance(value, Tensor) else value
+    for key, value in states[0].items():
+        if not _is_moment(key, value, old[0]):
+            for target, state in zip(carried, (states[0], states[-1]), strict=True):
+                target[key] = state[key].clone() if isinstance(value, Tensor) else state[key]
+            continue
+        from_left, from_right = _matrices(unfolding, [state[key] for state in states])
+        mean_left = mean_right = None
+        if key == "square_avg" and "grad_avg" in states[0]:
+            mean_left, mean_right = _matrices(unfolding, [state["grad_avg"] for state in states])
+        parts = pair_weights(
+            unfolding,
+            _carried(key, from_left, mean_left, lambda x, power: x @ to_left.pow(power)),
+            _carried(key, from_right, mean_right, lambda x, power: to_right.pow(power) @ x),
+        )
+        for target, part, parameter in zip(carried, parts, new, strict=True):
+            target[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(part)
     for parameter, target in zip(new, carried, strict=True):
         optimizer.state[parameter] = target
+
+
+def _solve(a: Tensor, b: Tensor) -> Tensor:
+    """`argmin_X ||a X - b||`, by the normal equations with a ridge of the size of rounding (`a` may have lost its rank)."""
+    gram = a.mT @ a
+    ridge = 1e-12 * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-300)
+    return torch.linalg.solve(gram + torch.diag_embed(ridge.expand(*gram.shape[:-1])), a.mT @ b)
+
+
+def _is_moment(key: str, value: Any, weight: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == weight.shape and (value.numel() > 1 or key in FIRST_MOMENTS | SECOND_MOMENTS)
+
+
+def _matrices(unfolding: Unfolding, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What the left and the right factor's entry is made from: the weight's own entry, or each factor's."""
+    if len(values) == 1:
+        matrix = unfolding.unfold(values[0].double())
+        return matrix, matrix
+    return pair_matrices(unfolding, values[0].double(), values[1].double())
+
+
+def _carried(key: str, value: Tensor, mean: Tensor | None, gradient_map: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """An entry under the linear map of the gradients; `gradient_map(x, 2)` has its coefficients squared."""
+    if key in FIRST_MOMENTS:
+        return gradient_map(value, 1)
+    if mean is None:
+        return gradient_map(value, 2)
+    # A little more than the square of the carried mean: rounding must not make it less.
+    slack = 1 + 8 * torch.finfo(torch.float32).eps
+    return gradient_map((value - mean.square()).clamp_min(0), 2) + slack * gradient_map(mean, 1).square()

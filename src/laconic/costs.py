@@ -1,0 +1,153 @@
+"""The currencies of a budget: what a model, a dense weight, and a weight cut to a rank cost in each of them.
+
+A currency is a row of `CURRENCIES`; nothing else in the package asks which one it is dealing with.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from .errors import InvalidValueError
+from .measure import input_shapes, measure_latency
+from .plan import Plan
+from .structures import Site
+from .surgery.factorize import empty_pair, finish_pair
+from .surgery.record import put
+from .timing import added, layer_times
+
+Floats = NDArray[np.float64]
+Ranks = dict[str, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Currency:
+    """Attributes:
+    fraction, absolute: the keywords of `Budget`.
+    unit: how to print an amount.
+    whole: amounts are whole numbers.
+    model: cost of the dense model; None where what it takes to know it is missing.
+    dense: cost of a dense weight.
+    cut: cost of a weight at each of these ranks.
+    fixed: what no structure can remove.
+    missing: what to say where the cost of the model is None.
+    """
+
+    fraction: str
+    absolute: str
+    unit: str
+    whole: bool
+    model: Callable[[Plan], float | None]
+    dense: Callable[[Site], float]
+    cut: Callable[[Site, Floats], Floats]
+    fixed: Callable[[Plan], float]
+    missing: str = ""
+
+
+def _known(value: Any) -> Any:
+    assert value is not None
+    return value
+
+
+CURRENCIES = {
+    c.fraction: c
+    for c in (
+        Currency(
+            "params", "max_params", "params", True,
+            model=lambda plan: plan.params,
+            dense=lambda site: site.unfolding.dense_params,
+            cut=lambda site, ranks: ranks * site.unfolding.unit_params,
+            fixed=lambda plan: plan.fixed_params,
+        ),
+        Currency(
+            "macs", "max_macs", "macs", True,
+            model=lambda plan: plan.macs,
+            dense=lambda site: _known(site.dense_macs),
+            cut=lambda site, ranks: ranks * _known(site.unit_macs),
+            fixed=lambda plan: plan.fixed_macs,
+            missing="a budget in MACs needs example_inputs=(...), to count them on",
+        ),
+        Currency(
+            "latency", "latency_ms", "ms", False,
+            model=lambda plan: plan.latency_ms,
+            dense=lambda site: _known(site.times).dense,
+            cut=lambda site, ranks: np.array([_known(site.times).at(int(r)) for r in ranks]),
+            fixed=lambda plan: _known(plan.fixed_ms),
+            missing="a budget in milliseconds needs example_inputs=(...), to measure on",
+        ),
+    )
+}  # fmt: skip
+
+
+def model_costs(plan: Plan, names: Sequence[str]) -> Floats:
+    """Costs of the dense model, one per currency."""
+    for name in names:
+        if CURRENCIES[name].model(plan) is None:
+            raise InvalidValueError(CURRENCIES[name].missing)
+    return np.array([CURRENCIES[name].model(plan) for name in names], dtype=np.float64)
+
+
+def fixed_costs(plan: Plan, names: Sequence[str]) -> Floats:
+    return np.array([CURRENCIES[name].fixed(plan) for name in names], dtype=np.float64)
+
+
+def dense_costs(site: Site, names: Sequence[str]) -> Floats:
+    return np.array([CURRENCIES[name].dense(site) for name in names], dtype=np.float64)
+
+
+def cut_costs(site: Site, ranks: Sequence[int] | Floats, names: Sequence[str]) -> Floats:
+    """Costs `[len(ranks), currencies]`."""
+    given = np.asarray(ranks, dtype=np.float64)
+    return np.stack([CURRENCIES[name].cut(site, given) for name in names], axis=1).astype(np.float64)
+
+
+def present_costs(plan: Plan, names: Sequence[str], ranks: Ranks | None = None) -> Floats:
+    """Costs of the model as it is cut now, or would be at these ranks."""
+    total = fixed_costs(plan, names)
+    for site in plan.sites:
+        rank = site.rank if ranks is None else ranks[site.name]
+        total += dense_costs(site, names) if rank is None else cut_costs(site, [rank], names)[0]
+    return total
+
+
+def measure_times(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], seconds: float = 0.3) -> None:
+    """Fill in the latency of the model, the table of each site, and what is left for everything else."""
+    shapes = input_shapes(model, [m for s in plan.sites for m in s.modules], inputs)
+    for site in plan.sites:
+        tables = [
+            layer_times(m, site.unfolding, shape, max(site.break_even, 1), training=False) for m in site.modules for shape in shapes[m]
+        ]
+        site.times = added(tables) if tables else None
+    unused = [site.name for site in plan.sites if site.times is None]
+    if unused:
+        raise InvalidValueError(f"latency: {', '.join(unused)} took no part in the forward pass of example_inputs; exclude it")
+    plan.latency_ms = measure_latency(model, inputs, seconds).median_ms
+    # Layers in their own loop run hotter than inside the model: never more than all of its time.
+    alone = sum(_known(s.times).dense for s in plan.sites)
+    plan.fixed_ms = max(plan.latency_ms - alone, 0.0)
+
+
+def correct_times(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], ranks: Ranks, seconds: float = 0.3) -> bool:
+    """Measure the model cut to these ranks, and move `plan.fixed_ms` so that the tables agree; True if it moved by over 1 %."""
+    cut = copy.deepcopy(model)
+    for site in plan.sites:
+        rank = ranks[site.name]
+        for module, paths in zip(site.modules, site.paths, strict=True):
+            if rank is None:
+                continue
+            pair = finish_pair(empty_pair(module, site.unfolding, rank), module, site.unfolding, rank)
+            for parameter in pair.parameters():
+                parameter.data = torch.full_like(parameter, 0.01)
+            for path in paths:
+                put(cut, path, pair)
+    measured = measure_latency(cut, inputs, seconds).median_ms
+    off = measured - float(present_costs(plan, ["latency"], ranks)[0])
+    plan.fixed_ms = _known(plan.fixed_ms) + off
+    return abs(off) > 0.01 * _known(plan.latency_ms)

@@ -1,0 +1,149 @@
+"""The other question: not "how good at this size?" but "how small at this quality?"."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .budget import Budget
+from .compaction import compress
+from .costs import CURRENCIES
+from .errors import InfeasibleBudgetError, InvalidValueError, nearest
+from .measure import evaluating
+from .report import CompactReport
+from .structures import LowRank
+
+Shrink = Callable[[nn.Module, Budget], CompactReport]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One budget that was tried: the fraction asked for, the score, whether it was good enough."""
+
+    budget: float
+    score: float
+    good: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """The smallest model found.
+
+    Attributes:
+        model: a new model; the one that was given is unchanged. Where no budget was good enough, a copy of that one.
+        report: what was cut; None where nothing was.
+        budget: the fraction; 1 where no budget was good enough.
+        score, dense_score: of this model and of the dense one.
+        trials: in the order in which they were made.
+    """
+
+    model: nn.Module
+    report: CompactReport | None
+    budget: float
+    score: float
+    dense_score: float
+    trials: tuple[Trial, ...]
+
+
+def smallest(
+    model: nn.Module,
+    evaluate: Callable[[nn.Module], float],
+    max_loss: float,
+    *,
+    currency: str = "params",
+    shrink: Shrink | None = None,
+    structures: LowRank | Sequence[LowRank] | None = None,
+    example_inputs: Any = None,
+    calibration: Iterable[Any] | None = None,
+    lowest: float = 0.02,
+    precision: float = 0.05,
+    report: Callable[[Trial], None] | None = None,
+) -> SearchResult:
+    r"""The smallest model that scores at most `max_loss` below the given one.
+
+    .. math:: \operatorname{argmin}_b \; b \quad \text{subject to} \quad f(\text{model cut to } b) \ge f(\text{model}) - \text{max\_loss}
+
+    by bisection of :math:`\log b`: every trial starts from the given weights, and the score is taken to fall with the
+    budget. Use data for `evaluate` on which nothing else is reported: a search fits its data.
+
+    Args:
+        model: trained; not changed.
+        evaluate: score of a model, larger is better; called in eval mode without gradients.
+        max_loss: in the units of the score, at least 0.
+        currency: `"params"`, `"macs"` or `"latency"`.
+        shrink: cuts a copy of the model in place to a budget, with as much training as wanted, and returns the report;
+            None: `laconic.compress` without training, with the next three arguments.
+        structures, example_inputs, calibration: see `laconic.compress`.
+        lowest: smallest fraction that is tried (or the smallest feasible one, if that is larger).
+        precision: stop once good and bad budgets are this close, relatively.
+        report: called after every trial.
+
+    Raises:
+        InvalidValueError: an argument out of range, a score that is not a finite number.
+
+    Example:
+        >>> import torch, laconic
+        >>> net = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+        >>> x = torch.randn(64, 32)
+        >>> wanted = net(x).detach()
+        >>> found = laconic.smallest(net, lambda m: -float((m(x) - wanted).square().mean()), max_loss=0.01)
+        >>> found.score >= -0.01
+        True
+    """
+    if currency not in CURRENCIES:
+        raise InvalidValueError(f"currency = {currency!r} is unknown{nearest(currency, CURRENCIES)}")
+    if not (max_loss >= 0 and math.isfinite(max_loss)):
+        raise InvalidValueError(f"max_loss = {max_loss}: must be finite and at least 0, in the units of the score")
+    if not 0 < lowest < 1:
+        raise InvalidValueError(f"lowest = {lowest}: a fraction of the dense cost, above 0 and below 1")
+    if not 0 < precision < 1:
+        raise InvalidValueError(f"precision = {precision}: must be above 0 and below 1")
+    batches = list(calibration) if calibration is not None else None
+
+    def cut(copied: nn.Module, budget: Budget) -> CompactReport:
+        return compress(copied, structures, budget, example_inputs=example_inputs, calibration=batches)
+
+    def score(candidate: nn.Module) -> float:
+        with evaluating(candidate):
+            value = float(evaluate(candidate))
+        if not math.isfinite(value):
+            raise InvalidValueError(f"evaluate returned {value}: the score must be a finite number, larger is better")
+        return value
+
+    def budget_of(share: float) -> Budget:
+        amounts: dict[str, Any] = {currency: share}
+        return Budget(**amounts)
+
+    shrink = shrink or cut
+    dense_score = score(model)
+    best = SearchResult(copy.deepcopy(model), None, 1.0, dense_score, dense_score, ())
+    trials: list[Trial] = []
+    bad, fraction = lowest, lowest
+    while True:
+        candidate = copy.deepcopy(model)
+        try:
+            cut_report = shrink(candidate, budget_of(fraction))
+        except InfeasibleBudgetError as error:
+            if not fraction < error.smallest < best.budget:
+                break
+            bad = fraction = error.smallest
+            continue
+        found = score(candidate)
+        trials.append(Trial(fraction, found, found >= dense_score - max_loss))
+        if report is not None:
+            report(trials[-1])
+        if trials[-1].good:
+            best = SearchResult(candidate, cut_report, fraction, found, dense_score, ())
+            if fraction == bad:  # the lowest of all
+                break
+        else:
+            bad = fraction
+        if best.budget <= bad * (1 + precision):
+            break
+        fraction = math.sqrt(bad * best.budget)
+    return SearchResult(best.model, best.report, best.budget, best.score, dense_score, tuple(trials))

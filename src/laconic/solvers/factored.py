@@ -1,0 +1,55 @@
+r"""Spectra and proximal steps of a product `W = A B` that is never formed: two thin QRs and one small SVD.
+
+`A [g, m, r]`, `B [g, r, n]`; with `A = Q_a R_a` and `B^T = Q_b R_b`, the singular values of `A B` are those of the
+r x r matrix `R_a R_b^T`, and its singular vectors are `Q_a U` and `Q_b V`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import DecompositionError, NonFiniteError
+from ..penalties import Penalty
+
+
+def factored_svd(left: Tensor, right: Tensor, name: str = "x") -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of `left @ right` in float64: `u [g, m, r]`, `s [g, r]` non-increasing, `vh [g, r, n]`.
+
+    Raises:
+        NonFiniteError: a factor holds NaN or Inf.
+        DecompositionError: the small SVD did not converge.
+    """
+    left, right = left.detach().double(), right.detach().double()
+    if not (bool(torch.isfinite(left).all()) and bool(torch.isfinite(right).all())):
+        raise NonFiniteError(f"{name} holds NaN or Inf: nothing was changed; look for a diverging loss or a learning rate that is too high")
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.mT)
+    try:
+        u, s, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise DecompositionError(f"{name}: {str(error).splitlines()[0]}; nothing was changed") from None
+    return q_left @ u, s, vh @ q_right.mT
+
+
+def factored_prox(left: Tensor, right: Tensor, penalty: Penalty, tau: float, name: str = "x") -> tuple[Tensor, Tensor, Tensor]:
+    r"""The proximal step of a penalty on the singular values of `A B`, as a step of its factors.
+
+    .. math:: A \leftarrow A - U (1 - d) U^T A, \quad B \leftarrow B - B V (1 - d) V^T, \qquad d = \sqrt{s' / s}
+
+    The product of the new factors is :math:`U \operatorname{diag}(s') V^T`, exactly the proximal step on the product; yet
+    every factor stays in its own coordinates, so that an optimizer's moments still fit, and what is not shrunk
+    does not move at all.
+
+    Returns:
+        new left and right (float64), and the new singular values (float64, non-increasing).
+    """
+    u, s, vh = factored_svd(left, right, name)
+    shrunk = penalty.prox(s, tau)
+    lost = 1 - torch.where(s > 0, shrunk / s.clamp_min(math.ulp(0.0)), torch.zeros_like(s)).sqrt()
+    left, right = left.detach().double(), right.detach().double()
+    new_left = left - (u * lost[..., None, :]) @ (u.mT @ left)
+    new_right = right - (right @ vh.mT) @ (lost[..., :, None] * vh)
+    return new_left, new_right, shrunk

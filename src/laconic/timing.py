@@ -1,0 +1,184 @@
+"""Measured times of single layers, dense and as a pair at a few ranks: what a cut buys on this machine.
+
+A table is measured once for a layer's shape, its input's shape, this device, this number of threads and this version of
+PyTorch, and kept in a small file, so that the next run decides the same. What a run uses travels in its state.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+from .matricize import Layer, Unfolding
+from .surgery.factorize import empty_pair, finish_pair
+
+FORMAT = 1
+ROUNDS = 2
+SECONDS = 0.01  # of one timed block
+
+
+@dataclass(frozen=True, slots=True)
+class RankTimes:
+    """Milliseconds of one layer: dense, and cut to each of `ranks` (increasing; times never falling)."""
+
+    dense: float
+    ranks: tuple[int, ...]
+    cut: tuple[float, ...]
+
+    def at(self, rank: int) -> float:
+        """Time of the pair at this rank, interpolated; below the grid that of its first point, above by its last slope."""
+        if rank > self.ranks[-1] and len(self.ranks) > 1:
+            slope = (self.cut[-1] - self.cut[-2]) / (self.ranks[-1] - self.ranks[-2])
+            return self.cut[-1] + slope * (rank - self.ranks[-1])
+        return float(np.interp(rank, self.ranks, self.cut))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> RankTimes:
+        return RankTimes(float(data["dense"]), tuple(int(r) for r in data["ranks"]), tuple(float(t) for t in data["cut"]))
+
+
+def added(tables: Sequence[RankTimes]) -> RankTimes:
+    """The times of several layers that share one weight."""
+    return RankTimes(
+        sum(t.dense for t in tables), tables[0].ranks, tuple(float(sum(c)) for c in zip(*(t.cut for t in tables), strict=True))
+    )
+
+
+def grid(break_even: int) -> tuple[int, ...]:
+    """A coarse grid of ranks up to break-even, denser where cuts end."""
+    return tuple(sorted({max(1, round(break_even * share)) for share in (0.03, 0.06, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)}))
+
+
+def layer_times(module: Layer, unfolding: Unfolding, shape: Sequence[int], break_even: int, training: bool) -> RankTimes:
+    """Times of one layer on inputs of this shape: of a forward pass, or (`training`) of forward and backward together.
+
+    Read from the table on disk, or measured and written there.
+    """
+    key = _key(module, unfolding, shape, break_even, training)
+    path = table_path()
+    known = _read(path)
+    if key not in known:
+        known = {**_read(path), key: _measure(module, unfolding, shape, break_even, training).to_json()}
+        _write(path, known)
+    return RankTimes.from_json(known[key])
+
+
+def table_path() -> Path:
+    """`$LACONIC_CACHE`, or the user's cache folder."""
+    folder = os.environ.get("LACONIC_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "laconic"
+    return Path(folder) / "layer-times.json"
+
+
+def _key(module: Layer, unfolding: Unfolding, shape: Sequence[int], break_even: int, training: bool) -> str:
+    """Everything that a time depends on."""
+    weight = module.weight
+    device = torch.cuda.get_device_name(weight.device) if weight.device.type == "cuda" else f"{weight.device.type} {platform.processor() or platform.machine()}"  # fmt: skip
+    what = [
+        FORMAT, torch.__version__, device, torch.get_num_threads(), str(weight.dtype), type(module).__name__, unfolding.name, tuple(shape),
+        tuple(weight.shape), weight.stride(), break_even, training, module.bias is not None,
+        *(str(getattr(module, name, None)) for name in ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")),
+    ]  # fmt: skip
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:24]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all; a folder that cannot be written to only means that the next run measures again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(content, file)
+        Path(file.name).replace(path)
+    except OSError:
+        return
+
+
+def _measure(module: Layer, unfolding: Unfolding, shape: Sequence[int], break_even: int, training: bool) -> RankTimes:
+    weight = module.weight
+    x = torch.full(tuple(shape), 0.5, dtype=weight.dtype, device=weight.device)
+    if x.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)
+    ranks = grid(break_even)
+    layers = [_alone(module), *(_alone(finish_pair(empty_pair(module, unfolding, r), module, unfolding, r)) for r in ranks)]
+    calls = [_training_call(layer, x) if training else _forward_call(layer, x) for layer in layers]
+    timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in calls]
+    with torch.autocast(x.device.type, enabled=False):
+        # In turns, so that a slow spell of the machine hits all; the fastest round is the least disturbed one.
+        rounds = [[timer.blocked_autorange(min_run_time=SECONDS).median * 1e3 for timer in timers] for _ in range(ROUNDS)]
+    best = np.min(rounds, axis=0)
+    return RankTimes(float(best[0]), ranks, tuple(float(t) for t in np.maximum.accumulate(best[1:])))
+
+
+def _alone(layer: nn.Module) -> nn.Module:
+    """A copy with parameters of its own, so that timing leaves no trace in the model and draws no random numbers."""
+    alone: Layer = copy.copy(layer)
+    alone._parameters = {
+        k: None if p is None else nn.Parameter(torch.full_like(p, 0.01, memory_format=torch.preserve_format))
+        for k, p in layer._parameters.items()
+    }
+    alone._modules = {k: None if m is None else _alone(m) for k, m in layer._modules.items()}
+    return alone
+
+
+def _forward_call(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
+    def call() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    return call
+
+
+def _training_call(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
+    x = x.detach().requires_grad_(True)
+    with torch.enable_grad():
+        gradient = torch.ones_like(layer(x))
+
+    def call() -> None:
+        with torch.enable_grad():
+            layer(x).backward(gradient)
+
+    return call
+
+
+class ShapeWatch:
+    """Records the shape of each module's first input during one training step."""
+
+    def __init__(self, modules: dict[str, nn.Module]):
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._handles = [m.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, m in modules.items()]
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            if given and module.training and torch.is_grad_enabled():
+                self.shapes.setdefault(name, tuple(given[0].shape))
+
+        return note
+
+    def finish(self) -> dict[str, tuple[int, ...]]:
+        for handle in self._handles:
+            handle.remove()
+        return self.shapes

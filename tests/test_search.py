@@ -1,0 +1,100 @@
+"""The smallest model that is good enough."""
+
+import pytest
+import torch
+from torch import nn
+
+import laconic
+from laconic.errors import InfeasibleBudgetError, InvalidValueError
+
+
+def layered(rank: int, size: int = 24) -> nn.Sequential:
+    """One matrix of a known rank: every budget above that rank loses nothing, every one below it a lot."""
+    model = nn.Sequential(nn.Linear(size, size, bias=False), nn.ReLU(), nn.Linear(size, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(size, rank) @ torch.randn(rank, size))
+    return model
+
+
+def fidelity(model: nn.Module):
+    x = torch.randn(200, 24)
+    wanted = model(x).detach()
+    return lambda candidate: -float((candidate(x) - wanted).square().mean() / wanted.square().mean())
+
+
+def test_it_finds_the_budget_below_which_quality_is_lost():
+    model = layered(rank=5)
+    whole = sum(p.numel() for p in model.parameters())
+    found = laconic.smallest(model, fidelity(model), 1e-3, structures=laconic.LowRank(include="0"), precision=0.01)
+    assert [x.rank for x in found.report.layers if x.name == "0"] == [5]
+    assert sum(p.numel() for p in found.model.parameters()) == 5 * 48 + 48
+    assert (5 * 48 + 48) / whole <= found.budget < (6 * 48 + 48) / whole
+    assert found.score >= -1e-3
+    assert found.dense_score == 0
+
+
+def test_the_given_model_is_not_changed_and_the_trials_are_told():
+    model = layered(rank=5)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    told = []
+    found = laconic.smallest(model, fidelity(model), 1e-3, structures=laconic.LowRank(include="0"), report=told.append)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    assert tuple(told) == found.trials
+    assert {t.good for t in told} == {True, False}
+    assert all(t.good == (t.score >= -1e-3) for t in told)
+
+
+def test_where_nothing_may_be_lost_the_dense_model_comes_back():
+    model = nn.Sequential(nn.Linear(24, 24, bias=False))
+    found = laconic.smallest(model, fidelity(model), 0.0)
+    assert found.report is None
+    assert found.budget == 1
+    assert torch.equal(found.model[0].weight, model[0].weight)
+    assert found.model is not model
+
+
+def test_where_anything_goes_the_smallest_feasible_is_found():
+    model = layered(rank=5)
+    found = laconic.smallest(model, lambda m: 0.0, 0.0)
+    least = sum(p.numel() for p in found.model.parameters())
+    assert [x.rank for x in found.report.layers] == [1, 1]
+    assert least == (24 + 24) + (24 + 2)
+    with pytest.raises(InfeasibleBudgetError):
+        laconic.compress(layered(rank=5), budget=laconic.Budget(max_params=least - 1))
+
+
+def test_with_training_every_trial_starts_from_the_given_weights():
+    model = layered(rank=5)
+    starts = []
+
+    def shrink(candidate: nn.Module, budget: laconic.Budget) -> laconic.CompactReport:
+        starts.append(candidate[0].weight.detach().clone())
+        optimizer = torch.optim.SGD(candidate.parameters(), lr=1e-3)
+        compressor = laconic.Compressor(candidate, optimizer, budget=budget, total_steps=10)
+        for _ in range(10):
+            candidate(torch.randn(8, 24)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return compressor.compact()
+
+    found = laconic.smallest(model, lambda m: -float(sum(p.numel() for p in m.parameters()) < 400), 0.5, shrink=shrink, precision=0.1)
+    assert len(starts) == len(found.trials) + 1 > 3  # the first budget was refused as infeasible
+    assert all(torch.equal(w, model[0].weight) for w in starts)
+    assert 400 <= found.report.params_after < 480
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"currency": "parms"}, r"currency = 'parms' is unknown; did you mean 'params'\?"),
+        ({"max_loss": -0.1}, r"max_loss = -0\.1: must be finite and at least 0"),
+        ({"max_loss": float("nan")}, r"max_loss = nan"),
+        ({"lowest": 0.0}, r"lowest = 0\.0: a fraction"),
+        ({"precision": 1.0}, r"precision = 1\.0"),
+        ({"evaluate": lambda m: float("nan")}, r"evaluate returned nan"),
+    ],
+)
+def test_bad_input_is_one_clear_line(options, message):
+    arguments = {"evaluate": lambda m: 0.0, "max_loss": 0.1, **options}
+    with pytest.raises(InvalidValueError, match=message):
+        laconic.smallest(layered(5), **arguments)
