@@ -27,6 +27,7 @@ from .errors import (
 from .measure import Latency, Profile, profile
 from .penalties import L1, Hoyer, KeepEnergy, KeepLargest, LogSum, Penalty
 from .report import CompactReport
+from .running import RunCheckpoints
 from .schedule import Schedule
 from .search import SearchResult, Trial, smallest
 from .solvers import SVTResult, spectral_prox, svt
@@ -60,6 +61,7 @@ __all__ = [
     "Penalty",
     "Profile",
     "RecipeError",
+    "RunCheckpoints",
     "SVTResult",
     "Schedule",
     "SearchResult",

@@ -74,9 +74,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: dict[str, 
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
-        _write(fresh / TENSORS, payload)
-        _write(fresh / RECORD, json.dumps(manifest, indent=1).encode())
-        _sync(fresh)
+        write_file(fresh / TENSORS, payload)
+        write_file(fresh / RECORD, json.dumps(manifest, indent=1).encode())
+        sync_directory(fresh)
         _take_name(fresh, target)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -97,18 +97,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         ArchitectureMismatchError: the model is not of the architecture that was saved; names what differs.
     """
     source = _find(Path(directory))
-    manifest, payload = read_manifest(source), (source / TENSORS).read_bytes()
-    if hashlib.sha256(payload).hexdigest() != manifest["sha256"]:
-        raise CheckpointError(f"{source / TENSORS} was cut short or altered (its hash is not the one in {RECORD}): save the model again")
-    try:
-        with safe_open(source / TENSORS, framework="pt") as file:
-            recorded = (file.metadata() or {}).get(METADATA)
-        tensors = load_tensors(payload)
-    except SafetensorError as error:
-        raise CheckpointError(f"{source / TENSORS} cannot be read: {error}") from None
-    if recorded != manifest["record_sha256"]:
-        raise CheckpointError(f"{source / RECORD} was cut short or altered ({TENSORS} belongs to another record): save the model again")
-    tensors |= {alias: tensors[name] for alias, name in manifest["aliases"].items()}
+    manifest, tensors = _read(source)
     done = replay(model, [Cut.from_json(c) for c in manifest["cuts"]])
     try:
         _check_fit(model, tensors)
@@ -122,6 +111,31 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> nn.Module:
                 here.data = here.data.to(tensors[name].dtype)
     model.load_state_dict(tensors)
     return model
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """The values of a saved model by name, tied ones under each of their names; checked as `load` does.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointError: as `load`.
+    """
+    return _read(_find(directory))[1]
+
+
+def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    manifest, payload = read_manifest(source), (source / TENSORS).read_bytes()
+    if hashlib.sha256(payload).hexdigest() != manifest["sha256"]:
+        raise CheckpointError(f"{source / TENSORS} was cut short or altered (its hash is not the one in {RECORD}): save the model again")
+    try:
+        with safe_open(source / TENSORS, framework="pt") as file:
+            recorded = (file.metadata() or {}).get(METADATA)
+        tensors = load_tensors(payload)
+    except SafetensorError as error:
+        raise CheckpointError(f"{source / TENSORS} cannot be read: {error}") from None
+    if recorded != manifest["record_sha256"]:
+        raise CheckpointError(f"{source / RECORD} was cut short or altered ({TENSORS} belongs to another record): save the model again")
+    tensors |= {alias: tensors[name] for alias, name in manifest["aliases"].items()}
+    return manifest, tensors
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -202,14 +216,14 @@ def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
             parameters[key] = origin[source]
 
 
-def _write(path: Path, payload: bytes) -> None:
+def write_file(path: Path, payload: bytes) -> None:
     with open(path, "wb") as file:
         file.write(payload)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -229,5 +243,5 @@ def _take_name(fresh: Path, target: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(target, aside)
     os.rename(fresh, target)
-    _sync(target.parent)
+    sync_directory(target.parent)
     shutil.rmtree(aside, ignore_errors=True)

@@ -6,10 +6,13 @@ line; 130: interrupted, with the place of the checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json as jsonlib
+import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ from .recipe import Recipe, load_recipe
 from .report import CompactReport, comparison_table, layer_table, render
 from .results import evaluate, machine, make_result, result_path, versions, write_json
 from .structures import LowRank
-from .training import TrainingInterrupted, accuracy
+from .training import Restart, TrainingInterrupted, accuracy
 
 
 def demo(out: Path = Path("laconic-demo"), seed: int = 0, json: bool = False) -> None:
@@ -85,6 +88,8 @@ def train(
     data: Path | None = None,
     params: float | None = None,
     results: Path | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 0,
     threads: int = 0,
     times: bool = True,
     json: bool = False,
@@ -101,6 +106,8 @@ def train(
         data: folder of the data sets; default: $LACONIC_DATA, data/, ../shared/data.
         params: budget as a fraction of the dense parameters, instead of the recipe's.
         results: also write the result's JSON below this folder.
+        resume: go on from the running checkpoints of this very run, after a Ctrl-C or a crash.
+        checkpoint_every: steps between running checkpoints; 0: one per epoch.
         threads: of PyTorch; 0: as it is.
         times: measure times; switch off when other things run on this machine.
         json: print the result as JSON, show no progress.
@@ -111,17 +118,20 @@ def train(
         chosen = dataclasses.replace(chosen, params=params)
     if method not in METHODS:
         raise InvalidValueError(f"method = {method!r} is unknown{nearest(method, METHODS)}")
+    if checkpoint_every < 0:
+        raise InvalidValueError(f"checkpoint_every = {checkpoint_every}: must be at least 1, or 0 for once per epoch")
     if threads:
         torch.set_num_threads(threads)
     dataset = load_dataset(chosen.task, data, chosen.train_limit or None)
     rows = []
-    for name, trained in runs(method, dataset, chosen, seed, out, show=not json):
+    for name, trained in runs(method, dataset, chosen, seed, out, show=not json, every=checkpoint_every, resume=resume):
         folder = result_path(out, chosen, name, seed).with_suffix("")
         result = make_result(chosen, name, seed, evaluate(trained, dataset, times), trained)
         checkpoint.save(trained.model, folder / "model", report=trained.report.to_json() if trained.report else None)
         write_json(folder / "result.json", result)
         if results is not None:
             write_json(result_path(results, chosen, name, seed), result)
+        shutil.rmtree(folder / RUNNING, ignore_errors=True)  # the run is over, and written
         rows.append({"method": NAMES[name], **result["metrics"]})
     page = write_page(folder / "report.html", trained.report, chosen.name, rows, context(chosen, seed)) if trained.report else None
     if json:
@@ -133,14 +143,36 @@ def train(
     print(f"model: {folder / 'model'}   result: {folder / 'result.json'}" + (f"   report: {page}" if page else ""))
 
 
-def runs(method: str, data: Dataset, recipe: Recipe, seed: int, out: Path, show: bool) -> Iterator[tuple[str, Trained]]:
+RUNNING = "running"  # the folder of a run's checkpoints
+
+
+def runs(
+    method: str, data: Dataset, recipe: Recipe, seed: int, out: Path, show: bool, every: int = 0, resume: bool = False
+) -> Iterator[tuple[str, Trained]]:
     """Train by a method. `svd` starts from the dense network, so that one comes first, as a result of its own."""
     names = ("dense", "svd") if method == "svd" else (method,)
     base: Trained | None = None
     for name in names:
-        with progress_bar(name, show and name != "svd") as report, interruptible(result_path(out, recipe, name, seed).with_suffix("")):
-            base = svd(data, recipe, seed, trained=base) if name == "svd" else METHODS[name](data, recipe, seed, report)
+        folder = result_path(out, recipe, name, seed).with_suffix("")
+        if (there := any((folder / RUNNING).glob("step-*"))) != resume:
+            console.print(
+                f"{folder / RUNNING}: the checkpoints of an earlier run are removed (--resume would go on from them)"
+                if there
+                else f"{folder / RUNNING}: no checkpoint to resume from, starting from the beginning"
+            )
+        restart = Restart(folder / RUNNING, every, resume, {"recipe": dataclasses.asdict(recipe), "method": name, "seed": seed})
+        with progress_bar(name, show and name != "svd") as report, interruptible(folder), told():
+            base = svd(data, recipe, seed, trained=base) if name == "svd" else METHODS[name](data, recipe, seed, report, restart)
         yield name, base
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Warnings as lines on the console."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: console.print(f"note: {message}")
+        yield
 
 
 def compress(
@@ -225,7 +257,10 @@ class interruptible:  # noqa: N801 - used like a function
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, TrainingInterrupted):
             place = checkpoint.save(error.model, self.folder / "interrupted")
-            console.print(f"{error}; the model as it is now: {place} (laconic.load reads it)")
+            console.print(
+                f"{error}; the model as it is now: {place} (laconic.load reads it); "
+                "the same command with --resume goes on from the last running checkpoint"
+            )
             raise SystemExit(130) from None
 
 

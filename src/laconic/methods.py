@@ -19,7 +19,7 @@ from .recipe import Recipe
 from .report import CompactReport
 from .schedule import Schedule
 from .structures import LowRank
-from .training import Curve, Report, fit, make_optimizer, steps_per_epoch
+from .training import Curve, Report, Restart, fit, make_optimizer, steps_per_epoch
 
 
 @dataclass(slots=True)
@@ -51,18 +51,20 @@ def calibration(data: Dataset) -> list[torch.Tensor]:
     return list(data.train_x[:2048].split(256))
 
 
-def dense(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
+def dense(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
     """The network as it is."""
     model = build(data, recipe, seed)
-    return Trained(model, fit(model, data, recipe, seed, make_optimizer(model, recipe), report=report))
+    return Trained(model, fit(model, data, recipe, seed, make_optimizer(model, recipe), report=report, restart=restart))
 
 
-def svd(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, trained: Trained | None = None) -> Trained:
+def svd(
+    data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None, trained: Trained | None = None
+) -> Trained:
     """The dense network, cut after training by the same global rule; BatchNorm re-estimated, no training after it.
 
     `trained`: a dense network to take instead of training one; it is changed.
     """
-    base = trained or dense(data, recipe, seed, report)
+    base = trained or dense(data, recipe, seed, report, restart)
     done = compress(
         base.model, LowRank(matricization=recipe.matricization), Budget(params=recipe.params),
         example_inputs=example(data), calibration=calibration(data),
@@ -70,15 +72,17 @@ def svd(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, 
     return Trained(base.model, base.curve, done)
 
 
-def thin_long(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
+def thin_long(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
     """The thin network again, for `recipe.thin_epochs`: about the training time of laconic, not its number of steps."""
-    return thin(data, recipe, seed, report, recipe.thin_epochs or 2 * recipe.epochs)
+    return thin(data, recipe, seed, report, restart, recipe.thin_epochs or 2 * recipe.epochs)
 
 
-def thin(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, epochs: int | None = None) -> Trained:
+def thin(
+    data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None, epochs: int | None = None
+) -> Trained:
     """A dense network with all widths scaled down to the budget, for the same steps (or for `epochs`)."""
     model = thin_network(data, recipe, seed)
-    curve = fit(model, data, recipe, seed, make_optimizer(model, recipe), report=report, epochs=epochs)
+    curve = fit(model, data, recipe, seed, make_optimizer(model, recipe), report=report, epochs=epochs, restart=restart)
     return Trained(model, curve, notes=[f"widths {model.widths}, {len(curve.loss)} epochs"])
 
 
@@ -89,12 +93,12 @@ def thin_network(data: Dataset, recipe: Recipe, seed: int) -> ConvNet:
     return build(data, recipe, seed, tuple(widths))
 
 
-def laconic(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
+def laconic(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
     """Pressure towards the budget while training, cut in mid-run or at the end."""
     model = build(data, recipe, seed)
     optimizer = make_optimizer(model, recipe)
     compressor = compressor_for(model, optimizer, data, recipe)
-    curve = fit(model, data, recipe, seed, optimizer, report=report)
+    curve = fit(model, data, recipe, seed, optimizer, report=report, compressor=compressor, restart=restart)
     late = recipe.settle >= 1
     done = compressor.compact(calibration=calibration(data) if late else None, only_faster=recipe.only_faster and late)
     return Trained(model, curve, done, total_steps=compressor.total_steps)
@@ -114,9 +118,9 @@ def compressor_for(model: nn.Module, optimizer: torch.optim.Optimizer, data: Dat
     )
 
 
-def late(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
+def late(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
     """As laconic, but dense to the end under pressure, and cut last; BatchNorm re-estimated, no training after it."""
-    return laconic(data, dataclasses.replace(recipe, settle=1.0), seed, report)
+    return laconic(data, dataclasses.replace(recipe, settle=1.0), seed, report, restart)
 
 
 METHODS: dict[str, Callable[..., Trained]] = {

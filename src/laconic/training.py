@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compressor import Compressor
 from .data import Dataset
 from .measure import count_params
 from .recipe import Recipe
+from .running import RunCheckpoints
 
 
 @dataclass(slots=True)
@@ -62,8 +67,12 @@ def batches(data: Dataset, batch_size: int, generator: torch.Generator) -> Itera
     """One epoch of shuffled, augmented batches; the last, smaller one is dropped."""
     order = torch.randperm(len(data.train_x), generator=generator)
     for start in range(0, len(order) - batch_size + 1, batch_size):
-        index = order[start : start + batch_size]
-        yield data.augment(data.train_x[index], generator), data.train_y[index]
+        yield batch(data, order[start : start + batch_size], generator)
+
+
+def batch(data: Dataset, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """These training images, augmented, with their labels."""
+    return data.augment(data.train_x[index], generator), data.train_y[index]
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 500) -> float:
@@ -92,6 +101,31 @@ def learning_rate_factor(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Running checkpoints: where, how often, whether to go on from them, and what must be the same then.
+
+    `every` in steps; 0: after every epoch.
+    """
+
+    directory: Path
+    every: int = 0
+    resume: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Position:
+    """Where in its run a loop is: `done` images of this epoch's `order` have been used."""
+
+    order: Tensor
+    step: int = 0
+    epoch: int = 0
+    done: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+
 def fit(
     model: nn.Module,
     data: Dataset,
@@ -101,8 +135,10 @@ def fit(
     *,
     epochs: int | None = None,
     report: Report | None = None,
+    compressor: Compressor | None = None,
+    restart: Restart | None = None,
 ) -> Curve:
-    """Train for the recipe's epochs (or `epochs`); the time of evaluations is not counted.
+    """Train for the recipe's epochs (or `epochs`); the time of evaluations and of saving is not counted.
 
     Raises:
         TrainingInterrupted: on Ctrl-C.
@@ -111,29 +147,54 @@ def fit(
     total = epochs * steps_per_epoch(data, recipe)
     generator = torch.Generator().manual_seed(seed + 1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, recipe.lr_warmup))
-    curve = Curve()
-    seconds, step = 0.0, 0
+    curve, at = Curve(), Position(torch.empty(0, dtype=torch.int64))
+
+    def save() -> None:
+        if checkpoints is not None:
+            extra = {"curve": dataclasses.asdict(curve), "position": dataclasses.asdict(at), "generator": generator.get_state()}
+            checkpoints.save(at.step, extra)
+
+    checkpoints = None
+    if restart is not None:
+        checkpoints = RunCheckpoints(
+            restart.directory, model, compressor, settings=restart.settings, optimizer=optimizer, scheduler=scheduler
+        )
+        if not restart.resume:
+            checkpoints.clear()
+        found = checkpoints.resume()
+        if found is not None:
+            curve, at = Curve(**found[1]["curve"]), Position(**found[1]["position"])
+            generator.set_state(found[1]["generator"])
+        else:
+            save()  # what was measured when the compressor was built is kept from the first moment on
+    every = restart.every if restart is not None and restart.every else steps_per_epoch(data, recipe)
     model.train()
     try:
-        for epoch in range(epochs):
-            losses = []
-            for x, y in batches(data, recipe.batch_size, generator):
+        while at.epoch < epochs:
+            if at.done == 0:
+                at.order = torch.randperm(len(data.train_x), generator=generator)
+            while at.done + recipe.batch_size <= len(at.order):
+                x, y = batch(data, at.order[at.done : at.done + recipe.batch_size], generator)
                 start = time.perf_counter()
                 optimizer.zero_grad(set_to_none=True)
                 loss = F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
                 loss.backward()
                 optimizer.step()
                 scheduler.step()
-                seconds += time.perf_counter() - start
-                step += 1
-                losses.append(float(loss.detach()))
+                at.seconds += time.perf_counter() - start
+                at.step += 1
+                at.done += recipe.batch_size
+                at.losses.append(float(loss.detach()))
                 if report is not None:
                     last = curve.accuracy[-1] if curve.accuracy else None
-                    report(Progress(step, total, epoch, losses[-1], last, count_params(model), seconds))
-            curve.loss.append(sum(losses) / len(losses))
+                    report(Progress(at.step, total, at.epoch, at.losses[-1], last, count_params(model), at.seconds))
+                if at.step % every == 0:
+                    save()
+            curve.loss.append(sum(at.losses) / len(at.losses))
             curve.accuracy.append(accuracy(model, data.test_x, data.test_y))
-            curve.seconds.append(seconds)
+            curve.seconds.append(at.seconds)
             curve.params.append(count_params(model))
+            at.epoch, at.done, at.losses = at.epoch + 1, 0, []
     except KeyboardInterrupt:
-        raise TrainingInterrupted(model, step, total) from None
+        raise TrainingInterrupted(model, at.step, total) from None
     return curve

@@ -1,0 +1,235 @@
+"""Running checkpoints: a run that is killed at any moment goes on where it was.
+
+A directory holds numbered checkpoints. Each is written to a hidden directory beside them, flushed to disk, and then
+takes its name, so that a name always stands for a whole checkpoint:
+
+    step-00000120/
+      model/            what `laconic.save` writes: `laconic.load` reads it into a fresh dense model
+      training.pt       everything else that has a state (no pickle beyond `weights_only`)
+      checkpoint.json   format, step, hash of training.pt
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _version
+from .checkpoint import read_tensors, save, sync_directory, write_file
+from .compressor import Compressor
+from .errors import CheckpointError, InvalidTypeError, InvalidValueError
+
+FORMAT = 1
+MODEL, TRAINING, MANIFEST = "model", "training.pt", "checkpoint.json"
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that is not whole: the one before it will do."""
+
+
+class RunCheckpoints:
+    """Save and resume a training loop.
+
+    Args:
+        directory: of the checkpoints; created.
+        model: trained by the loop; on resume the fresh dense one.
+        compressor: on resume a fresh one, built on the fresh model and its optimizer. None: a run without.
+        settings: plain JSON data that must be the same on resume: whatever decides the run.
+        keep: how many checkpoints to keep, at least 1. With 2, a damaged newest one costs one interval.
+        parts: everything else that has `state_dict` and `load_state_dict`: optimizers, schedulers, scalers, by name.
+
+    Example:
+        >>> import tempfile, torch, laconic
+        >>> def start(directory):
+        ...     model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+        ...     optimizer = torch.optim.AdamW(model.parameters())
+        ...     compressor = laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.5), total_steps=100)
+        ...     return model, optimizer, laconic.RunCheckpoints(directory, model, compressor, optimizer=optimizer)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     _, _, checkpoints = start(directory)
+        ...     _ = checkpoints.save(40, extra={"epoch": 2})
+        ...     _, _, checkpoints = start(directory)        # another process, later
+        ...     checkpoints.resume()
+        (40, {'epoch': 2})
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        model: nn.Module,
+        compressor: Compressor | None = None,
+        *,
+        settings: dict[str, Any] | None = None,
+        keep: int = 2,
+        **parts: Any,
+    ):
+        if keep < 1:
+            raise InvalidValueError(f"keep = {keep}: at least one checkpoint must stay")
+        for name, part in parts.items():
+            if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
+                raise InvalidTypeError(f"{name}: {type(part).__name__} has no state_dict and load_state_dict; plain data goes into extra=")
+        self.directory = Path(directory)
+        self.model = model
+        self.compressor = compressor
+        self.settings = json.loads(json.dumps(settings or {}))
+        self.keep = keep
+        self.parts = parts
+
+    def save(self, step: int, extra: dict[str, Any] | None = None) -> Path:
+        """Write a checkpoint, whole or not at all, and remove all but the newest `keep`.
+
+        Args:
+            step: optimizer steps done; names the checkpoint.
+            extra: plain data (numbers, strings, tensors, lists, dicts): the loop's own position, generators' states.
+                PyTorch's own generators are saved without being asked for.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        state = {
+            "compressor": self.compressor.state_dict() if self.compressor is not None else None,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "random": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
+            "extra": extra or {},
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        payload = buffer.getvalue()
+        manifest = {
+            "format": FORMAT,
+            "laconic": _version.__version__,
+            "torch": torch.__version__,
+            "step": step,
+            "settings": self.settings,
+            "sha256": hashlib.sha256(payload).hexdigest(),
+        }
+        target = self.directory / f"step-{step:08d}"
+        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=self.directory))
+        try:
+            save(self.model, fresh / MODEL)
+            write_file(fresh / TRAINING, payload)
+            write_file(fresh / MANIFEST, json.dumps(manifest, indent=1).encode())
+            sync_directory(fresh)
+            os.chmod(fresh, 0o755)
+            self._discard(target)  # the same step again, after a resume
+            os.rename(fresh, target)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        sync_directory(self.directory)
+        for old in self.steps()[: -self.keep]:
+            self._discard(self._path(old))
+        return target
+
+    def resume(self) -> tuple[int, dict[str, Any]] | None:
+        """Load the newest whole checkpoint into model, compressor and parts; a damaged one is named in a warning, and the
+        one before it taken.
+
+        Returns:
+            the step and `extra`; None where there is no checkpoint.
+
+        Raises:
+            CheckpointError: none is whole, another format, or of another run (other settings, other parts).
+        """
+        damaged: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                state, tensors = self._read(step)
+            except DamagedError as error:
+                damaged.append(str(error))
+                continue
+            if damaged:
+                warnings.warn(f"{'; '.join(damaged)}; resuming from step {step} before it", stacklevel=2)
+            self._load(step, state, tensors)
+            return step, state["extra"]
+        if damaged:
+            raise CheckpointError(f"no whole checkpoint in {self.directory}: {'; '.join(damaged)}")
+        return None
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are there, whole or not, oldest first."""
+        return sorted(int(p.name[5:]) for p in self.directory.glob("step-*") if p.name[5:].isdigit())
+
+    def clear(self) -> None:
+        """Remove all checkpoints: the run is over, or starts anew."""
+        for step in self.steps():
+            self._discard(self._path(step))
+        self._sweep()
+
+    def _discard(self, checkpoint: Path) -> None:
+        """First the name, then the content: what has a name is whole, also when this is killed half-way."""
+        if checkpoint.exists():
+            gone = checkpoint.with_name(f".{checkpoint.name}.gone.tmp")
+            shutil.rmtree(gone, ignore_errors=True)
+            os.rename(checkpoint, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}"
+
+    def _sweep(self) -> None:
+        """What a killed save has left behind."""
+        for leftover in self.directory.glob(".step-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _read(self, step: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        path = self._path(step)
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+            version = manifest["format"]
+            payload = (path / TRAINING).read_bytes()
+            whole = hashlib.sha256(payload).hexdigest() == manifest["sha256"] and manifest["step"] == step
+        except (OSError, ValueError, KeyError, TypeError):
+            raise DamagedError(f"checkpoint {path} is damaged") from None
+        if version != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {path} has format {version!r}; this laconic reads {FORMAT}: install the version that wrote it ({manifest.get('laconic')})"
+            )
+        if not whole:
+            raise DamagedError(f"checkpoint {path} is damaged")
+        self._check_settings(path, manifest.get("settings", {}))
+        try:
+            tensors = read_tensors(path / MODEL)
+        except CheckpointError as error:
+            raise DamagedError(f"checkpoint {path} is damaged ({error})") from None
+        state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        return state, tensors
+
+    def _check_settings(self, path: Path, saved: dict[str, Any]) -> None:
+        changed = [
+            f"{key} was {saved.get(key)!r}, is {self.settings.get(key)!r}"
+            for key in sorted(saved.keys() | self.settings.keys())
+            if saved.get(key) != self.settings.get(key)
+        ]
+        if changed:
+            raise CheckpointError(f"checkpoint {path} belongs to a run with other settings: {'; '.join(changed)}")
+
+    def _load(self, step: int, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        where = f"checkpoint {self._path(step)}"
+        if (state["compressor"] is None) != (self.compressor is None):
+            raise CheckpointError(f"{where} was saved {'without' if state['compressor'] is None else 'with'} a compressor, unlike this run")
+        if state["parts"].keys() != self.parts.keys():
+            raise CheckpointError(f"{where} holds the parts {sorted(state['parts'])}, this run has {sorted(self.parts)}")
+        if self.compressor is not None:  # first: it makes the same cuts on model and optimizer
+            self.compressor.load_state_dict(state["compressor"])
+        try:
+            self.model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise CheckpointError(f"{where} does not fit the model: {' '.join(str(error).split())[:300]}") from None
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        torch.set_rng_state(state["random"]["cpu"])
+        if state["random"]["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
