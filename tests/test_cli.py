@@ -153,3 +153,23 @@ def test_ctrl_c_in_training_leaves_a_model_that_loads_and_says_where(recipe, cap
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_are_valid(name):
     assert isinstance(load_recipe(name), Recipe)
+
+
+def test_search_finds_a_smaller_model_from_trained_weights(recipe, capsys):
+    run("train", recipe, "--method", "dense", "--no-times", "--json")
+    assert json.loads(capsys.readouterr().out)["method"] == "dense"
+    run("search", recipe, "--init", "runs/small/dense-seed0/model", "--max-loss", "1", "--epochs", "1", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["params"]["found"] < found["params"]["dense"]
+    assert [t["good"] for t in found["trials"]] == [True]  # everything may be lost: the smallest is tried first, and taken
+    data = load_dataset("digits")
+    model = laconic.load(found["model"], build(data, load_recipe(recipe), seed=9))
+    assert accuracy(model, data.test_x, data.test_y) == found["test_accuracy"]["found"]
+
+
+def test_training_starts_from_given_weights(recipe, capsys):
+    run("train", recipe, "--method", "dense", "--no-times", "--json")
+    first = json.loads(capsys.readouterr().out)
+    run("train", recipe, "--method", "dense", "--init", "runs/small/dense-seed0/model", "--no-times", "--json", "--out", "again")
+    second = json.loads(capsys.readouterr().out)
+    assert second["curve"]["loss"][0] < first["curve"]["loss"][1]

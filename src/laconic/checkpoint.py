@@ -138,6 +138,30 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return manifest, tensors
 
 
+def load_weights(model: nn.Module, path: Path) -> nn.Module:
+    """Load a state dict (a .safetensors or .pt file) or a saved model (a directory); no pickle beyond `weights_only`.
+
+    Raises:
+        CheckpointNotFoundError: nothing there. CheckpointError: damaged, or does not fit the model.
+    """
+    if path.is_dir():
+        return load(path, model)
+    if not path.is_file():
+        raise CheckpointNotFoundError(
+            f"{path} does not exist: expected a .safetensors or .pt file with the model's state_dict, or a saved model"
+        )
+    state: dict[str, Tensor]
+    try:
+        if path.suffix == ".safetensors":
+            state = load_tensors(path.read_bytes())
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
+    except Exception as error:
+        raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())[:400]}") from None
+    return model
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The checked content of `laconic.json`."""
     for name in (RECORD, TENSORS):

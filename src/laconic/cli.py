@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import tyro
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from tyro.conf import Positional
 
 from . import checkpoint
@@ -29,12 +29,14 @@ from .compaction import compress as compress_model
 from .console import console, progress_bar
 from .data import Dataset, load_dataset
 from .errors import CheckpointError, CheckpointNotFoundError, InvalidValueError, LaconicError, MissingExtraError, nearest
-from .methods import METHODS, Trained, build, svd
+from .measure import count_params
+from .methods import METHODS, Trained, build, compressor_for, example, svd
 from .recipe import Recipe, load_recipe
 from .report import CompactReport, comparison_table, layer_table, render
 from .results import evaluate, machine, make_result, result_path, versions, write_json
+from .search import Trial, smallest
 from .structures import LowRank
-from .training import Restart, TrainingInterrupted, accuracy
+from .training import Restart, TrainingInterrupted, accuracy, fit, make_optimizer
 
 
 def demo(out: Path = Path("laconic-demo"), seed: int = 0, json: bool = False) -> None:
@@ -87,6 +89,7 @@ def train(
     seed: int = 0,
     data: Path | None = None,
     params: float | None = None,
+    init: Path | None = None,
     results: Path | None = None,
     resume: bool = False,
     checkpoint_every: int = 0,
@@ -105,6 +108,7 @@ def train(
         seed: of initialisation and batches.
         data: folder of the data sets; default: $LACONIC_DATA, data/, ../shared/data.
         params: budget as a fraction of the dense parameters, instead of the recipe's.
+        init: start from these weights: a .safetensors or .pt file, or a saved model.
         results: also write the result's JSON below this folder.
         resume: go on from the running checkpoints of this very run, after a Ctrl-C or a crash.
         checkpoint_every: steps between running checkpoints; 0: one per epoch.
@@ -116,6 +120,8 @@ def train(
     if params is not None:
         Budget(params=params)  # range check, before anything is loaded
         chosen = dataclasses.replace(chosen, params=params)
+    if init is not None:
+        chosen = dataclasses.replace(chosen, init=str(init))
     if method not in METHODS:
         raise InvalidValueError(f"method = {method!r} is unknown{nearest(method, METHODS)}")
     if checkpoint_every < 0:
@@ -141,6 +147,92 @@ def train(
     if trained.report:
         Console().print(layer_table(trained.report))
     print(f"model: {folder / 'model'}   result: {folder / 'result.json'}" + (f"   report: {page}" if page else ""))
+
+
+def search(
+    recipe: Positional[str],
+    init: Path,
+    max_loss: float = 0.005,
+    currency: str = "params",
+    epochs: int = 0,
+    precision: float = 0.1,
+    out: Path = Path("runs"),
+    seed: int = 0,
+    data: Path | None = None,
+    threads: int = 0,
+    json: bool = False,
+) -> None:
+    """The smallest model that loses at most MAX_LOSS of a trained one's accuracy, by a search over budgets.
+
+    Each trial starts from the trained weights and trains a little while it shrinks. The accuracy that decides is that on
+    training images held out from all trials; that on the test images is reported for the result alone. (If INIT was trained
+    on all training images, its own accuracy on those held out is a little too good, and the search errs on the large side.)
+
+    Example: laconic search digits --init runs/digits/dense-seed0/model --max-loss 0.01
+
+    Args:
+        recipe: file or name: the network, its data, how it is trained.
+        init: trained dense weights: a .safetensors or .pt file, or a saved model.
+        max_loss: accuracy that may be lost, as a share of the images.
+        currency: params, macs or latency.
+        epochs: of each trial; 0: a quarter of the recipe's.
+        precision: stop when the best budget is known to this relative precision.
+        out: the model and the result go to OUT/<recipe>/search-seed<seed>/.
+        seed: of batches, and of what is held out.
+        data: folder of the data sets.
+        threads: of PyTorch; 0: as it is.
+        json: print the result as JSON.
+    """
+    chosen = dataclasses.replace(load_recipe(recipe), init=str(init))
+    chosen = dataclasses.replace(chosen, epochs=epochs or max(1, chosen.epochs // 4))
+    if threads:
+        torch.set_num_threads(threads)
+    whole = load_dataset(chosen.task, data, chosen.train_limit or None)
+    held = whole.validation(seed=seed)
+    dense = build(held, chosen, seed)
+
+    def shrink(model: nn.Module, budget: Budget) -> CompactReport:
+        optimizer = make_optimizer(model, chosen)
+        compressor = compressor_for(model, optimizer, held, chosen, budget)
+        with progress_bar("trial", not json) as bar:
+            fit(model, held, chosen, seed, optimizer, report=bar, compressor=compressor)
+        return compressor.compact()
+
+    def tell(trial: Trial) -> None:
+        verdict = "good enough" if trial.good else "too small"
+        console.print(f"{currency} {trial.budget:.4f}: accuracy {trial.score:.4f}, {verdict}")
+
+    found = smallest(
+        dense, lambda m: accuracy(m, held.test_x, held.test_y), max_loss,
+        currency=currency, shrink=shrink, example_inputs=example(held), precision=precision, report=tell,
+    )  # fmt: skip
+    right = {k: accuracy(m, whole.test_x, whole.test_y) for k, m in (("dense", dense), ("found", found.model))}
+    folder = result_path(out, chosen, "search", seed).with_suffix("")
+    checkpoint.save(found.model, folder / "model", report=found.report.to_json() if found.report else None)
+    result = {
+        "recipe": dataclasses.asdict(chosen),
+        "seed": seed,
+        "currency": currency,
+        "budget": found.budget,
+        "max_loss": max_loss,
+        "held_out_accuracy": {"dense": found.dense_score, "found": found.score},
+        "test_accuracy": right,
+        "params": {"dense": count_params(dense), "found": count_params(found.model)},
+        "trials": [dataclasses.asdict(t) for t in found.trials],
+        "model": str(folder / "model"),
+    }
+    write_json(folder / "result.json", result)
+    if json:
+        show_json(result)
+        return
+    if found.report is None:
+        print(f"no budget below 1 was good enough ({len(found.trials)} trials)")
+    else:
+        Console().print(layer_table(found.report))
+    print(
+        f"parameters {count_params(dense):,} -> {count_params(found.model):,}; test accuracy {right['dense']:.4f} -> {right['found']:.4f}"
+    )
+    print(f"model: {folder / 'model'}   result: {folder / 'result.json'}")
 
 
 RUNNING = "running"  # the folder of a run's checkpoints
@@ -201,7 +293,7 @@ def compress(
         matricization: of convolutions: "out,in*kh*kw", "out*kh,in*kw", or "auto".
         json: print the report as JSON.
     """
-    model = load_weights(call_factory(factory), weights)
+    model = checkpoint.load_weights(call_factory(factory), weights)
     budget = Budget(params=params, macs=macs) if params is not None or macs is not None else None
     inputs = (torch.randn(input_shape, generator=torch.Generator().manual_seed(0)),) if input_shape else None
     with console.status("cutting"):
@@ -282,24 +374,6 @@ def call_factory(factory: str) -> nn.Module:
     return model
 
 
-def load_weights(model: nn.Module, path: Path) -> nn.Module:
-    """Load a state dict into the model; no pickle beyond what weights_only allows."""
-    if not path.is_file():
-        raise CheckpointNotFoundError(f"{path} does not exist: expected a .safetensors or .pt file with the model's state_dict")
-    state: dict[str, Tensor]
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
-    except Exception as error:
-        raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())[:400]}") from None
-    return model
-
-
 def context(recipe: Recipe, seed: int) -> dict[str, Any]:
     return {"recipe": recipe.name, "seed": seed, **versions(), **machine()}
 
@@ -320,7 +394,7 @@ def show_json(content: Any) -> None:
     print(jsonlib.dumps(content))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "train": train, "compress": compress, "report": report}
+COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "train": train, "search": search, "compress": compress, "report": report}
 
 
 def main(arguments: list[str] | None = None) -> None:

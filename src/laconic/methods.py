@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from .budget import Budget
+from .checkpoint import load_weights
 from .compaction import compress
 from .compressor import Compressor
 from .data import Dataset
@@ -34,9 +36,11 @@ class Trained:
 
 
 def build(data: Dataset, recipe: Recipe, seed: int, widths: tuple[int, ...] | None = None) -> ConvNet:
-    """The recipe's network, initialised from the seed."""
+    """The recipe's network, initialised from the seed or (unless other widths are asked for) from the recipe's weights."""
     torch.manual_seed(seed)
     model = ConvNet(data.train_x.shape[1], data.classes, widths or recipe.widths, recipe.pools)
+    if recipe.init and widths is None:
+        load_weights(model, Path(recipe.init))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPU
     return model
 
@@ -104,13 +108,15 @@ def laconic(data: Dataset, recipe: Recipe, seed: int, report: Report | None = No
     return Trained(model, curve, done, total_steps=compressor.total_steps)
 
 
-def compressor_for(model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, recipe: Recipe) -> Compressor:
-    """The compressor that the recipe describes."""
+def compressor_for(
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, recipe: Recipe, budget: Budget | None = None
+) -> Compressor:
+    """The compressor that the recipe describes, for its budget or another one."""
     return Compressor(
         model,
         optimizer,
         [LowRank(penalty=LogSum(recipe.penalty_epsilon), strength=recipe.strength or None, matricization=recipe.matricization)],
-        budget=Budget(params=recipe.params),
+        budget=budget or Budget(params=recipe.params),
         total_steps=recipe.epochs * steps_per_epoch(data, recipe),
         example_inputs=example(data),
         cut="early" if recipe.settle < 1 else "end",

@@ -21,6 +21,7 @@ class Recipe:
     widths, pools: of the `ConvNet`.
     epochs, batch_size, lr, weight_decay, label_smoothing, lr_warmup: of the training with AdamW; the learning rate
         rises over the share `lr_warmup` of the steps, then falls to zero as a cosine.
+    init: weights to start from instead of random ones (a file or a saved model); "": none.
     thin_epochs: of the rival that is given laconic's training time instead of its steps; 0: twice the epochs.
     params: the budget as a fraction of the dense parameters.
     warmup, settle: `laconic.Schedule`; `settle = 1.0` cuts at the end, without training afterwards.
@@ -40,6 +41,7 @@ class Recipe:
     weight_decay: float = 0.01
     label_smoothing: float = 0.0
     lr_warmup: float = 0.2
+    init: str = ""
     thin_epochs: int = 0
     params: float = 0.25
     warmup: float = 0.1
