@@ -21,6 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from . import _version
+from .distributed import bare
 from .errors import ArchitectureMismatchError, CheckpointError, CheckpointNotFoundError
 from .surgery.record import Cut, find_cuts, replay, undo
 
@@ -43,8 +44,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: dict[str, 
     Raises:
         CheckpointError: the path holds something that is not a saved model, or the model holds state that is not tensors.
     """
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
+    model = bare(model)
     target = Path(directory)
     if target.exists() and not (target.is_dir() and ((target / RECORD).exists() or not any(target.iterdir()))):
         raise CheckpointError(f"{target} exists and is not a saved model: nothing was written; choose another directory")

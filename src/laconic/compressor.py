@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from .allocate import Floats, log_shares, numerical_rank
 from .budget import Budget, cost_weights, is_met, prepare, ranks_for_budget
 from .compaction import choose_ranks, cut_sites, energy_ranks, guarded, make_report, not_carried, replay_cuts, spectra
 from .costs import Ranks, present_costs
+from .distributed import agreed, bare, is_sharded, load_whole, reshard, world_size
 from .errors import (
     CheckpointError,
     InfeasibleBudgetError,
@@ -78,6 +79,9 @@ class Compressor:
         example_inputs: tuple of positional arguments; needed for MACs and for the check of the outputs.
         every: steps between proximal steps; None: 16 rounds until the network settles, or 20 steps without a budget.
         cut: `"early"` or `"end"` (at `compact()`); without a budget always at the end.
+        rebuild: several processes and `cut="early"`: called with the bare model at the end of every optimizer step that
+            cut it, in every process; wrap the model in a new DistributedDataParallel there, and use that from the next
+            step on (see docs/distributed.md).
         schedule: when pressure begins and when the layers are cut, as fractions of the run.
         calibration: not here, but in `compact`.
 
@@ -105,11 +109,13 @@ class Compressor:
         every: int | None = None,
         cut: str = "early",
         schedule: Schedule | None = None,
+        rebuild: Callable[[nn.Module], Any] | None = None,
     ):
         if not isinstance(model, nn.Module):
             raise InvalidTypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         structures = check_structures(structures)
         _check_arguments(structures, budget, total_steps, every, cut, schedule)
+        model = bare(model)
         optimizers = check_optimizers(optimizer)
         trained = {p for o in optimizers for g in o.param_groups for p in g["params"]}
         if not any(p in trained for p in model.parameters()):
@@ -123,8 +129,12 @@ class Compressor:
         self.total_steps = total_steps
         self.example_inputs = check_inputs(example_inputs) if example_inputs is not None else None
         self.schedule = schedule or Schedule()
+        self.rebuild = rebuild
+        self.sharded = any(is_sharded(p) for p in model.parameters())
         self.cut_early = cut == "early" and budget is not None
+        _check_processes(self.sharded, self.cut_early, budget, rebuild)
         self.plan = make_plan(model, structures, example_inputs, trained)
+        reshard(model)  # counting ran it forward
         for site in self.plan.sites:
             if not site.finite:
                 raise NonFiniteError(f"{site.name} holds NaN or Inf before training: initialise or load the model again")
@@ -297,7 +307,7 @@ class Compressor:
             return
         due = {s.name: rank if (rank := ranks[s.name]) is not None and self._pays(s, rank) else s.rank for s in self.plan.sites}
         if any(due[s.name] != s.rank for s in self.plan.sites):
-            self._cut(self.state.values, due)
+            self._cut_in_mid_run(self.state.values, due)
 
     def _pays(self, site: Site, rank: int) -> bool:
         """Is a cut to this rank worth the disturbance in mid-run? See FIRST_CUT."""
@@ -308,7 +318,8 @@ class Compressor:
         if shape is None:
             return rank <= FIRST_CUT_UNMEASURED * site.break_even
         if site.name not in state.step_times:
-            state.step_times[site.name] = layer_times(site.modules[0], site.unfolding, shape, site.break_even, training=True)
+            measure = partial(layer_times, site.modules[0], site.unfolding, shape, site.break_even, training=True)
+            state.step_times[site.name] = agreed(measure)
         times = state.step_times[site.name]
         return times.at(rank) <= FIRST_CUT * times.dense
 
@@ -329,7 +340,12 @@ class Compressor:
             ranks = ranks_for_budget(self.plan, values, self.budget, frozenset(kept))
         except InfeasibleBudgetError:  # what must wait for the end is cut deep there; the rest as planned for all
             ranks = {n: None if n in kept else r for n, r in ranks_for_budget(self.plan, values, self.budget).items()}
+        self._cut_in_mid_run(values, ranks)
+
+    def _cut_in_mid_run(self, values: dict[str, Floats], ranks: Ranks) -> None:
         self._cut(values, ranks)
+        if self.rebuild is not None:
+            self.rebuild(self.model)
 
     def _cut(self, values: dict[str, Floats], ranks: Ranks, calibration: Any = None, notes: Sequence[str] = ()) -> None:
         result = cut_sites(
@@ -347,7 +363,14 @@ class Compressor:
 
     # ---- the end ------------------------------------------------------------------------------------------------
 
-    def compact(self, energy: float | None = None, *, calibration: Iterable[Any] | None = None, only_faster: bool = False) -> CompactReport:
+    def compact(
+        self,
+        energy: float | None = None,
+        *,
+        calibration: Iterable[Any] | None = None,
+        only_faster: bool = False,
+        into: nn.Module | None = None,
+    ) -> CompactReport:
         """Cut what is still to be cut, in place, verified; a second call changes nothing and returns the same report.
 
         With a budget the ranks are chosen for it; else by `energy`, the share of squared singular values that every
@@ -357,9 +380,11 @@ class Compressor:
             energy: see above; not together with a budget.
             calibration: batches of inputs on which BatchNorm statistics are re-estimated.
             only_faster: time every layer on the example inputs and leave dense what does not get faster.
+            into: a fresh dense model of the same class: it gets the trained weights and is cut, the trained model is not.
+                Needed where the model is sharded (FSDP2); call it in every process.
 
         Raises:
-            InvalidValueError: `energy` together with a budget, or out of range.
+            InvalidValueError: `into` missing for a sharded model; `energy` together with a budget, or out of range.
             SurgeryError: refused; the model is as it was.
         """
         if self._report is not None:
@@ -367,6 +392,10 @@ class Compressor:
         if energy is not None and self.budget is not None:
             raise InvalidValueError(f"compact(energy={energy}): the budget rules here; leave energy out")
         energy = check_share(energy) if energy is not None else self.energy
+        if into is not None:
+            self._move(into)
+        elif self.sharded:
+            raise InvalidValueError("the model is sharded (FSDP2) and cannot be cut in place: compact(into=MyNet()), a fresh dense model")
         notes = self._notes_at_the_end()
         if self.state.settled and (self.budget is None or is_met(self.plan, self.budget)):
             if calibration is not None:
@@ -405,6 +434,24 @@ class Compressor:
             spectra_start={k: tuple(float(f"{x:.6g}") for x in v) for k, v in self.state.spectra_start.items()},
         )
         return self._report
+
+    def _move(self, into: nn.Module) -> None:
+        """Go on with a fresh dense model that has the trained weights."""
+        if any(s.rank is not None for s in self.plan.sites):
+            raise InvalidValueError("into=: layers were cut in mid-run, so that the model itself is the result: compact() without into")
+        reshard(self.model)
+        self._prox([s for s in self.plan.sites if self.state.owed[s.name] > 0])
+        try:
+            load_whole(into, self.model)
+        except RuntimeError as error:
+            raise InvalidValueError(f"into=: not of the class of the trained model: {' '.join(str(error).split())[:300]}") from None
+        structures = list({id(s.structure): s.structure for s in self.plan.sites}.values())
+        plan = make_plan(into, structures, self.example_inputs)
+        chosen = {s.name: s.unfolding.name for s in self.plan.sites}
+        plan.sites = [s for s in plan.sites if s.name in chosen]
+        use_unfoldings(into, plan, chosen, self.example_inputs)
+        plan.ranks = self.state.ranks
+        self.model, self.plan, self.sharded = into, plan, False
 
     def _notes_at_the_end(self) -> list[str]:
         if not self.cut_early or self.state.settled:
@@ -532,6 +579,21 @@ class Compressor:
         self.plan.ranks = run.ranks
         replay_cuts(self.model, self.plan, run.cuts.ranks, self.optimizers)
         self._parameters = named_by_identity(self.model)
+
+
+def _check_processes(sharded: bool, cut_early: bool, budget: Budget | None, rebuild: Any) -> None:
+    if sharded and cut_early:
+        raise InvalidValueError(
+            'a sharded model (FSDP2) cannot be cut in mid-run: cut="end", and compact(into=MyNet()) when training is over'
+        )
+    if sharded and budget is not None and "latency" in budget.currencies:
+        raise InvalidValueError("a sharded model (FSDP2) cannot be timed as it will be served: give the budget in params or macs")
+    if world_size() > 1 and cut_early and rebuild is None:
+        raise InvalidValueError(
+            f'{world_size()} processes: a cut in mid-run makes new parameters, so pass rebuild= (it wraps the model in a new DistributedDataParallel), or cut="end"'
+        )
+    if rebuild is not None and not callable(rebuild):
+        raise InvalidTypeError(f"rebuild = {rebuild!r}: expected a function of the bare model")
 
 
 def _check_arguments(structures: Sequence[LowRank], budget: Any, total_steps: Any, every: Any, cut: Any, schedule: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from .distributed import agreed
 from .errors import InvalidValueError
 from .measure import input_shapes, measure_latency
 from .plan import Plan
@@ -122,13 +124,15 @@ def measure_times(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], seconds
     shapes = input_shapes(model, [m for s in plan.sites for m in s.modules], inputs)
     for site in plan.sites:
         tables = [
-            layer_times(m, site.unfolding, shape, max(site.break_even, 1), training=False) for m in site.modules for shape in shapes[m]
+            agreed(partial(layer_times, m, site.unfolding, shape, max(site.break_even, 1), training=False))
+            for m in site.modules
+            for shape in shapes[m]
         ]
         site.times = added(tables) if tables else None
     unused = [site.name for site in plan.sites if site.times is None]
     if unused:
         raise InvalidValueError(f"latency: {', '.join(unused)} took no part in the forward pass of example_inputs; exclude it")
-    plan.latency_ms = measure_latency(model, inputs, seconds).median_ms
+    plan.latency_ms = agreed(lambda: measure_latency(model, inputs, seconds).median_ms)
     # Layers in their own loop run hotter than inside the model: never more than all of its time.
     alone = sum(_known(s.times).dense for s in plan.sites)
     plan.fixed_ms = max(plan.latency_ms - alone, 0.0)
@@ -147,7 +151,7 @@ def correct_times(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], ranks: 
                 parameter.data = torch.full_like(parameter, 0.01)
             for path in paths:
                 put(cut, path, pair)
-    measured = measure_latency(cut, inputs, seconds).median_ms
+    measured = agreed(lambda: measure_latency(cut, inputs, seconds).median_ms)
     off = measured - float(present_costs(plan, ["latency"], ranks)[0])
     plan.fixed_ms = _known(plan.fixed_ms) + off
     return abs(off) > 0.01 * _known(plan.latency_ms)

@@ -137,11 +137,11 @@ def check_matricization(name: str) -> str:
     return name
 
 
-def choose_unfolding(module: Layer, matricization: str, energy: float = 0.99) -> Unfolding:
+def choose_unfolding(module: Layer, matricization: str, weight: Tensor | None = None, energy: float = 0.99) -> Unfolding:
     """The unfolding that `matricization` names for this layer; layers that have only one get that one.
 
-    `"auto"` takes the one that needs fewer parameters to keep the share `energy` of the weight's squared singular
-    values (of the weight as it is now).
+    `"auto"` takes the one that needs fewer parameters to keep the share `energy` of the squared singular values of
+    `weight` (None: the layer's own, as it is now).
     """
     from .penalties import energy_count
 
@@ -155,7 +155,7 @@ def choose_unfolding(module: Layer, matricization: str, energy: float = 0.99) ->
         return options[1]
 
     def cost(option: Unfolding) -> int:
-        values = torch.linalg.svdvals(option.unfold(module.weight.detach()).double())
+        values = torch.linalg.svdvals(option.unfold(module.weight.detach() if weight is None else weight).double())
         energies = values.square().sum(0).sqrt()
         return int(energy_count(energies, energy)) * option.unit_params
 

@@ -13,9 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from .distributed import full, is_sharded, own_class
 from .errors import InvalidTypeError, InvalidValueError, NothingToCompressError, PatternError
 from .matricize import choose_unfolding, unfoldings
 from .measure import check_inputs, count_macs, count_params, input_shapes, layer_macs
@@ -142,9 +144,9 @@ def make_plan(
         reason = "not selected by include= / exclude=" if not wanted else _why_not(parameter, held, modules, readers, trained)
         if reason is None:
             owners = tuple(module for module, _ in held)
-            unfolding = choose_unfolding(owners[0], wanted[0].matricization)
+            unfolding = choose_unfolding(owners[0], wanted[0].matricization, full(parameter))
             paths = tuple(tuple(modules[module]) for module in owners)
-            sites.append(Site(names[0], wanted[0], unfolding, type(owners[0]).__name__, owners, paths))
+            sites.append(Site(names[0], wanted[0], unfolding, own_class(owners[0]).__name__, owners, paths))
         else:
             left.append(LeftAlone(names[0], tuple(parameter.shape), reason))
     if not sites:
@@ -178,11 +180,11 @@ def _count(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> None:
 
 
 def _dense_macs(module: nn.Module, shapes: Sequence[Any]) -> int:
-    import copy
-
-    bare = copy.copy(module)
+    bare: Any = object.__new__(own_class(module))
+    bare.__dict__.update(module.__dict__)
     bare._parameters = {
-        k: None if p is None else nn.Parameter(p.detach().to("meta"), requires_grad=False) for k, p in module._parameters.items()
+        k: None if p is None else nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
+        for k, p in module._parameters.items()
     }
     bare._forward_hooks, bare._forward_pre_hooks = type(module._forward_hooks)(), type(module._forward_pre_hooks)()
     return layer_macs(bare, shapes)
@@ -241,7 +243,8 @@ def _why_not(
                 return "the model itself is this layer: wrap it in nn.Sequential"
             if path in readers:
                 return readers[path]
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+        if any(hooks) and not is_sharded(parameter):  # a sharded model is not cut itself
             return f"{kind} has forward or backward hooks, which a cut would lose"
         if options is not None and (options.name, options.shape) != (here[0].name, here[0].shape):
             return "tied between layers of different kinds"

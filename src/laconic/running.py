@@ -27,6 +27,7 @@ from torch import nn
 from . import _version
 from .checkpoint import read_tensors, save, sync_directory, write_file
 from .compressor import Compressor
+from .distributed import agreed, bare, gathered, is_sharded, rank, world_size
 from .errors import CheckpointError, InvalidTypeError, InvalidValueError
 
 FORMAT = 1
@@ -79,7 +80,7 @@ class RunCheckpoints:
             if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
                 raise InvalidTypeError(f"{name}: {type(part).__name__} has no state_dict and load_state_dict; plain data goes into extra=")
         self.directory = Path(directory)
-        self.model = model
+        self.model = bare(model)
         self.compressor = compressor
         self.settings = json.loads(json.dumps(settings or {}))
         self.keep = keep
@@ -88,20 +89,27 @@ class RunCheckpoints:
     def save(self, step: int, extra: dict[str, Any] | None = None) -> Path:
         """Write a checkpoint, whole or not at all, and remove all but the newest `keep`.
 
+        With several processes (DistributedDataParallel) call it in all of them: the first one writes, and all random
+        states are kept; `extra` is the first one's.
+
         Args:
             step: optimizer steps done; names the checkpoint.
             extra: plain data (numbers, strings, tensors, lists, dicts): the loop's own position, generators' states.
                 PyTorch's own generators are saved without being asked for.
         """
+        if any(is_sharded(p) for p in self.model.parameters()):
+            raise CheckpointError("the model is sharded (FSDP2): save its parts with torch.distributed.checkpoint")
+        random = gathered({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []})
+        written = agreed(lambda: str(self._write(step, random, extra)))
+        return Path(written)
+
+    def _write(self, step: int, random: list[dict[str, Any]], extra: dict[str, Any] | None) -> Path:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._sweep()
         state = {
             "compressor": self.compressor.state_dict() if self.compressor is not None else None,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "random": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            },
+            "random": random,
             "extra": extra or {},
         }
         buffer = io.BytesIO()
@@ -230,6 +238,9 @@ class RunCheckpoints:
             raise CheckpointError(f"{where} does not fit the model: {' '.join(str(error).split())[:300]}") from None
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
-        torch.set_rng_state(state["random"]["cpu"])
-        if state["random"]["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        if len(state["random"]) != world_size():
+            raise CheckpointError(f"{where} was saved by {len(state['random'])} processes, these are {world_size()}")
+        random = state["random"][rank()]
+        torch.set_rng_state(random["cpu"])
+        if random["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(random["cuda"])

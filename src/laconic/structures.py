@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import full, write
 from .errors import InvalidTypeError, InvalidValueError, nearest
 from .matricize import CHANNEL, SPATIAL, Unfolding, check_matricization
 from .penalties import L1, LogSum, Penalty
@@ -76,7 +77,7 @@ class Site:
     def matrix(self) -> Tensor:
         """The dense weight, unfolded."""
         (weight,) = self.weights
-        return self.unfolding.unfold(weight.detach())
+        return self.unfolding.unfold(full(weight))
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -95,7 +96,7 @@ class Site:
 
     @property
     def finite(self) -> bool:
-        return all(bool(torch.isfinite(w).all()) for w in self.weights)
+        return all(bool(torch.isfinite(full(w)).all()) for w in self.weights)
 
     @property
     def break_even(self) -> int:
@@ -168,13 +169,11 @@ class LowRank:
         penalty = InUnits(self.penalty, unit)
         if site.rank is not None:
             left, right, values = factored_prox(*site.factors, penalty, tau * unit, site.name)
-            with torch.no_grad():
-                for weight, new in zip(site.weights, pair_weights(site.unfolding, left, right), strict=True):
-                    weight.copy_(new)
+            for weight, new in zip(site.weights, pair_weights(site.unfolding, left, right), strict=True):
+                write(weight, new)
             return Shrinkage(combined(values), int((values > 0).sum(-1).max()), "factored", ())
         result = spectral_prox(site.matrix, penalty, tau * unit, name=site.name)
-        with torch.no_grad():
-            site.weights[0].copy_(site.unfolding.fold(result.x))
+        write(site.weights[0], site.unfolding.fold(result.x))
         return Shrinkage(combined(result.values), result.rank, result.solver, result.failures)
 
     def values(self, site: Site) -> Tensor:
