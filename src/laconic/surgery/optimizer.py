@@ -77,9 +77,9 @@ def carry(optimizer: torch.optim.Optimizer, old: Sequence[nn.Parameter], pair: n
 
 
 def _solve(a: Tensor, b: Tensor) -> Tensor:
-    """`argmin_X ||a X - b||`, by the normal equations with a ridge of the size of rounding (`a` may have lost its rank)."""
+    """`argmin_X ||a X - b||`, by the normal equations with a small ridge (`a` may have lost its rank)."""
     gram = a.mT @ a
-    ridge = 1e-12 * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-300)
+    ridge = 1e-8 * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-300)
     return torch.linalg.solve(gram + torch.diag_embed(ridge.expand(*gram.shape[:-1])), a.mT @ b)
 
 
