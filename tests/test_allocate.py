@@ -4,6 +4,7 @@ import itertools
 import math
 from decimal import Decimal, localcontext
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -135,6 +136,16 @@ def test_the_tighter_of_several_limits_rules():
     choice = ranked("w", np.ones(10), np.array([1.0, 10.0]), np.array([20.0, 200.0]), 10)
     for limits, rank in [((7.5, 1000.0), 7), ((1000.0, 43.0), 4), ((3.0, 43.0), 3)]:
         assert product_rule([choice], np.zeros(2), np.array(limits)) == [rank]
+
+
+def test_what_is_cheap_in_one_limit_may_be_dear_in_another():
+    """Cut, both weights have few parameters and take long; the limits force one cut, and allow no more."""
+    choice = partial(Choice, ranks=(1, None), gains=np.array([-1.0, 0.0]))
+    choices = [choice("a", costs=np.array([[1.0, 3.0], [10.0, 2.0]])), choice("b", costs=np.array([[1.0, 8.0], [10.0, 2.0]]))]
+    for limits, ranks in [((11, 5), [1, None]), ((11, 10), [1, None]), ((2, 11), [1, 1]), ((20, 4), [None, None])]:
+        assert product_rule(choices, np.zeros(2), np.array(limits, dtype=float)) == ranks
+    with pytest.raises(InfeasibleBudgetError):
+        product_rule(choices, np.zeros(2), np.array([2.0, 10.0]))
 
 
 @pytest.mark.parametrize(

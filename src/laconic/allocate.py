@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from .errors import InfeasibleBudgetError
 
 Floats = NDArray[np.float64]
+REWEIGHTINGS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +65,21 @@ def product_rule(choices: Sequence[Choice], fixed: Floats, limits: Floats, what:
         limits: upper bounds on the whole cost.
         what: how to call the limits in the error.
 
+    Several limits are one in the sum of the costs, each relative to its limit; a limit that the cheapest choices break
+    counts for more, until they hold all of them (Lagrangian relaxation).
+
     Raises:
         InfeasibleBudgetError: even the cheapest choices cost more than a limit.
     """
     weights = 1 / np.maximum(limits, 1e-300)
-    scalar = [c.costs @ weights for c in choices]
-    now = [int(np.lexsort((-c.gains, s))[0]) for c, s in zip(choices, scalar, strict=True)]  # the best of the cheapest
-    spent = fixed + sum((c.costs[j] for c, j in zip(choices, now, strict=True)), np.zeros_like(fixed))
-    if np.any(spent > limits):
+    for _ in range(REWEIGHTINGS if len(limits) > 1 else 1):
+        scalar = [c.costs @ weights for c in choices]
+        now = [int(np.lexsort((-c.gains, s))[0]) for c, s in zip(choices, scalar, strict=True)]  # the best of the cheapest
+        spent = fixed + sum((c.costs[j] for c, j in zip(choices, now, strict=True)), np.zeros_like(fixed))
+        if np.all(spent <= limits):
+            break
+        weights = np.where(spent > limits, 1.2 * weights, weights)  # what is cheap in one cost may be dear in another
+    else:
         worst = int(np.argmax(spent / limits))
         raise InfeasibleBudgetError(f"{what}: the smallest possible is {spent[worst]:.0f}, above the limit of {limits[worst]:.0f}", 0.0)
 

@@ -112,12 +112,12 @@ def choices_for(
 
 
 def useful_ranks(site: Site, currencies: tuple[str, ...]) -> list[int]:
-    """Ranks below break-even in parameters and in every bounded cost, in the structure's multiples where there are any."""
+    """Ranks below break-even in parameters and in one of the bounded costs, in the structure's multiples where there are any."""
     if site.rank is not None:
         below = list(range(1, site.rank + 1))
     else:
         every = np.arange(1, site.break_even + 1, dtype=np.float64)
-        below = [int(r) for r in every[np.all(cut_costs(site, every, currencies) < dense_costs(site, currencies), axis=1)]]
+        below = [int(r) for r in every[np.any(cut_costs(site, every, currencies) < dense_costs(site, currencies), axis=1)]]
     rounded = [r for r in below if r % site.structure.rank_multiple == 0 or r == site.rank]
     return rounded or below[-1:]
 
@@ -177,4 +177,19 @@ def infeasible(plan: Plan, budget: Budget, choices: list[Choice], limits: Floats
             parts.append(
                 f"at most {asked} {currency.unit} are asked for, but {left} are left with every weight at its lowest rank; smallest feasible: {name}={fraction}"
             )
-    return InfeasibleBudgetError("budget out of reach: " + "; ".join(parts or ["the bounds cannot hold together"]), smallest)
+    if not parts:
+        factor = _smallest_factor(choices, fixed_costs(plan, names), limits)
+        parts = [f"the bounds cannot hold together; feasible: each of them times {factor:.2f}"]
+    return InfeasibleBudgetError("budget out of reach: " + "; ".join(parts), smallest)
+
+
+def _smallest_factor(choices: list[Choice], fixed: Floats, limits: Floats) -> float:
+    """How much more of everything would do, to one percent."""
+    factor = 1.0
+    while True:
+        factor *= 1.01
+        try:
+            product_rule(choices, fixed, limits * factor)
+        except InfeasibleBudgetError:
+            continue
+        return factor

@@ -46,6 +46,7 @@ from .optimizers import (
     peak_learning_rate,
     was_skipped,
 )
+from .pace import Scales, gradient_scales, scale_gradients, scale_moments
 from .penalties import check_share
 from .plan import check_structures, make_plan, use_unfoldings
 from .report import CompactReport, Snapshot
@@ -153,6 +154,7 @@ class Compressor:
         self.plan.ranks = self.state.ranks
         self._owner = {s.name: last_holder(optimizers, s.weights[0]) for s in self.plan.sites}
         self._parameters = named_by_identity(model)
+        self._scaling: list[Any] = []
         self._watch: ShapeWatch | None = None
         self._report: CompactReport | None = None
         self._handles = [o.register_step_post_hook(partial(self._after_step, i)) for i, o in enumerate(optimizers) if has_hooks(o)]
@@ -344,8 +346,17 @@ class Compressor:
 
     def _cut_in_mid_run(self, values: dict[str, Floats], ranks: Ranks) -> None:
         self._cut(values, ranks)
+        self._scale(gradient_scales(self.plan.sites, values, self.optimizers))
         if self.rebuild is not None:
             self.rebuild(self.model)
+
+    def _scale(self, scales: Scales) -> None:
+        """From the next step on, gradients of the pairs are scaled so."""
+        scale_moments(self.plan.sites, self.optimizers, self.state.gradient_scales, scales)
+        for handle in self._scaling:
+            handle.remove()
+        self._scaling = scale_gradients(self.plan.sites, scales)
+        self.state.gradient_scales = scales
 
     def _cut(self, values: dict[str, Floats], ranks: Ranks, calibration: Any = None, notes: Sequence[str] = ()) -> None:
         result = cut_sites(
@@ -423,7 +434,7 @@ class Compressor:
                         weight.data.copy_(before)
                 raise
             self.state.settled = True
-        self.state.cuts.notes += [*notes, *self._solver_notes()]
+        self.state.cuts.notes += [*notes, *self._scale_notes(), *self._solver_notes()]
         self.detach()
         self._report = make_report(
             self.model,
@@ -487,8 +498,14 @@ class Compressor:
         notes = [f"proximal steps every {self.every} steps, by the solver {name}: {', '.join(weights[name])}" for name in chosen]
         return notes + [f"a solver failed and another was used: {line}" for line in self.state.failures]
 
+    def _scale_notes(self) -> list[str]:
+        names = ", ".join(self.state.gradient_scales)
+        line = "trained by an optimizer that steps in proportion to the gradient: the gradients of its two layers were divided by its largest singular value (if you train on, use a smaller learning rate)"
+        return [f"{names}: {line}"] if names else []
+
     def detach(self) -> None:
         """Remove the hooks: from here on the optimizer runs alone."""
+        self._scale({})
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -578,6 +595,7 @@ class Compressor:
         self.state = run
         self.plan.ranks = run.ranks
         replay_cuts(self.model, self.plan, run.cuts.ranks, self.optimizers)
+        self._scaling = scale_gradients(self.plan.sites, run.gradient_scales)
         self._parameters = named_by_identity(self.model)
 
 

@@ -15,7 +15,7 @@ from .report import Snapshot
 from .schedule import Controller
 from .timing import RankTimes
 
-VERSION = 2
+VERSION = 3
 MAX_SNAPSHOTS = 200
 
 
@@ -33,6 +33,7 @@ class RunState:
     settled: the structure is final.
     cuts: what was cut so far.
     shapes: of each layer's input in training, by site; None until seen.
+    gradient_scales: of pairs, by site, see `pace`.
     step_times: measured times of forward and backward, by site.
     spectra_start: singular values when training began, for the report.
     history: thinned: at most MAX_SNAPSHOTS, evenly spread.
@@ -50,6 +51,7 @@ class RunState:
     failures: list[str] = field(default_factory=list)
     settled: bool = False
     shapes: dict[str, tuple[int, ...]] | None = None
+    gradient_scales: dict[str, float] = field(default_factory=dict)
     step_times: dict[str, RankTimes] = field(default_factory=dict)
     cuts: CutResult = field(default_factory=CutResult)
     history: list[Snapshot] = field(default_factory=list)
