@@ -51,7 +51,9 @@ def ranks(run: dict[str, Any]) -> Figure:
         if final is not None and points:
             axes.step([*(p for p, _ in points), 1.0], [*(r for _, r in points), final], where="post", label=f"{name}: rank {final}")
     phases(axes, run)
-    axes.set(xlabel="part of the run", ylabel="rank", yscale="log", xlim=(0, 1))
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="part of the run", ylabel="rank", xlim=(0, 1))
     axes.legend(frameon=False)
     return figure
 
@@ -72,6 +74,8 @@ def controller(run: dict[str, Any]) -> Figure:
     bottom.plot(times, [s for _, _, s in seen], marker=".", color="C2")
     bottom.set(yscale="log", ylabel="strength", xlabel="part of the run", xlim=(0, 1))
     for axes in (top, bottom):
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         phases(axes, run)
     return figure
 

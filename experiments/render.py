@@ -109,7 +109,42 @@ def cut_last(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"inference": inference, "training": training, "cut-last": cut_last}  # any other name is a recipe's
+def kills(_: str) -> str:
+    """What killing runs at random moments did."""
+    path = ROOT / "benchmarks" / "results" / "kills.json"
+    if not path.exists():
+        return "(no results yet)\n"
+    (row,) = json.loads(path.read_text())["rows"]
+    cells = ["trials", "kills", "kills_in_a_save", "identical", "damaged_checkpoints"]
+    return (
+        "| runs | times killed | of them in a save | ended bit-identical | checkpoints lost |\n|---|---|---|---|---|\n"
+        f"| {' | '.join(str(row[c]) for c in cells)} |\n"
+    )
+
+
+def memory(_: str) -> str:
+    """Peak memory of training, with and without laconic."""
+    path = ROOT / "benchmarks" / "results" / "memory.json"
+    if not path.exists():
+        return "(no results yet)\n"
+    lines = [
+        "| network | plain loop, MiB | to the first cut | in units of the largest matrix | after the first cut | settled |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in json.loads(path.read_text())["rows"]:
+        plain, to_cut, after, settled = (r[k] / 2**20 for k in ("plain", "to_first_cut", "after_first_cut", "settled"))
+        extra = r["extra_matrices_to_first_cut"]
+        lines.append(f"| {r['name']} | {plain:.1f} | {to_cut:.1f} | {extra:+.1f} | {after:.1f} | {settled:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {
+    "inference": inference,
+    "training": training,
+    "cut-last": cut_last,
+    "kills": kills,
+    "memory": memory,
+}  # any other name is a recipe's
 
 
 def render(page: str) -> str:

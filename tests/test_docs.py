@@ -41,6 +41,13 @@ def test_commands_in_the_readme_exist():
     assert used <= COMMANDS.keys()
 
 
+def test_every_picture_that_a_page_shows_exists():
+    pictures = [(page, name) for page in PAGES for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text())]
+    assert pictures
+    missing = [f"{page.name}: {name}" for page, name in pictures if "://" not in name and not (page.parent / name).is_file()]
+    assert missing == []
+
+
 def test_rendered_tables_are_up_to_date():
     done = subprocess.run([sys.executable, "experiments/render.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

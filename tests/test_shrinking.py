@@ -519,7 +519,7 @@ CHANGES = {
 def test_parameters_that_the_user_adds_or_removes_are_named(change, message):
     model = mlp()
     optimizer = optim.SGD(model.parameters(), lr=0.1)
-    laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.6), total_steps=20, every=1)
+    laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.6), total_steps=20, every=1, cut="end")
     for t in range(4):
         backward(model, t)
         optimizer.step()

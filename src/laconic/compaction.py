@@ -260,24 +260,32 @@ def surgery_error(site: Site, pair: nn.Sequential) -> float:
 
     All in float64 with the weights as stored, so that what remains is the rounding of the stored factors.
     """
-    module: Layer = copy.deepcopy(site.modules[0]).double()
     left, right = pair_matrices(site.unfolding, *(w.detach().double() for w in pair_parameters(pair)))
     if site.rank is None:
-        old = site.matrix.double()
-        module.weight = nn.Parameter(site.unfolding.fold(left @ right).to(module.weight.device))
+        old = site.matrix.to(torch.float64, copy=True)
     else:
         wide_left, wide_right = (f.double() for f in site.factors)
         old = wide_left @ wide_right
-        gap = site.rank - left.shape[-1]
-        padded = F.pad(left, (0, gap)), F.pad(right, (0, 0, 0, gap))
-        for layer, weight in zip(module, pair_weights(site.unfolding, *padded), strict=True):
-            layer.weight = nn.Parameter(weight.to(layer.weight.device))
-    rest = old - left @ right
     size = torch.linalg.vector_norm(old) or torch.ones(())
+    rest = old.sub_(left @ right)
     slanted = max(
         float(torch.linalg.vector_norm(left.mT @ rest) / (size * torch.linalg.vector_norm(left)).clamp_min(math.ulp(0.0))),
         float(torch.linalg.vector_norm(rest @ right.mT) / (size * torch.linalg.vector_norm(right)).clamp_min(math.ulp(0.0))),
     )
+    del old, rest  # as large as the layer, twice as wide
+    module: Layer
+    if site.rank is None:
+        module = copy.copy(site.modules[0])
+        module._parameters = {
+            k: None if p is None else nn.Parameter(p.detach().double()) for k, p in module._parameters.items() if k != "weight"
+        }
+        module.weight = nn.Parameter(site.unfolding.fold(left @ right).to(site.weights[0].device))
+    else:
+        module = copy.deepcopy(site.modules[0]).double()
+        gap = site.rank - left.shape[-1]
+        padded = F.pad(left, (0, gap)), F.pad(right, (0, 0, 0, gap))
+        for layer, weight in zip(module, pair_weights(site.unfolding, *padded), strict=True):
+            layer.weight = nn.Parameter(weight.to(layer.weight.device))
     twin = copy.deepcopy(pair).double()
     probe = probe_shape([module] if site.rank is None else module)
     x = torch.randn(probe, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(site.weights[0].device)

@@ -25,7 +25,7 @@ from torch.utils.benchmark import Timer
 from .matricize import Layer, Unfolding
 from .surgery.factorize import empty_pair, finish_pair
 
-FORMAT = 1
+FORMAT = 2
 ROUNDS = 2
 SECONDS = 0.01  # of one timed block
 
@@ -62,7 +62,7 @@ def added(tables: Sequence[RankTimes]) -> RankTimes:
 
 def grid(break_even: int) -> tuple[int, ...]:
     """A coarse grid of ranks up to break-even, denser where cuts end."""
-    return tuple(sorted({max(1, round(break_even * share)) for share in (0.03, 0.06, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)}))
+    return tuple(sorted({max(1, round(break_even * share)) for share in (0.05, 0.125, 0.25, 0.5, 0.75, 1.0)}))
 
 
 def layer_times(module: Layer, unfolding: Unfolding, shape: Sequence[int], break_even: int, training: bool) -> RankTimes:

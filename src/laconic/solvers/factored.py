@@ -22,15 +22,7 @@ def factored_svd(left: Tensor, right: Tensor, name: str = "x") -> tuple[Tensor, 
         NonFiniteError: a factor holds NaN or Inf.
         DecompositionError: the small SVD did not converge.
     """
-    left, right = left.detach().double(), right.detach().double()
-    if not (bool(torch.isfinite(left).all()) and bool(torch.isfinite(right).all())):
-        raise NonFiniteError(f"{name} holds NaN or Inf: nothing was changed; look for a diverging loss or a learning rate that is too high")
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.mT)
-    try:
-        u, s, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise DecompositionError(f"{name}: {str(error).splitlines()[0]}; nothing was changed") from None
+    (q_left, _), (q_right, _), (u, s, vh) = _core(left, right, name)
     return q_left @ u, s, vh @ q_right.mT
 
 
@@ -41,15 +33,31 @@ def factored_prox(left: Tensor, right: Tensor, penalty: Penalty, tau: float, nam
 
     The product of the new factors is :math:`U \operatorname{diag}(s') V^T`, exactly the proximal step on the product; yet
     every factor stays in its own coordinates, so that an optimizer's moments still fit, and what is not shrunk
-    does not move at all.
+    does not move at all. With `U = Q_a U'` and `A = Q_a R_a` all but one product with `Q_a` is r x r.
 
     Returns:
         new left and right (float64), and the new singular values (float64, non-increasing).
     """
-    u, s, vh = factored_svd(left, right, name)
+    (q_left, r_left), (q_right, r_right), (u, s, vh) = _core(left, right, name)
     shrunk = penalty.prox(s, tau)
     lost = 1 - torch.where(s > 0, shrunk / s.clamp_min(math.ulp(0.0)), torch.zeros_like(s)).sqrt()
-    left, right = left.detach().double(), right.detach().double()
-    new_left = left - (u * lost[..., None, :]) @ (u.mT @ left)
-    new_right = right - (right @ vh.mT) @ (lost[..., :, None] * vh)
+    new_left = left.detach().double() - q_left @ ((u * lost[..., None, :]) @ (u.mT @ r_left))
+    new_right = right.detach().double() - (q_right @ ((vh.mT * lost[..., None, :]) @ (vh @ r_right))).mT
     return new_left, new_right, shrunk
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _core(left: Tensor, right: Tensor, name: str) -> tuple[Pair, Pair, tuple[Tensor, Tensor, Tensor]]:
+    """QR of the left factor, QR of the right one transposed, and the SVD of what is between them; in float64."""
+    left, right = left.detach().double(), right.detach().double()
+    if not (bool(torch.isfinite(left).all()) and bool(torch.isfinite(right).all())):
+        raise NonFiniteError(f"{name} holds NaN or Inf: nothing was changed; look for a diverging loss or a learning rate that is too high")
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.mT)
+    try:
+        u, s, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise DecompositionError(f"{name}: {str(error).splitlines()[0]}; nothing was changed") from None
+    return (q_left, r_left), (q_right, r_right), (u, s, vh)

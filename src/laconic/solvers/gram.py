@@ -18,6 +18,8 @@ from torch import Tensor
 from ..penalties import Penalty
 from .base import Shrunk, ratio, shrink_values
 
+COLUMNS = 256  # converted at a time: a float64 copy of the whole matrix would be the largest thing in memory
+
 
 @dataclass(frozen=True, slots=True)
 class Gram:
@@ -32,19 +34,32 @@ class Gram:
     def shrink(self, x: Tensor, penalty: Penalty, tau: float, scale: float) -> Shrunk:
         tall = x.shape[-2] > x.shape[-1]
         wide = x.mT if tall else x
-        work = wide.to(self.dtype or x.dtype)
-        squares, u = torch.linalg.eigh(work @ work.mT)
+        dtype = self.dtype or x.dtype
+        squares, u = torch.linalg.eigh(small_gram(wide, dtype))
         squares, u = squares.flip(-1), u.flip(-1)
         s64 = squares.double().clamp_min(0).sqrt()
         new = shrink_values(s64, penalty, tau, scale)
         kept = max(int((new > 0).sum(-1).max()), 1) if new.numel() else 0
         u_kept = u[..., :kept]
-        weights = ratio(new, s64)[:, None, :kept].to(u.dtype)
-        y = ((u_kept * weights) @ (u_kept.mT @ work)).to(x.dtype)
-        return Shrunk(y.mT if tall else y, new, s64, self.error(s64[:, 0], penalty.cutoff(tau) / scale, work.dtype, wide.shape))
+        u_shrunk = u_kept * ratio(new, s64)[:, None, :kept].to(u.dtype)
+        y = torch.empty_like(wide)
+        for part, out in zip(wide.split(COLUMNS, -1), y.split(COLUMNS, -1), strict=True):
+            out.copy_(u_shrunk @ (u_kept.mT @ part.to(dtype)))
+        return Shrunk(y.mT if tall else y, new, s64, self.error(s64[:, 0], penalty.cutoff(tau) / scale, dtype, wide.shape))
 
     @staticmethod
     def error(s_max: Tensor, cutoff: float, dtype: torch.dtype, shape: torch.Size) -> Tensor:
         """Error of a singular value at the cutoff: `|d(s^2)| <= c eps s_max^2`, so `|ds| <= min(sqrt, that / 2s)`."""
         squared = 8 * torch.finfo(dtype).eps * max(shape[-2:]) ** 0.5 * s_max.square()
         return torch.minimum(squared.sqrt(), squared / max(cutoff, 1e-300))
+
+
+def small_gram(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """`X X^T` in `dtype`."""
+    if wide.dtype == dtype:
+        return wide @ wide.mT
+    gram = torch.zeros(*wide.shape[:-1], wide.shape[-2], dtype=dtype, device=wide.device)
+    for part in wide.split(COLUMNS, -1):
+        part = part.to(dtype)
+        gram.baddbmm_(part, part.mT)
+    return gram

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..matricize import Layer, Unfolding
 from ..solvers.factored import factored_svd
+from ..solvers.gram import small_gram
 
 MARK = "laconic_cut"  # attribute on the nn.Sequential: what was cut here, for the surgery record
 
@@ -112,17 +113,17 @@ def leading_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     By the eigenvectors of the smaller Gram matrix, several times faster, where the weight is stored in less than float64
     and the wanted values are not small beside the largest: then nothing is lost.
     """
-    work = matrix.double()
-    wide = work.shape[-2] <= work.shape[-1]
+    wide = matrix.shape[-2] <= matrix.shape[-1]
     if matrix.dtype != torch.float64:
-        values, vectors = torch.linalg.eigh(work @ work.mT if wide else work.mT @ work)
+        values, vectors = torch.linalg.eigh(small_gram(matrix if wide else matrix.mT, torch.float64))
         values, vectors = values.flip(-1)[..., :rank], vectors.flip(-1)[..., :rank]
         s = values.clamp_min(0).sqrt()
         if bool((s[..., -1:] > 1e-4 * s[..., :1]).all()):
+            work = matrix.double()
             if wide:
                 return vectors, s, vectors.mT @ work / s[..., None]
             return work @ vectors / s[..., None, :], s, vectors.mT
-    u, s, vh = torch.linalg.svd(work, full_matrices=False)
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     return u, s, vh
 
 
