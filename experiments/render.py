@@ -21,11 +21,16 @@ LABELS = {
     "dense": "dense",
     "svd": "dense, then SVD to the budget",
     "thin": "thin dense, same steps",
-    "thin-long": "thin dense, twice the steps",
+    "thin-long": "thin dense, for longer",
     "late": "laconic, but cut last",
+    "torch-pruning": "Torch-Pruning",
+    "low-rank": "ranks alone",
+    "channels": "neurons alone",
     "laconic": "**laconic**",
 }
-DENSE_OF = {"cifar10-tenth": "cifar10"}  # recipes that differ in their budget alone share the dense runs
+DENSE_OF = {
+    f"{task}-{part}": task for task in ("cifar10", "scene") for part in ("tenth", "twentieth")
+}  # recipes that differ in their budget alone share the dense runs
 SAME_NETWORK = {"svd": "laconic", "thin-long": "thin"}  # as good as the same shapes: not timed twice
 
 
@@ -138,7 +143,34 @@ def memory(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def structures(task: str) -> str:
+    """One task at several budgets: accuracy of each method, and training time relative to dense where it was measured."""
+    methods = ("thin", "thin-long", "torch-pruning", "channels", "low-rank", "laconic")
+    lines = ["| parameters | " + " | ".join(LABELS[m] for m in methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    for recipe in (task, f"{task}-tenth", f"{task}-twentieth"):
+        runs, path = load(recipe), RESULTS / recipe / "times.json"
+        if "laconic" not in runs:
+            continue
+        times = json.loads(path.read_text())["train_seconds"] if path.exists() else {}
+        cells = []
+        for method in methods:
+            found = runs.get(method, [])
+            text = (
+                f"{100 * (mean(found, 'accuracy') or 0):.2f}" + (f" ± {100 * spread(found):.2f}" if len(found) > 1 else "")
+                if found
+                else "-"
+            )
+            cells.append(text + (f" (time {times[method] / times['dense']:.2f})" if found and method in times else ""))
+        lines.append(f"| {runs['laconic'][0]['budget']['params']} | {' | '.join(cells)} |")
+    dense = load(task).get("dense", [])
+    if len(lines) == 2 or not dense:
+        return "(no results yet)\n"
+    return "\n".join([*lines, "", f"Dense: {100 * (mean(dense, 'accuracy') or 0):.2f} ± {100 * spread(dense):.2f}."]) + "\n"
+
+
 TABLES = {
+    "structures-cifar10": lambda _: structures("cifar10"),
+    "structures-scene": lambda _: structures("scene"),
     "inference": inference,
     "training": training,
     "cut-last": cut_last,

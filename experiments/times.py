@@ -1,7 +1,7 @@
 """The timing pass: training time and latency of the methods, side by side, with the machine to itself.
 
 Runs that share the machine store no times (`--no-times`). This script trains the networks of a recipe again at a part of
-its epochs (ratios of training times hardly depend on it): dense, thin and laconic take turns in blocks of a few steps,
+its epochs (ratios of training times hardly depend on it): dense, thin and laconic (with one structure or both) take turns in blocks of a few steps,
 so that the machine's noise hits all of them; everything that laconic does is in its time. Then it times inference of the
 networks that came out. It writes `results/<recipe>/times.json`.
 
@@ -10,6 +10,7 @@ networks that came out. It writes `results/<recipe>/times.json`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -37,6 +38,7 @@ from laconic.results import machine, repository_state, versions, write_json
 from laconic.training import batches, learning_rate_factor, make_optimizer, steps_per_epoch
 
 BLOCK = 8
+STRUCTURES = {"laconic": ("low-rank", "channels"), "low-rank": ("low-rank",), "channels": ("channels",)}
 
 
 @dataclass(frozen=True)
@@ -74,23 +76,28 @@ def time_recipe(name: str, options: Options) -> dict[str, Any]:
     recipe = load_recipe(name)
     data = load_dataset(recipe.task, options.data, recipe.train_limit or None)
     recipe = dataclasses.replace(recipe, epochs=max(2, math.ceil(options.part * recipe.epochs)))
-    models = {"dense": build(data, recipe, 0), "laconic": build(data, recipe, 0), "thin": thin_network(data, recipe, 0)}
+    models = {"dense": build(data, recipe, 0), "thin": thin_network(data, recipe, 0)} | {k: build(data, recipe, 0) for k in STRUCTURES}
     optimizers = {k: make_optimizer(m, recipe) for k, m in models.items()}
-    start = time.perf_counter()
-    compressor = compressor_for(models["laconic"], optimizers["laconic"], data, recipe)
-    seconds = {"dense": 0.0, "laconic": time.perf_counter() - start, "thin": 0.0}
+    seconds, compressors = dict.fromkeys(models, 0.0), {}
+    for name, structures in STRUCTURES.items():
+        start = time.perf_counter()
+        compressors[name] = compressor_for(models[name], optimizers[name], data, dataclasses.replace(recipe, structures=structures))
+        seconds[name] += time.perf_counter() - start
     loops = {k: training(m, optimizers[k], data, recipe) for k, m in models.items()}
     for blocks in zip(*loops.values(), strict=True):
         for k, spent in zip(loops, blocks, strict=True):
             seconds[k] += spent
-    start = time.perf_counter()
-    compressor.compact()
-    seconds["laconic"] += time.perf_counter() - start
-    longer = load_recipe(name)
+    for k, compressor in compressors.items():
+        start = time.perf_counter()
+        compressor.compact()
+        seconds[k] += time.perf_counter() - start
+    longer = load_recipe(recipe.name)
     seconds |= {"svd": seconds["dense"], "thin-long": seconds["thin"] * (longer.thin_epochs or 2 * longer.epochs) / longer.epochs}
     latencies = {}
     for batch in (1, 64):
-        with evaluating(models["dense"]), evaluating(models["laconic"]), evaluating(models["thin"]):
+        with contextlib.ExitStack() as stack:
+            for model in models.values():
+                stack.enter_context(evaluating(model))
             latencies[f"latency_b{batch}_ms"] = {
                 k: 1e3 * v for k, v in interleaved({k: partial(m, data.test_x[:batch]) for k, m in models.items()}, rounds=21).items()
             }

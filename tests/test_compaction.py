@@ -192,16 +192,20 @@ def test_only_faster_leaves_dense_what_measures_slower(monkeypatch):
         return nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 24), nn.Linear(24, 16), nn.Linear(16, 16))
 
     x = torch.randn(2, 16)
-    report, cut = compressed(model(), energy=0.3, example_inputs=(x,), only_faster=True)
+    report, cut = compressed(model(), energy=0.3, example_inputs=(x,), only_faster=True, structures=laconic.LowRank())
     assert [type(m).__name__ for m in cut] == ["Linear", "Sequential", "Sequential", "Linear"]
     assert [(layer.ms_before, layer.ms_after) for layer in report.layers] == [(None, None), (2.0, 1.0), (2.0, 1.0), (None, None)]
     assert sum("measured no faster" in note for note in report.notes) == 2
 
-    budgeted, cut = compressed(model(), budget=laconic.Budget(params=0.7), example_inputs=(x,), only_faster=True)
+    budgeted, cut = compressed(
+        model(), budget=laconic.Budget(params=0.7), example_inputs=(x,), only_faster=True, structures=laconic.LowRank()
+    )
     assert [type(m).__name__ for m in cut][::3] == ["Linear", "Linear"]
     assert budgeted.params_after <= 0.7 * budgeted.params_before
 
-    forced, cut = compressed(model(), budget=laconic.Budget(params=0.3), example_inputs=(x,), only_faster=True)
+    forced, cut = compressed(
+        model(), budget=laconic.Budget(params=0.3), example_inputs=(x,), only_faster=True, structures=laconic.LowRank()
+    )
     assert isinstance(cut[0], nn.Sequential)
     assert any("because the budget needs it" in note for note in forced.notes)
 
@@ -537,6 +541,9 @@ OPTIMIZERS = {
 }
 
 
+HALF = laconic.Schedule(settle=0.5)
+
+
 @pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_after_a_cut_in_mid_run_the_optimizer_holds_the_live_parameters_and_the_loss_does_not_jump(build):
     torch.manual_seed(0)
@@ -544,7 +551,7 @@ def test_after_a_cut_in_mid_run_the_optimizer_holds_the_live_parameters_and_the_
     x = torch.randn(64, 12, dtype=torch.float64)
     y = x[:, :2] @ torch.randn(2, 12, dtype=torch.float64) / 2
     optimizer = build([{"params": model[0].parameters()}, {"params": model[2].parameters(), "weight_decay": 1e-4}])
-    compressor = laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.6), total_steps=200, every=2)
+    compressor = laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.6), total_steps=200, every=2, schedule=HALF)
     losses = []
     for t in range(200):
         assert isinstance(model[0], nn.Linear) == (t < 100)

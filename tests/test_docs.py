@@ -1,5 +1,6 @@
 """README and docs tell the truth: their Python blocks run, their commands exist, their numbers come from result files."""
 
+import json
 import re
 import subprocess
 import sys
@@ -64,6 +65,7 @@ else:
     raise SystemExit("laconic could be imported")
 import torch
 from torch import nn
+torch.set_num_threads({threads})  # the same sums in the same order
 {loader}
 {model}
 model = rebuild("compact", Net()).eval()
@@ -78,12 +80,13 @@ from torch import nn
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, stride=2), nn.BatchNorm2d(16), nn.ReLU())
-        self.conv = nn.Conv2d(16, 32, 3, padding=2, dilation=2, groups=2, bias=False)
-        self.head = nn.Linear(32, 30)
+        self.first = nn.Conv2d(3, 12, 3, padding=1)
+        self.stem = nn.Sequential(nn.Conv2d(12, 32, 3, padding=1, stride=2), nn.BatchNorm2d(32), nn.ReLU())
+        self.conv = nn.Conv2d(32, 64, 3, padding=2, dilation=2, groups=4, bias=False)
+        self.head = nn.Linear(64, 30)
 
     def forward(self, x):
-        return self.head(self.conv(self.stem(x)).mean((2, 3)))
+        return self.head(self.conv(self.stem(self.first(x))).mean((2, 3)))
 """
 
 
@@ -91,17 +94,22 @@ def test_the_example_rebuilds_a_saved_model_where_laconic_cannot_be_imported(tmp
     import torch
 
     import laconic
+    from laconic.graph import find_groups
+    from laconic.surgery.channels import slim
 
     namespace: dict = {}
     exec(MODEL, namespace)
     model, x = namespace["Net"]().eval(), torch.randn(2, 3, 9, 9)
-    report = laconic.compress(model, budget=laconic.Budget(params=0.5), example_inputs=(x,))
+    groups, _ = find_groups(model, (x,))
+    slim(model, groups, {"first": [0, 2, *range(4, 12)], "stem.0": [1, 2]})
+    report = laconic.compress(model, laconic.LowRank(), budget=laconic.Budget(params=0.5), example_inputs=(x,))
     assert {layer.kind for layer in report.layers if layer.rank} >= {"Conv2d", "Linear"}
-    laconic.save(model, tmp_path / "compact")
+    record = json.loads((laconic.save(model, tmp_path / "compact") / "laconic.json").read_text())
+    assert {s["names"][0] for s in record["slims"]} == {"first", "stem.0", "stem.1", "conv", "head"}
     torch.save(x, tmp_path / "x.pt")
     torch.save(model(x).detach(), tmp_path / "y.pt")
     (loader,) = blocks(ROOT / "docs" / "rebuild.md", "python")
-    assert len([line for line in loader.splitlines() if line.strip()]) <= 20
-    script = REBUILD.format(loader=loader, model=MODEL)
+    assert len([line for line in loader.splitlines() if line.strip()]) <= 28
+    script = REBUILD.format(loader=loader, model=MODEL, threads=torch.get_num_threads())
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "rebuilt", done.stderr

@@ -31,18 +31,20 @@ from .running import RunCheckpoints
 from .schedule import Schedule
 from .search import SearchResult, Trial, smallest
 from .solvers import SVTResult, spectral_prox, svt
-from .structures import LowRank
+from .structures import Channels, Entries, LowRank, sparse_group_lasso
 
 __all__ = [
     "L1",
     "ArchitectureMismatchError",
     "Budget",
+    "Channels",
     "CheckpointError",
     "CheckpointNotFoundError",
     "CompactReport",
     "Compressor",
     "DataNotFoundError",
     "DecompositionError",
+    "Entries",
     "Hoyer",
     "InfeasibleBudgetError",
     "InvalidTypeError",
@@ -74,6 +76,7 @@ __all__ = [
     "profile",
     "save",
     "smallest",
+    "sparse_group_lasso",
     "spectral_prox",
     "svt",
 ]

@@ -15,6 +15,7 @@ from .errors import InfeasibleBudgetError, InvalidValueError
 from .measure import check_inputs
 from .plan import Plan
 from .structures import Site
+from .widths import choose_shapes, unit_costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,9 @@ class Budget:
         return float(math.floor(share * dense)) if currency.whole else share * dense
 
 
-def prepare(model: nn.Module, plan: Plan, values: dict[str, Floats], budget: Budget, example_inputs: Any) -> None:
+def prepare(
+    model: nn.Module, plan: Plan, values: dict[str, Floats], importances: dict[str, Floats], budget: Budget, example_inputs: Any
+) -> None:
     """Measure what the budget needs to have measured, and check that it is within reach.
 
     Raises:
@@ -93,9 +96,23 @@ def prepare(model: nn.Module, plan: Plan, values: dict[str, Floats], budget: Bud
         inputs = check_inputs(example_inputs)
         measure_times(model, plan, inputs)
         for _ in range(3):  # layers one by one do not add up to the model: correct where the budget will end
-            if not correct_times(model, plan, inputs, ranks_for_budget(plan, values, budget)):
+            if not correct_times(model, plan, inputs, *shapes_for_budget(plan, values, importances, budget)):
                 break
-    ranks_for_budget(plan, values, budget)
+    shapes_for_budget(plan, values, importances, budget)
+
+
+def shapes_for_budget(
+    plan: Plan, values: dict[str, Floats], importances: dict[str, Floats], budget: Budget, keep_dense: frozenset[str] = frozenset()
+) -> tuple[dict[str, list[int]], Ranks]:
+    """The units that stay in each group, by their numbers in the dense model, and the rank of each site (None: dense).
+
+    Raises:
+        InfeasibleBudgetError: with the smallest feasible fraction in the message.
+    """
+    if not plan.neurons:
+        return {}, ranks_for_budget(plan, values, budget, keep_dense)
+    walk = choose_shapes(plan, values, importances, budget.currencies, budget.limits(plan), keep_dense)
+    return walk.kept(), walk.ranks
 
 
 def choices_for(
@@ -128,20 +145,23 @@ def is_met(plan: Plan, budget: Budget) -> bool:
 
 
 def cost_weights(plan: Plan, budget: Budget | None) -> dict[str, float]:
-    r"""How much stronger a weight is pressed, by what its units of rank cost.
+    r"""How much stronger a weight or a group is pressed, by what its units (of rank, or neurons) cost.
 
     In units of the root mean square value, dropping the value s of a k x n weight lowers the mean log share by about
     :math:`s^2 / k`; per cost c that is :math:`s^2 / (k c)`. One threshold on *this* for all weights is a threshold
     proportional to :math:`\sqrt{k c}` on s. The weights are scaled to a mean of 1; without a budget they are 1.
     """
     if budget is None:
-        return {site.name: 1.0 for site in plan.sites}
+        return dict.fromkeys([s.name for s in plan.sites] + [g.name for g in plan.neurons], 1.0)
     limits = budget.limits(plan)
     raw = {}
     for site in plan.sites:
         most = max(site.break_even, 2)
         first, last = cut_costs(site, [1, most], budget.currencies)
         raw[site.name] = math.sqrt(site.unfolding.full_rank * float(((last - first) / (most - 1) / limits).sum()))
+    for group in plan.neurons:
+        units = len(group.kept)
+        raw[group.name] = math.sqrt(units * float((unit_costs(plan, group, budget.currencies) / limits).sum()))
     mean = sum(raw.values()) / len(raw)
     return {name: weight / mean for name, weight in raw.items()} if mean > 0 else dict.fromkeys(raw, 1.0)
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from . import _version
 from .distributed import bare
 from .errors import ArchitectureMismatchError, CheckpointError, CheckpointNotFoundError
-from .surgery.record import Cut, find_cuts, replay, undo
+from .surgery.record import Cut, Slim, find_cuts, find_slims, replay, replay_slims, undo
 
-FORMAT = 1
+FORMATS = (1, 2)  # 2: layers have lost channels; a model without such layers is still written as 1
 TENSORS, RECORD = "model.safetensors", "laconic.json"
 METADATA = "laconic_record_sha256"
 
@@ -57,13 +57,14 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: dict[str, 
     tensors, aliases = _separate_ties(state)
     record = {
         "cuts": [cut.to_json() for cut in find_cuts(model)],
+        **({"slims": slims} if (slims := [slim.to_json() for slim in find_slims(model)]) else {}),
         "aliases": aliases,
         "tensors": {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in tensors.items()},
     }
     record_hash = _record_hash(record)
     payload = save_tensors(tensors, metadata={"format": "pt", METADATA: record_hash})
     manifest = {
-        "format": FORMAT,
+        "format": 2 if slims else 1,
         "laconic": _version.__version__,
         "torch": torch.__version__,
         "model": type(model).__name__,
@@ -85,7 +86,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: dict[str, 
 
 
 def load(directory: str | os.PathLike[str], model: nn.Module) -> nn.Module:
-    """Load a saved model into a fresh dense model of the same class: the cuts are replayed, then the values loaded.
+    """Load a saved model into a fresh dense model of the same class: its layers are made slim and cut as they were saved,
+    then the values loaded.
 
     Args:
         directory: what `save` wrote.
@@ -98,11 +100,14 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     source = _find(Path(directory))
     manifest, tensors = _read(source)
-    done = replay(model, [Cut.from_json(c) for c in manifest["cuts"]])
+    make_wide = replay_slims(model, [Slim.from_json(s) for s in manifest.get("slims", [])])
+    done: list[tuple[str, nn.Module]] = []
     try:
+        done = replay(model, [Cut.from_json(c) for c in manifest["cuts"]])
         _check_fit(model, tensors)
-    except ArchitectureMismatchError:
+    except BaseException:
         undo(model, done)
+        make_wide()
         raise
     _tie(model, manifest["aliases"])
     with torch.no_grad():
@@ -170,9 +175,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((directory / RECORD).read_text())
         version = manifest["format"]
-        if version != FORMAT:
+        if version not in FORMATS:
             raise CheckpointError(
-                f"{directory / RECORD} has format {version!r}; this laconic reads {FORMAT}: install the version that wrote it ({manifest.get('laconic')})"
+                f"{directory / RECORD} has format {version!r}; this laconic reads {' and '.join(map(str, FORMATS))}: install the version that wrote it ({manifest.get('laconic')})"
             )
         whole = "sha256" in manifest and _record_hash(manifest) == manifest["record_sha256"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
@@ -184,7 +189,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 def _record_hash(manifest: dict[str, Any]) -> str:
     """Of all that loading depends on: an edit of it is noticed."""
-    record = {key: manifest[key] for key in ("cuts", "aliases", "tensors")}
+    record = {key: manifest[key] for key in ("cuts", "aliases", "tensors")} | {key: manifest[key] for key in ("slims",) if key in manifest}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 

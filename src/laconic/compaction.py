@@ -5,29 +5,34 @@ Shared by `Compressor.compact` (after training under pressure), its cut in mid-r
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .allocate import Floats, energy_rule, log_shares
-from .budget import Budget, prepare, ranks_for_budget
+from .budget import Budget, prepare, ranks_for_budget, shapes_for_budget
 from .costs import Ranks
 from .errors import InfeasibleBudgetError, InvalidValueError, NonFiniteError, SurgeryError
-from .matricize import Layer
+from .graph import unread
+from .matricize import TRANSPOSED_CONVS, Layer, is_hf_conv1d
 from .measure import check_inputs, count_macs, count_params, evaluating, input_shapes, measure_latency
+from .moments import InputMoments, Moments
 from .penalties import check_share
 from .plan import Plan, check_structures, make_plan
-from .report import CompactReport, LayerReport
-from .structures import LowRank, Site
+from .report import CompactReport, GroupReport, LayerReport
+from .structures import Entries, Site, Structure
 from .surgery.batchnorm import batch_norms, reestimate
-from .surgery.factorize import pair_matrices, pair_weights
+from .surgery.channels import Group, channels_kept, slim, width
+from .surgery.factorize import MARK, pair_matrices, pair_weights
 from .surgery.factorize import weights as pair_parameters
 from .surgery.optimizer import carry, unknown_state
 from .surgery.record import put, undo
@@ -44,6 +49,8 @@ class CutResult:
         errors: largest `surgery_error` of a site's cuts.
         timings: (dense ms, cut ms), where measured.
         max_abs_diff: largest change of an output by a single round of cuts; None without example inputs.
+        kept: units that are left, by their numbers in the dense model, of the groups that lost some.
+        shares: what the consumers still receive of such a group, multiplied up.
     """
 
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -53,6 +60,8 @@ class CutResult:
     timings: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
     max_abs_diff: float | None = None
+    kept: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add(self, later: CutResult) -> None:
         """Take in the next round of cuts."""
@@ -60,6 +69,9 @@ class CutResult:
             self.energies[name] = self.energies.get(name, 1.0) * energy
         for name, error in later.errors.items():
             self.errors[name] = max(self.errors.get(name, 0.0), error)
+        for name, share in later.shares.items():
+            self.shares[name] = self.shares.get(name, 1.0) * share
+        self.kept |= later.kept
         self.ranks |= later.ranks
         self.values |= {name: v for name, v in later.values.items() if name in later.ranks or name not in self.ranks}
         self.timings |= later.timings
@@ -157,6 +169,137 @@ def cut_sites(
     return CutResult({site.name: rank for site, rank in to_cut}, values, kept, errors, {}, notes, difference)
 
 
+def slim_neurons(
+    model: nn.Module,
+    plan: Plan,
+    importances: dict[str, Floats],
+    kept: dict[str, list[int]],
+    *,
+    example_inputs: Any,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
+    means: dict[str, Tensor] | None = None,
+) -> CutResult:
+    """Take units out of the groups that keep fewer than they have. On any failure model, plan and optimizers are as they were.
+
+    Args:
+        kept: units that stay, by group, by their numbers in the dense model.
+        means: of the consumers' inputs, by path and channel: what a unit put out on the average is added to their biases.
+
+    Raises:
+        SurgeryError: the model without the units differs, by more than rounding, from the one in which nothing reads them.
+    """
+    groups = [g for g in plan.neurons if len(kept.get(g.name, g.kept)) < len(g.kept)]
+    if not groups:
+        return CutResult()
+    kept = {g.name: list(kept[g.name]) for g in groups}
+    tied, inputs = [g.group for g in groups], check_inputs(example_inputs)
+    before = _outputs(model, inputs)
+    for site in plan.sites:
+        check_in_place(model, site)
+    with unread(model, tied, kept):
+        wanted = _outputs(model, inputs)
+    twin = copy.deepcopy(model)
+    try:
+        slim(twin, tied, kept)
+        got = _outputs(twin, inputs)
+    except Exception as error:
+        names = ", ".join(kept)
+        raise SurgeryError(
+            f"the model no longer runs without units of {names} ({type(error).__name__}: {next(iter(str(error).splitlines()), '')}); it was left as it was; exclude them: Channels(exclude=...)"
+        ) from error
+    scale = max((float(y.abs().max()) for y in wanted if y.numel()), default=1.0) or 1.0
+    off = _largest_difference(wanted, got) / scale
+    tolerance = 1e4 * max(torch.finfo(y.dtype).eps for y in wanted if y.is_floating_point())
+    if not off <= tolerance:
+        raise SurgeryError(
+            f"without units of {', '.join(kept)} the outputs differ by {off:.2g} (relative) from those of the model in which nothing reads them, more than rounding ({tolerance:.2g}); it was left as it was; exclude them: Channels(exclude=...)"
+        )
+    shares = {}
+    for g in groups:
+        stay = np.isin(g.kept, kept[g.name])
+        shares[g.name] = float(importances[g.name][stay].sum() / max(importances[g.name].sum(), math.ulp(0.0)))
+    if means:
+        fold_means(model, tied, kept, means)
+    slim(model, tied, kept, optimizers)
+    took_out(model, plan, kept)
+    after = _outputs(model, inputs)
+    return CutResult(
+        errors={g.name: off for g in groups},
+        max_abs_diff=_largest_difference(before, after),
+        kept={g.name: kept[g.name] for g in groups},
+        shares=shares,
+    )
+
+
+@torch.no_grad()
+def fold_means(model: nn.Module, groups: Sequence[Group], kept: dict[str, list[int]], means: dict[str, Tensor]) -> None:
+    """Add what units put out on the average, before they go, to the biases of the layers that read them.
+
+    Where a consumer has no bias, its mean is left to the norm behind it; at the border of a zero-padded convolution it is
+    an approximation, as the removal itself is.
+    """
+    for group in groups:
+        for end in group.consumers:
+            module: Layer = model.get_submodule(end.path)
+            pair = hasattr(module, MARK)
+            last = module[1] if pair else module
+            if last.bias is None or end.path not in means or isinstance(last, TRANSPOSED_CONVS) or getattr(last, "groups", 1) > 1:
+                continue
+            gone = np.isin(channels_kept(module, "in"), np.delete(end.index, kept[group.name], axis=0).ravel())
+            flow = torch.where(torch.from_numpy(gone), means[end.path], 0.0)
+            for layer in module if pair else (module,):
+                matrix = layer.weight.T if is_hf_conv1d(layer) else layer.weight
+                matrix = matrix.double().cpu().flatten(2).sum(2) if matrix.ndim > 2 else matrix.double().cpu()
+                flow = matrix @ flow
+            last.bias.add_(flow.to(last.bias.device, last.bias.dtype))
+
+
+@contextlib.contextmanager
+def all_or_nothing(model: nn.Module, plan: Plan, optimizers: Sequence[Any] = ()) -> Iterator[None]:
+    """On an error inside, model, plan and optimizers are as they were: the same objects with the same values."""
+    modules = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in model.modules()]
+    values = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers())]
+    sites = [(s, s.unfolding, s.times, s.rank, s.modules) for s in plan.sites]
+    layers = [(x, x.out, x.taken) for x in plan.layers]
+    neurons = [(g, g.kept) for g in plan.neurons]
+    held = [(o, [list(g["params"]) for g in o.param_groups], dict(getattr(o, "state", {}))) for o in optimizers]
+    try:
+        yield
+    except BaseException:
+        for module, attributes, parameters, buffers, children in modules:
+            module.__dict__.clear()
+            module.__dict__.update(attributes | {"_parameters": parameters, "_buffers": buffers, "_modules": children})
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+        for site, unfolding, times, rank, of_site in sites:
+            site.unfolding, site.times, site.rank, site.modules = unfolding, times, rank, of_site
+        for layer, out, taken in layers:
+            layer.out, layer.taken = out, taken
+        for group, kept in neurons:
+            group.kept = kept
+        for optimizer, groups, state in held:
+            for group, params in zip(optimizer.param_groups, groups, strict=True):
+                group["params"][:] = params
+            if hasattr(optimizer, "state"):
+                optimizer.state.clear()
+                optimizer.state.update(state)
+        raise
+
+
+def took_out(model: nn.Module, plan: Plan, kept: dict[str, list[int]]) -> None:
+    """The units are out of the model: the plan has its layers as they are now."""
+    for group in plan.neurons:
+        if group.name in kept:
+            group.kept = np.array(sorted(kept[group.name]), dtype=np.int64)
+    for layer in plan.layers:
+        module = model.get_submodule(layer.path)
+        layer.out = width(module, "out")
+        layer.taken = width(module, "in") if layer.site is not None or layer.weight else layer.out
+        if layer.site is not None and layer.site.unfolding.sides != (layer.out, layer.taken):
+            layer.site.resize(layer.out, layer.taken)
+
+
 def check_in_place(model: nn.Module, site: Site) -> None:
     """A layer that the user has replaced or removed in mid-run must not be overwritten."""
     for module, paths in zip(site.modules, site.paths, strict=True):
@@ -178,8 +321,10 @@ def accept(site: Site, rank: int, pairs: Sequence[nn.Sequential], optimizers: Se
     site.modules, site.rank = tuple(pairs), rank
 
 
-def replay_cuts(model: nn.Module, plan: Plan, ranks: dict[str, int], optimizers: Sequence[Any]) -> None:
+def replay_cuts(model: nn.Module, plan: Plan, kept: dict[str, list[int]], ranks: dict[str, int], optimizers: Sequence[Any]) -> None:
     """The same cuts on a fresh dense model and its optimizers; the values are loaded afterwards."""
+    slim(model, [g.group for g in plan.neurons], kept, optimizers)
+    took_out(model, plan, kept)
     for site in plan.sites:
         if site.name in ranks:
             pairs = site.structure.cut(site, ranks[site.name])
@@ -335,24 +480,38 @@ def make_report(model: nn.Module, plan: Plan, cuts: CutResult, example_inputs: A
             LayerReport(
                 name=site.layer,
                 kind=site.kind,
-                shape=u.shape,
+                shape=site.whole.shape,
                 rank=rank,
                 full_rank=u.full_rank,
-                params_before=u.dense_params,
+                params_before=site.whole.dense_params,
                 params_after=u.dense_params if rank is None else rank * u.unit_params,
-                macs_before=site.dense_macs,
+                macs_before=None if site.positions is None else site.positions[0] * site.whole.dense_params,
                 macs_after=site.dense_macs if rank is None or site.unit_macs is None else rank * site.unit_macs,
                 energy=cuts.energies.get(site.name, 1.0),
                 spectrum=tuple(float(f"{v:.6g}") for v in spectrum) if spectrum is not None else (),
                 ms_before=ms[0],
                 ms_after=ms[1],
-                note="" if rank is not None else f"no rank up to {site.break_even}, where two layers stop being smaller, was enough",
+                slim=u.shape if u.shape != site.whole.shape else None,
+                note=""
+                if rank is not None or u.shape != site.whole.shape
+                else f"no rank up to {site.break_even}, where two layers stop being smaller, was enough",
             )
         )
-    for alone in plan.left_alone:
-        size = 1
-        for d in alone.shape:
-            size *= d
+    reasons = {alone.name: alone for alone in plan.left_alone}
+    for layer in plan.layers:  # slim or not, but under no site
+        if layer.site is None and len(layer.shape) > 1:
+            name = f"{layer.path}.weight"
+            reason = reasons.pop(name).reason if name in reasons else ""
+            module: Layer = model.get_submodule(layer.path)
+            now, size = tuple(module.weight.shape), math.prod(layer.shape)
+            layers.append(
+                LayerReport(
+                    layer.path, type(module).__name__, layer.shape, None, None, size, module.weight.numel(),
+                    note=reason, slim=now if now != layer.shape else None,
+                )
+            )  # fmt: skip
+    for alone in reasons.values():
+        size = math.prod(alone.shape)
         layers.append(LayerReport(alone.name.rpartition(".")[0] or alone.name, "", alone.shape, None, None, size, size, note=alone.reason))
     return CompactReport(
         params_before=plan.params,
@@ -364,13 +523,39 @@ def make_report(model: nn.Module, plan: Plan, cuts: CutResult, example_inputs: A
         max_abs_diff=cuts.max_abs_diff,
         surgery_error=max(cuts.errors.values(), default=0.0),
         layers=tuple(layers),
+        groups=tuple(
+            GroupReport(
+                g.name, g.group.units, len(g.kept), cuts.shares.get(g.name, 1.0), tuple(dict.fromkeys(e.path for e in g.group.ends))
+            )
+            for g in plan.neurons
+        ),
         **{"notes": tuple(cuts.notes), **extra},
     )
 
 
+def importances_of(plan: Plan, moments: dict[str, Moments]) -> dict[str, Floats]:
+    """Shares of the units of each group, from what the consumers were seen to take in, or else from the weights alone."""
+    variances = {path: m.variance for path, m in moments.items()}
+    return {g.name: g.structure.importance(g, variances) for g in plan.neurons}
+
+
+def watch_inputs(model: nn.Module, plan: Plan, batches: Iterable[Any]) -> dict[str, Moments]:
+    """Moments of what the consumers of all groups take in, in eval mode."""
+    watch = InputMoments(consumers(model, plan))
+    with evaluating(model):
+        for batch in batches:
+            model(*check_inputs(batch))
+    return watch.finish()
+
+
+def consumers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """The layers that read units of any group, by path."""
+    return {end.path: model.get_submodule(end.path) for g in plan.neurons for end in g.group.consumers}
+
+
 def compress(
     model: nn.Module,
-    structures: LowRank | Sequence[LowRank] | None = None,
+    structures: Structure | Sequence[Structure] | None = None,
     budget: Budget | None = None,
     *,
     energy: float | None = None,
@@ -382,7 +567,7 @@ def compress(
 
     Args:
         model: any module; on an error it is left as it was.
-        structures: what may be cut; None: `[LowRank()]`.
+        structures: what may be cut; None: `[LowRank(), Channels()]`, without example inputs `[LowRank()]`.
         budget: ranks are chosen together by the product rule (see `laconic.allocate`).
         energy: instead of a budget, the share of squared singular values that every layer keeps (per-layer rule).
         example_inputs: tuple of positional arguments; needed for MACs, timings and `max_abs_diff`.
@@ -394,10 +579,16 @@ def compress(
     """
     if (budget is None) == (energy is None):
         raise InvalidValueError("compress needs exactly one of budget=laconic.Budget(...) and energy=0.99")
-    plan = make_plan(model, check_structures(structures), example_inputs)
+    structures = check_structures(structures, example_inputs)
+    if any(isinstance(s, Entries) for s in structures):
+        raise InvalidValueError("Entries acts in training only: leave it out of compress")
+    plan = make_plan(model, structures, example_inputs)
     values = spectra(plan)
+    batches = list(calibration) if calibration is not None else None
+    moments = watch_inputs(model, plan, batches or [example_inputs]) if plan.neurons else {}
+    importances = importances_of(plan, moments)
     if budget is not None:
-        prepare(model, plan, values, budget, example_inputs)
+        prepare(model, plan, values, importances, budget, example_inputs)
 
     def choose(keep_dense: frozenset[str]) -> Ranks:
         if budget is not None:
@@ -405,8 +596,15 @@ def compress(
         assert energy is not None
         return {n: None if n in keep_dense else r for n, r in energy_ranks(plan, values, energy).items()}
 
-    ranks, times, notes = choose_ranks(model, plan, values, choose, only_faster, example_inputs)
-    result = cut_sites(model, plan, values, ranks, example_inputs=example_inputs, calibration=calibration)
+    with all_or_nothing(model, plan):
+        result = CutResult()
+        if budget is not None and plan.neurons:
+            kept, _ = shapes_for_budget(plan, values, importances, budget)
+            means = {path: m.mean for path, m in moments.items()}
+            result = slim_neurons(model, plan, importances, kept, example_inputs=example_inputs, means=means)
+            values = spectra(plan)
+        ranks, times, notes = choose_ranks(model, plan, values, choose, only_faster, example_inputs)
+        result.add(cut_sites(model, plan, values, ranks, example_inputs=example_inputs, calibration=batches))
     result.timings = times
     result.notes[:0] = notes
     return make_report(model, plan, result, example_inputs)

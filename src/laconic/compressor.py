@@ -8,6 +8,7 @@ One object, one file, and therefore a long one: the run, its end, and its resump
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import warnings
@@ -21,7 +22,21 @@ from torch import nn
 
 from .allocate import Floats, log_shares, numerical_rank
 from .budget import Budget, cost_weights, is_met, prepare, ranks_for_budget
-from .compaction import choose_ranks, cut_sites, energy_ranks, guarded, make_report, not_carried, replay_cuts, spectra
+from .compaction import (
+    all_or_nothing,
+    choose_ranks,
+    consumers,
+    cut_sites,
+    energy_ranks,
+    guarded,
+    importances_of,
+    make_report,
+    not_carried,
+    replay_cuts,
+    slim_neurons,
+    spectra,
+    watch_inputs,
+)
 from .costs import Ranks, present_costs
 from .distributed import agreed, bare, is_sharded, load_whole, reshard, world_size
 from .errors import (
@@ -34,7 +49,9 @@ from .errors import (
     OptimizerError,
     nearest,
 )
+from .matricize import Unfolding
 from .measure import check_inputs
+from .moments import InputMoments, Moments
 from .optimizers import (
     check_optimizers,
     check_parameters,
@@ -52,14 +69,18 @@ from .plan import check_structures, make_plan, use_unfoldings
 from .report import CompactReport, Snapshot
 from .schedule import Controller, Schedule
 from .state import VERSION, RunState
-from .structures import LowRank, Site
+from .structures import Channels, Entries, LowRank, Neurons, Site, Structure, Weight, shrink
+from .surgery.constants import dead_constants, fold
 from .timing import RankTimes, ShapeWatch, layer_times
+from .widths import choose_shapes
 
 ROUNDS = 16  # proximal steps in the phase of pressure, unless `every` is given
 # A layer is cut in mid-run once its pair takes at most this share of its time in training, and again whenever its rank
 # has fallen by a fifth. Where the time could not be measured: once it has this share of the break-even rank.
 FIRST_CUT = 0.9
 NEXT_CUT = 0.8
+# A group of neurons is slimmed in mid-run once it keeps at most this share of those it has.
+NEXT_SLIM = 0.9
 FIRST_CUT_UNMEASURED = 0.6
 
 
@@ -74,10 +95,10 @@ class Compressor:
         model: trained in place.
         optimizer: the optimizer, or a list of several. Hooked; for one without hooks call `compressor.step()` after
             each of its steps.
-        structures: what is compressed; None: `[LowRank()]`.
+        structures: what is compressed; None: `[LowRank(), Channels()]`, without example inputs `[LowRank()]`.
         budget: how much the result may cost.
         total_steps: optimizer steps of the whole run; needed with a budget.
-        example_inputs: tuple of positional arguments; needed for MACs and for the check of the outputs.
+        example_inputs: tuple of positional arguments; needed for MACs, for `Channels`, and for the check of the outputs.
         every: steps between proximal steps; None: 16 rounds until the network settles, or 20 steps without a budget.
         cut: `"early"` or `"end"` (at `compact()`); without a budget always at the end.
         rebuild: several processes and `cut="early"`: called with the bare model at the end of every optimizer step that
@@ -102,7 +123,7 @@ class Compressor:
         self,
         model: nn.Module,
         optimizer: Any,
-        structures: LowRank | Sequence[LowRank] | None = None,
+        structures: Structure | Sequence[Structure] | None = None,
         *,
         budget: Budget | None = None,
         total_steps: int | None = None,
@@ -114,7 +135,8 @@ class Compressor:
     ):
         if not isinstance(model, nn.Module):
             raise InvalidTypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        structures = check_structures(structures)
+        self.sharded = any(is_sharded(p) for p in model.parameters())
+        structures = check_structures(structures, example_inputs, self.sharded)
         _check_arguments(structures, budget, total_steps, every, cut, schedule)
         model = bare(model)
         optimizers = check_optimizers(optimizer)
@@ -131,31 +153,35 @@ class Compressor:
         self.example_inputs = check_inputs(example_inputs) if example_inputs is not None else None
         self.schedule = schedule or Schedule()
         self.rebuild = rebuild
-        self.sharded = any(is_sharded(p) for p in model.parameters())
         self.cut_early = cut == "early" and budget is not None
-        _check_processes(self.sharded, self.cut_early, budget, rebuild)
+        _check_processes(structures, self.sharded, self.cut_early, budget, rebuild)
         self.plan = make_plan(model, structures, example_inputs, trained)
         reshard(model)  # counting ran it forward
-        for site in self.plan.sites:
+        for site in self._pressed:
             if not site.finite:
                 raise NonFiniteError(f"{site.name} holds NaN or Inf before training: initialise or load the model again")
         start = spectra(self.plan)
         if budget is not None:
-            prepare(model, self.plan, start, budget, self.example_inputs)  # out of reach: said now, not at the end
+            importances = importances_of(self.plan, {})
+            prepare(model, self.plan, start, importances, budget, self.example_inputs)  # out of reach: said now, not at the end
         self.energy: float | None = None
         self.weights = cost_weights(self.plan, budget)
         self.state = RunState(
             steps=[0] * len(optimizers),
             every=every or self._interval(),
-            owed={s.name: 0.0 for s in self.plan.sites},
+            owed={x.name: 0.0 for x in self._pressed},
             controller=self._controller(),
             spectra_start={k: v.astype(np.float32) for k, v in start.items()},
         )
         self.plan.ranks = self.state.ranks
-        self._owner = {s.name: last_holder(optimizers, s.weights[0]) for s in self.plan.sites}
+        self._units = {g.name: g.kept for g in self.plan.neurons}
+        self._owner = {x.name: last_holder(optimizers, x.weights[0]) for x in self._pressed}
         self._parameters = named_by_identity(model)
         self._scaling: list[Any] = []
+        self._changed = False  # by this step, in mid-run
         self._watch: ShapeWatch | None = None
+        self._inputs: InputMoments | None = None
+        self._moments: dict[str, Moments] = {}
         self._report: CompactReport | None = None
         self._handles = [o.register_step_post_hook(partial(self._after_step, i)) for i, o in enumerate(optimizers) if has_hooks(o)]
         self._unhooked = [i for i, o in enumerate(optimizers) if not has_hooks(o)]
@@ -172,7 +198,7 @@ class Compressor:
 
     def _controller(self) -> Controller | None:
         """A controller, where a budget rules and no structure has a strength of its own."""
-        if self.budget is None or self.total_steps is None or any(s.structure.strength is not None for s in self.plan.sites):
+        if self.budget is None or self.total_steps is None or any(x.structure.strength is not None for x in self._pressed):
             return None
         # Half of the unit of the spectra over the whole phase of pressure, were the learning rate at its peak throughout.
         span = (self.settle - self.schedule.warmup) * self.total_steps
@@ -185,6 +211,11 @@ class Compressor:
         if self.budget is None:
             return max(1, min(20, self.total_steps // 50))
         return max(1, round((self.settle - self.schedule.warmup) * self.total_steps / ROUNDS))
+
+    @property
+    def _pressed(self) -> list[Weight | Site | Neurons]:
+        """Everything under a structure, in the order of the proximal steps: entries, ranks, then whole neurons."""
+        return [*self.plan.entries, *self.plan.sites, *self.plan.neurons]
 
     @property
     def settle(self) -> float:
@@ -225,9 +256,15 @@ class Compressor:
         round_done = index == len(self.optimizers) - 1
         if self.cut_early and round_done and state.shapes is None:
             self._watch_shapes()
-        if state.settled or (self.budget is not None and self.progress < self.schedule.warmup):
-            return
-        for site in self.plan.sites:
+        if not (state.settled or (self.budget is not None and self.progress < self.schedule.warmup)):
+            self._press(index, optimizer, round_done)
+        if round_done:
+            self._watch_inputs()
+
+    def _press(self, index: int, optimizer: Any, round_done: bool) -> None:
+        """After a step in the phase of pressure: note the rate; every so often a proximal step, and cuts."""
+        state = self.state
+        for site in self._pressed:
             # A weight without a gradient was not moved by this step. Rates are read now: a scheduler may change them next.
             weight = site.weights[0]
             if weight.grad is not None and weight.requires_grad and holds(optimizer, weight):
@@ -235,60 +272,82 @@ class Compressor:
         settle_now = self.cut_early and round_done and self.progress >= self.schedule.settle
         due = state.steps[index] % state.every == 0
         if due or settle_now:
-            self._prox([s for s in self.plan.sites if settle_now or self._owner[s.name] is optimizer])
+            self._prox([x for x in self._pressed if settle_now or self._owner[x.name] is optimizer])
         if settle_now:
             self._settle()
         elif due and round_done and self.cut_early:
             self._shrink()
+        if self._changed and self.rebuild is not None:
+            self.rebuild(self.model)
+        self._changed = False
 
     @property
     def progress(self) -> float:
         """Share of `total_steps` done; 0 where it is not known."""
         return self.steps / self.total_steps if self.total_steps else 0.0
 
-    def strength(self, site: Site) -> float:
+    def _watch_inputs(self) -> None:
+        """See what the consumers of the neurons take in during the step that the next proximal step follows."""
+        if self.budget is None or not self.plan.neurons or self.state.settled or self._inputs is not None:
+            return
+        settles = self.cut_early and (self.steps + 1) / (self.total_steps or 1) >= self.schedule.settle
+        if settles or (self.steps + 1) % self.state.every == 0:
+            self._inputs = InputMoments(consumers(self.model, self.plan))
+
+    def strength(self, site: Weight | Site | Neurons) -> float:
         """The strength that holds for a weight now: its structure's own, or the controller's times the weight of its cost."""
         if site.structure.strength is not None:
             return site.structure.strength
         assert self.state.controller is not None
         return self.state.controller.strength * self.weights[site.name]
 
-    def _prox(self, sites: Sequence[Site]) -> None:
+    def _prox(self, sites: Sequence[Weight | Site | Neurons]) -> None:
         if not sites:  # the step of an optimizer that holds none of the weights: steering is once per round
             return
         state = self.state
-        check_parameters(self.model, self._parameters, self.optimizers, [w for s in self.plan.sites for w in s.weights])
+        check_parameters(self.model, self._parameters, self.optimizers, [w for x in self._pressed for w in x.weights])
+        if self._inputs is not None:
+            self._moments, self._inputs = self._inputs.finish(), None
         for site in sites:
             owed, state.owed[site.name] = state.owed[site.name], 0.0
             tau = self.strength(site) * owed
             if tau == 0 or not site.weights[0].requires_grad:
                 continue
             try:
-                result = site.structure.shrink(site, tau)
+                result = shrink(site, tau)
             except NonFiniteError as error:
                 state.owed[site.name] = owed
                 gradients = [w.grad for w in site.weights if w.grad is not None]
                 bad = any(not bool(torch.isfinite(g).all()) for g in gradients)
                 where = "its gradient holds them too" if bad else "its last gradient was finite"
                 raise NonFiniteError(f"{error} ({where}; optimizer step {self.steps})") from None
-            state.values[site.name] = result.values.numpy()
             state.ranks[site.name] = result.rank
-            state.solvers[site.name] = result.solver
+            if isinstance(site, Site):
+                state.values[site.name] = result.values.numpy()
+                state.solvers[site.name] = result.solver
             state.failures += [f"step {self.steps}, {site.name}: {line}" for line in result.failures]
+        if self.budget is not None:
+            state.importances = importances_of(self.plan, self._moments)
         gap = self.gap()
         if state.controller is not None and math.isfinite(gap):
             way = (self.progress - self.schedule.warmup) / (self.settle - self.schedule.warmup)
             state.controller.update(min(way, 1.0), gap)
-        state.remember(sum(self.strength(s) for s in self.plan.sites) / len(self.plan.sites), gap)
+        state.remember(sum(self.strength(x) for x in self._pressed) / len(self._pressed), gap)
 
     @property
     def _spectra_known(self) -> bool:
-        return len(self.state.values) == len(self.plan.sites)
+        state = self.state
+        return len(state.values) == len(self.plan.sites) and len(state.importances) == len(self.plan.neurons)
 
     def gap(self) -> float:
         """What a cut to the budget would lose now (see `Controller`), from the spectra of the last proximal step."""
         if self.budget is None or not self._spectra_known:
             return math.nan
+        if self.plan.neurons:
+            walk = choose_shapes(
+                self.plan, self.state.values, self.state.importances, self.budget.currencies, self.budget.limits(self.plan)
+            )
+            return -walk.gain() / len(self._pressed)
         ranks = ranks_for_budget(self.plan, self.state.values, self.budget)
         kept = [log_shares(self.state.values[name])[rank - 1] for name, rank in ranks.items() if rank is not None]
         return -float(np.sum(kept)) / len(ranks)
@@ -304,12 +363,56 @@ class Compressor:
         way = self.schedule.way(self.progress)
         dense = frozenset(not_carried(self.plan, self.optimizers))
         try:
+            if self.plan.neurons:
+                self._slim(way, dense, NEXT_SLIM)
             ranks = ranks_for_budget(self.plan, self.state.values, self.budget, dense, way)
         except InfeasibleBudgetError:  # only without the layers whose state cannot be carried: wait for the end
             return
         due = {s.name: rank if (rank := ranks[s.name]) is not None and self._pays(s, rank) else s.rank for s in self.plan.sites}
         if any(due[s.name] != s.rank for s in self.plan.sites):
             self._cut_in_mid_run(self.state.values, due)
+
+    def _slim(self, way: float, dense: frozenset[str], pays: float) -> None:
+        """Take out the neurons that the interim budget leaves no place for, of groups that shrink to this share or below."""
+        assert self.budget is not None
+        state = self.state
+        limits = self.budget.limits(self.plan, way)
+        walk = choose_shapes(self.plan, state.values, state.importances, self.budget.currencies, limits, dense)
+        kept = walk.kept()
+        kept = {g.name: kept[g.name] for g in self.plan.neurons if len(kept[g.name]) <= pays * len(g.kept)}
+        before = {s.name: s.unfolding for s in self.plan.sites}
+        result = slim_neurons(
+            self.model, self.plan, state.importances, kept, example_inputs=self.example_inputs, optimizers=self.optimizers,
+            means={path: m.mean for path, m in self._moments.items()},
+        )  # fmt: skip
+        if not result.kept:
+            return
+        for group in self.plan.neurons:
+            if group.name in result.kept:
+                share = state.importances[group.name][np.isin(self._units[group.name], group.kept)]
+                state.importances[group.name] = share / max(share.sum(), math.ulp(0.0))
+                state.ranks[group.name] = min(state.ranks.get(group.name, len(share)), len(share))
+        self._units = {g.name: g.kept for g in self.plan.neurons}
+        for site in self.plan.sites:
+            if site.unfolding != before[site.name]:
+                state.values[site.name] = site.structure.values(site).numpy()
+                self._resize_times(site, before[site.name])
+        self._moments = {}
+        self._parameters = named_by_identity(self.model)
+        self._scale(state.gradient_scales)  # on the new parameters
+        state.cuts.add(result)
+        self._changed = True
+
+    def _resize_times(self, site: Site, before: Unfolding) -> None:
+        """A layer with fewer channels: times that were measured are scaled, one that will be is measured for fewer."""
+        state, now = self.state, site.unfolding
+        if site.name in state.step_times:
+            scaled = state.step_times[site.name].scaled(now.dense_params / before.dense_params, now.unit_params / before.unit_params)
+            state.step_times[site.name] = scaled
+        elif state.shapes is not None and site.name in state.shapes:
+            shape = list(state.shapes[site.name])
+            shape[len(shape) + 1 - len(now.shape)] = now.sides[1]
+            state.shapes[site.name] = tuple(shape)
 
     def _pays(self, site: Site, rank: int) -> bool:
         """Is a cut to this rank worth the disturbance in mid-run? See FIRST_CUT."""
@@ -338,6 +441,10 @@ class Compressor:
         self.state.settled = True
         values = spectra(self.plan)
         kept = not_carried(self.plan, self.optimizers)
+        if self.plan.neurons:
+            self.state.values = values
+            self._slim(1.0, frozenset(kept), 1.0)
+            values = spectra(self.plan)
         try:
             ranks = ranks_for_budget(self.plan, values, self.budget, frozenset(kept))
         except InfeasibleBudgetError:  # what must wait for the end is cut deep there; the rest as planned for all
@@ -347,8 +454,7 @@ class Compressor:
     def _cut_in_mid_run(self, values: dict[str, Floats], ranks: Ranks) -> None:
         self._cut(values, ranks)
         self._scale(gradient_scales(self.plan.sites, values, self.optimizers))
-        if self.rebuild is not None:
-            self.rebuild(self.model)
+        self._changed = True
 
     def _scale(self, scales: Scales) -> None:
         """From the next step on, gradients of the pairs are scaled so."""
@@ -412,28 +518,37 @@ class Compressor:
             if calibration is not None:
                 notes.append("calibration had no effect: the model trained on after the cut")
         else:
-            unpaid = [(s, [w.detach().clone() for w in s.weights], owed) for s in self.plan.sites if (owed := self.state.owed[s.name]) > 0]
+            saved = copy.deepcopy(self.state)
             try:
-                self._prox([s for s, _, _ in unpaid])
-                values = spectra(self.plan)
-                kept = not_carried(self.plan, self.optimizers)
-                choose = partial(self._choose, values, energy, frozenset(kept))
-                ranks, times, more = choose_ranks(self.model, self.plan, values, choose, only_faster, self.example_inputs)
-                notes += [
-                    f"{name} stays dense: {reason}"
-                    if ranks[name] is None
-                    else f"{name} was trained dense to the end, and cut then because the budget needs it: {reason}"
-                    for name, reason in kept.items()
-                ]
-                self._cut(values, ranks, calibration, more)
-                self.state.cuts.timings |= times
+                with all_or_nothing(self.model, self.plan, self.optimizers):
+                    self._prox([x for x in self._pressed if self.state.owed[x.name] > 0])
+                    values = spectra(self.plan)
+                    kept = not_carried(self.plan, self.optimizers)
+                    if self.plan.neurons:
+                        self._slim_at_the_end(values)
+                        values = spectra(self.plan)
+                    choose = partial(self._choose, values, energy, frozenset(kept))
+                    ranks, times, more = choose_ranks(self.model, self.plan, values, choose, only_faster, self.example_inputs)
+                    notes += [
+                        f"{name} stays dense: {reason}"
+                        if ranks[name] is None
+                        else f"{name} was trained dense to the end, and cut then because the budget needs it: {reason}"
+                        for name, reason in kept.items()
+                    ]
+                    self._cut(values, ranks, calibration, more)
+                    self.state.cuts.timings |= times
             except BaseException:
-                for site, weights, owed in unpaid:
-                    self.state.owed[site.name] = owed
-                    for weight, before in zip(site.weights, weights, strict=True):
-                        weight.data.copy_(before)
+                self.state, self.plan.ranks = saved, saved.ranks
+                self._units = {g.name: g.kept for g in self.plan.neurons}
+                self._parameters = named_by_identity(self.model)
                 raise
             self.state.settled = True
+        zeros = [
+            (x.path, float((x.structure.values(x) == 0).double().mean()))
+            for x in self.plan.entries
+            if x.path in dict(self.model.named_parameters())
+        ]
+        notes += [f"{path}: {share:.1%} of the entries are zero, which saves storage at most" for path, share in zeros]
         self.state.cuts.notes += [*notes, *self._scale_notes(), *self._solver_notes()]
         self.detach()
         self._report = make_report(
@@ -446,17 +561,37 @@ class Compressor:
         )
         return self._report
 
+    def _slim_at_the_end(self, values: dict[str, Floats]) -> None:
+        """To the budget; without one, the neurons whose rows are zero."""
+        state = self.state
+        if self.budget is not None:
+            state.values = values
+            self._moments = watch_inputs(self.model, self.plan, [self.example_inputs])
+            state.importances = importances_of(self.plan, self._moments)
+            self._slim(1.0, frozenset(), 1.0)
+            return
+        groups = [g.group for g in self.plan.neurons]
+        dead = dead_constants(self.model, groups, self.example_inputs)
+        fold(self.model, groups, dead)
+        gone = {name: found.units for name, found in dead.items()}
+        kept = {g.name: [u for u in g.kept.tolist() if u not in gone.get(g.name, ())] or g.kept[:1].tolist() for g in self.plan.neurons}
+        alive = {g.name: np.isin(g.kept, kept[g.name]).astype(np.float64) for g in self.plan.neurons}
+        state.cuts.add(slim_neurons(self.model, self.plan, alive, kept, example_inputs=self.example_inputs, optimizers=self.optimizers))
+        state.cuts.notes += [
+            f"{name}: unit {unit} is dead, but stays: {why}" for name, found in dead.items() for unit, why in found.stays.items()
+        ]
+
     def _move(self, into: nn.Module) -> None:
         """Go on with a fresh dense model that has the trained weights."""
         if any(s.rank is not None for s in self.plan.sites):
             raise InvalidValueError("into=: layers were cut in mid-run, so that the model itself is the result: compact() without into")
         reshard(self.model)
-        self._prox([s for s in self.plan.sites if self.state.owed[s.name] > 0])
+        self._prox([x for x in self._pressed if self.state.owed[x.name] > 0])
         try:
             load_whole(into, self.model)
         except RuntimeError as error:
             raise InvalidValueError(f"into=: not of the class of the trained model: {' '.join(str(error).split())[:300]}") from None
-        structures = list({id(s.structure): s.structure for s in self.plan.sites}.values())
+        structures = list({id(x.structure): x.structure for x in self._pressed}.values())
         plan = make_plan(into, structures, self.example_inputs)
         chosen = {s.name: s.unfolding.name for s in self.plan.sites}
         plan.sites = [s for s in plan.sites if s.name in chosen]
@@ -512,15 +647,19 @@ class Compressor:
         if self._watch is not None:
             self._watch.finish()
             self._watch = None
+        if self._inputs is not None:
+            self._inputs.finish()
+            self._inputs = None
 
     def metrics(self) -> dict[str, float]:
         """A flat dict for any logger: step, strength, ranks, and the share of parameters that these ranks would leave."""
         sites = self.plan.sites
         ranks = {s.name: self.plan.ranks.get(s.name, s.unfolding.full_rank) for s in sites}
+        units = {g.name: len(g.kept) for g in self.plan.neurons}
         left = present_costs(self.plan, ["params"], {s.name: r if (r := ranks[s.name]) <= s.break_even else None for s in sites})[0]
         flat = {
             "laconic/step": float(self.steps),
-            "laconic/strength": sum(self.strength(s) for s in sites) / len(sites),
+            "laconic/strength": sum(self.strength(x) for x in self._pressed) / len(self._pressed),
             "laconic/params_fraction": float(left) / self.plan.params,
             "laconic/cuts": float(sum(s.rank is not None for s in sites)),
             "laconic/settled": float(self.state.settled),
@@ -528,7 +667,8 @@ class Compressor:
         }
         if self.state.controller is not None and not self.state.settled and self._spectra_known:
             flat["laconic/gap"] = self.gap()
-        return flat | {f"laconic/rank/{name}": float(rank) for name, rank in ranks.items()}
+        flat |= {f"laconic/rank/{name}": float(rank) for name, rank in ranks.items()}
+        return flat | {f"laconic/units/{name}": float(count) for name, count in units.items()}
 
     # ---- resume -------------------------------------------------------------------------------------------------
 
@@ -536,7 +676,7 @@ class Compressor:
         """Everything a resumed run needs besides the model's and the optimizer's own state; plain tensors and numbers."""
         return {
             "version": VERSION,
-            "names": [s.name for s in self.plan.sites],
+            "names": [x.name for x in self._pressed],
             "settings": self._settings(),
             "unfoldings": {s.name: s.unfolding.name for s in self.plan.sites},
             "measured": {
@@ -554,7 +694,7 @@ class Compressor:
             "budget": dataclasses.asdict(self.budget) if self.budget is not None else None,
             "schedule": dataclasses.asdict(self.schedule),
             "cut": "early" if self.cut_early else "end",
-            "structures": [repr(s.structure) for s in self.plan.sites],
+            "structures": [repr(x.structure) for x in self._pressed],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -567,7 +707,7 @@ class Compressor:
         version = state.get("version")
         if version != VERSION:
             raise CheckpointError(f"compressor state has format version {version!r}; this laconic reads {VERSION}")
-        names = [s.name for s in self.plan.sites]
+        names = [x.name for x in self._pressed]
         if state["names"] != names:
             differing = sorted(set(names) ^ set(state["names"]))
             raise CheckpointError(
@@ -580,7 +720,7 @@ class Compressor:
         run = RunState.from_state(state["run"])
         if len(run.steps) != len(self.optimizers):
             raise CheckpointError(f"compressor state has {len(run.steps)} optimizers, this one {len(self.optimizers)}")
-        if any(s.rank is not None for s in self.plan.sites):
+        if any(s.rank is not None for s in self.plan.sites) or any(len(g.kept) < g.group.units for g in self.plan.neurons):
             raise CheckpointError("this compressor has made cuts already: load the state into a fresh one, on a fresh dense model")
         if self._watch is not None:
             self._watch.finish()
@@ -594,16 +734,20 @@ class Compressor:
         self.weights = cost_weights(self.plan, self.budget)
         self.state = run
         self.plan.ranks = run.ranks
-        replay_cuts(self.model, self.plan, run.cuts.ranks, self.optimizers)
+        replay_cuts(self.model, self.plan, run.cuts.kept, run.cuts.ranks, self.optimizers)
+        self._units = {g.name: g.kept for g in self.plan.neurons}
+        self._watch_inputs()
         self._scaling = scale_gradients(self.plan.sites, run.gradient_scales)
         self._parameters = named_by_identity(self.model)
 
 
-def _check_processes(sharded: bool, cut_early: bool, budget: Budget | None, rebuild: Any) -> None:
+def _check_processes(structures: Sequence[Structure], sharded: bool, cut_early: bool, budget: Budget | None, rebuild: Any) -> None:
     if sharded and cut_early:
         raise InvalidValueError(
             'a sharded model (FSDP2) cannot be cut in mid-run: cut="end", and compact(into=MyNet()) when training is over'
         )
+    if sharded and any(isinstance(s, Channels) for s in structures):
+        raise InvalidValueError("a sharded model (FSDP2) cannot lose neurons: structures=[laconic.LowRank()]")
     if sharded and budget is not None and "latency" in budget.currencies:
         raise InvalidValueError("a sharded model (FSDP2) cannot be timed as it will be served: give the budget in params or macs")
     if world_size() > 1 and cut_early and rebuild is None:
@@ -614,13 +758,15 @@ def _check_processes(sharded: bool, cut_early: bool, budget: Budget | None, rebu
         raise InvalidTypeError(f"rebuild = {rebuild!r}: expected a function of the bare model")
 
 
-def _check_arguments(structures: Sequence[LowRank], budget: Any, total_steps: Any, every: Any, cut: Any, schedule: Any) -> None:
+def _check_arguments(structures: Sequence[Structure], budget: Any, total_steps: Any, every: Any, cut: Any, schedule: Any) -> None:
     if budget is None and any(s.strength is None for s in structures):
         raise InvalidValueError(
             "Compressor needs a budget=laconic.Budget(params=0.25) (with total_steps=), or structures=[laconic.LowRank(strength=...)]"
         )
     if budget is not None and not isinstance(budget, Budget):
         raise InvalidTypeError(f"budget = {budget!r}: expected laconic.Budget(params=0.25)")
+    if budget is not None and any(isinstance(s, Entries) for s in structures):
+        raise InvalidValueError("Entries and a budget: zeros among the entries save nothing that a budget counts; leave one of them out")
     if budget is not None and total_steps is None:
         raise InvalidValueError("a budget needs total_steps= (epochs x steps per epoch), to know when to press and when to cut")
     for name, value in (("total_steps", total_steps), ("every", every)):

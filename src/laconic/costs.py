@@ -20,7 +20,8 @@ from .distributed import agreed
 from .errors import InvalidValueError
 from .measure import input_shapes, measure_latency
 from .plan import Plan
-from .structures import Site
+from .structures import Site, WideLayer
+from .surgery.channels import slim, width
 from .surgery.factorize import empty_pair, finish_pair
 from .surgery.record import put
 from .timing import added, layer_times
@@ -119,6 +120,28 @@ def present_costs(plan: Plan, names: Sequence[str], ranks: Ranks | None = None) 
     return total
 
 
+def layer_cost(layer: WideLayer, out: int, taken: int, rank: int | None, names: Sequence[str]) -> Floats:
+    """What a layer would cost with these numbers of channels, at this rank (None: dense).
+
+    Parameters and MACs exactly; a time is taken to change as the parameters do.
+    """
+    params, macs, ms = layer.params_at(out, taken), layer.macs_at(out, taken), 0.0
+    site = layer.site
+    if site is not None:
+        u, (first, second) = site.unfolding, site.unfolding.unit_parts
+        one, two = first / layer.taken * taken, second / layer.out * out  # of a unit of rank
+        pairs = u.dense_params / (layer.out * layer.taken) * out * taken
+        at_dense, at_first, at_second = site.positions or (0, 0, 0)
+        if rank is None:
+            params, macs = params + pairs, macs + at_dense * pairs
+            ms = site.times.dense * pairs / u.dense_params if site.times is not None else 0.0
+        else:
+            params, macs = params + rank * (one + two), macs + rank * (at_first * one + at_second * two)
+            ms = site.times.at(rank) * (one + two) / (first + second) if site.times is not None else 0.0
+    amounts = {"params": params, "macs": macs, "latency": ms}
+    return np.array([amounts[name] for name in names], dtype=np.float64)
+
+
 def measure_times(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], seconds: float = 0.3) -> None:
     """Fill in the latency of the model, the table of each site, and what is left for everything else."""
     shapes = input_shapes(model, [m for s in plan.sites for m in s.modules], inputs)
@@ -138,20 +161,30 @@ def measure_times(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], seconds
     plan.fixed_ms = max(plan.latency_ms - alone, 0.0)
 
 
-def correct_times(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], ranks: Ranks, seconds: float = 0.3) -> bool:
-    """Measure the model cut to these ranks, and move `plan.fixed_ms` so that the tables agree; True if it moved by over 1 %."""
+def correct_times(
+    model: nn.Module, plan: Plan, inputs: tuple[Any, ...], kept: dict[str, list[int]], ranks: Ranks, seconds: float = 0.3
+) -> bool:
+    """Measure the dense model cut to these units and ranks, and move `plan.fixed_ms` so that the tables agree; True if it moved by over 1 %."""
     cut = copy.deepcopy(model)
+    slim(cut, [g.group for g in plan.neurons], kept)
+    expected = present_costs(plan, ["latency"], ranks)[0]
+    for layer in plan.layers if kept else ():
+        module, rank = cut.get_submodule(layer.path), ranks[layer.site.name] if layer.site is not None else None
+        slimmed = layer_cost(layer, width(module, "out"), width(module, "in") if layer.site else layer.taken, rank, ["latency"])
+        expected += (slimmed - layer_cost(layer, layer.out, layer.taken, rank, ["latency"]))[0]
     for site in plan.sites:
         rank = ranks[site.name]
-        for module, paths in zip(site.modules, site.paths, strict=True):
-            if rank is None:
-                continue
-            pair = finish_pair(empty_pair(module, site.unfolding, rank), module, site.unfolding, rank)
+        if rank is None:
+            continue
+        for paths in site.paths:
+            module = cut.get_submodule(paths[0])
+            unfolding = site.unfolding.resized(width(module, "out"), width(module, "in"))
+            pair = finish_pair(empty_pair(module, unfolding, rank), module, unfolding, rank)
             for parameter in pair.parameters():
                 parameter.data = torch.full_like(parameter, 0.01)
             for path in paths:
                 put(cut, path, pair)
     measured = agreed(lambda: measure_latency(cut, inputs, seconds).median_ms)
-    off = measured - float(present_costs(plan, ["latency"], ranks)[0])
+    off = measured - float(expected)
     plan.fixed_ms = _known(plan.fixed_ms) + off
     return abs(off) > 0.01 * _known(plan.latency_ms)

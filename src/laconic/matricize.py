@@ -18,7 +18,7 @@ spellings `out,in*kh*kw` and `out*kh,in*kw` of the literature are accepted where
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,7 +83,24 @@ class Unfolding:
     @property
     def unit_params(self) -> int:
         """Parameters that one unit of rank costs in factored form (all groups together)."""
-        return self.groups * (self.m + self.n)
+        return sum(self.unit_parts)
+
+    @property
+    def unit_parts(self) -> tuple[int, int]:
+        """What of `unit_params` is in the first layer and what in the second."""
+        left, right = self.groups * self.m, self.groups * self.n
+        return (left, right) if self.name in ("in,out", "in,out*k") else (right, left)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """How many channels the layer puts out and takes in."""
+        first, second = self.shape[0], self.shape[1] * self.groups
+        return (second, first) if self.name in ("in,out", "in,out*k") else (first, second)
+
+    def resized(self, out: int, taken: int) -> Unfolding:
+        """The unfolding of the same layer with other numbers of channels."""
+        first, second = (taken, out) if self.name in ("in,out", "in,out*k") else (out, taken)
+        return replace(self, shape=(first, second // self.groups, *self.shape[2:]))
 
     def unfold(self, weight: Tensor) -> Tensor:
         """`[groups, m, n]`; a view where the strides allow it."""
@@ -97,6 +114,14 @@ class Unfolding:
         split = self.split_shape
         inverse = [axes.index(a) for a in range(len(axes))]
         return matrix.reshape([split[a] for a in axes]).permute(inverse).reshape(self.shape)
+
+
+def unfolding_named(name: str, shape: tuple[int, ...], groups: int = 1) -> Unfolding:
+    """The unfolding of a weight by its name in the table above."""
+    kernel = tuple(range(3, len(shape) + 1))
+    if name == "out*k,in":
+        return Unfolding(name, shape, groups, (1, kernel[0]), (2, *kernel[1:]))
+    return Unfolding(name, shape, groups, (1,), (2, *kernel))
 
 
 def is_hf_conv1d(module: Layer) -> bool:
@@ -115,19 +140,17 @@ def unfoldings(module: Layer) -> list[Unfolding]:
     shape = tuple(weight.shape)
     forward = type(module).forward
     if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
-        return [Unfolding("out,in", shape, 1, (1,), (2,))]
+        return [unfolding_named("out,in", shape)]
     if is_hf_conv1d(module):
-        return [Unfolding("in,out", shape, 1, (1,), (2,))]
-    kernel = tuple(range(3, len(shape) + 1))
+        return [unfolding_named("in,out", shape)]
     for transposed in TRANSPOSED_CONVS:
         if isinstance(module, transposed) and forward is transposed.forward:
-            return [Unfolding("in,out*k", shape, module.groups, (1,), (2, *kernel))]
+            return [unfolding_named("in,out*k", shape, module.groups)]
     for base in CONVS:
         if isinstance(module, base) and forward is base.forward and type(module)._conv_forward is base._conv_forward:
-            by_channel = Unfolding("out,in*k", shape, module.groups, (1,), (2, *kernel))
-            by_space = Unfolding("out*k,in", shape, module.groups, (1, kernel[0]), (2, *kernel[1:]))
             pointwise = math.prod(shape[2:]) == 1
-            return [by_channel] if pointwise else [by_channel, by_space]
+            names = ("out,in*k",) if pointwise else ("out,in*k", "out*k,in")
+            return [unfolding_named(name, shape, module.groups) for name in names]
     return []
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +17,14 @@ from .checkpoint import load_weights
 from .compaction import compress
 from .compressor import Compressor
 from .data import Dataset
+from .errors import RecipeError, missing_extra, nearest
+from .measure import count_params, evaluating
 from .models import ConvNet, thin_widths
 from .penalties import LogSum
 from .recipe import Recipe
 from .report import CompactReport
 from .schedule import Schedule
-from .structures import LowRank
+from .structures import Channels, LowRank, Structure
 from .training import Curve, Report, Restart, fit, make_optimizer, steps_per_epoch
 
 
@@ -115,7 +119,7 @@ def compressor_for(
     return Compressor(
         model,
         optimizer,
-        [LowRank(penalty=LogSum(recipe.penalty_epsilon), strength=recipe.strength or None, matricization=recipe.matricization)],
+        structures_of(recipe),
         budget=budget or Budget(params=recipe.params),
         total_steps=recipe.epochs * steps_per_epoch(data, recipe),
         example_inputs=example(data),
@@ -124,9 +128,75 @@ def compressor_for(
     )
 
 
+def structures_of(recipe: Recipe) -> list[Structure]:
+    """What the recipe lets laconic use."""
+    options: dict[str, Any] = {"penalty": LogSum(recipe.penalty_epsilon), "strength": recipe.strength or None}
+    known: dict[str, Callable[[], Structure]] = {
+        "low-rank": lambda: LowRank(matricization=recipe.matricization, **options),
+        "channels": lambda: Channels(**options),
+    }
+    for name in recipe.structures:
+        if name not in known:
+            raise RecipeError(f"recipe: structures = {name!r} is unknown{nearest(name, known)}")
+    return [known[name]() for name in recipe.structures]
+
+
+def low_rank(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
+    """laconic with ranks alone."""
+    return laconic(data, dataclasses.replace(recipe, structures=("low-rank",)), seed, report, restart)
+
+
+def channels(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
+    """laconic with neurons alone."""
+    return laconic(data, dataclasses.replace(recipe, structures=("channels",)), seed, report, restart)
+
+
 def late(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
     """As laconic, but dense to the end under pressure, and cut last; BatchNorm re-estimated, no training after it."""
     return laconic(data, dataclasses.replace(recipe, settle=1.0), seed, report, restart)
+
+
+def torch_pruning(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
+    """Torch-Pruning's GroupNormPruner (DepGraph, CVPR 2023), as its examples use it: sparse learning (regularised gradients)
+    in the first half of the run, then global pruning to the budget by group norms, then fine-tuning in the second half.
+
+    A pruned parameter is a new one, so the optimizer goes on without a state. It cannot resume: the run starts afresh.
+    """
+    try:
+        import torch_pruning as tp
+    except ImportError:
+        raise missing_extra("torch-pruning", "rivals", "the method torch-pruning") from None
+    del restart
+    model = build(data, recipe, seed)
+    optimizer = make_optimizer(model, recipe)
+    limit = int(recipe.params * count_params(model))
+    half = recipe.epochs * steps_per_epoch(data, recipe) // 2
+    with evaluating(model), torch.enable_grad():
+        pruner = tp.pruner.GroupNormPruner(
+            model, example(data)[0], importance=tp.importance.GroupMagnitudeImportance(p=2), reg=recipe.torch_pruning_reg, global_pruning=True,
+            pruning_ratio=1.0, max_pruning_ratio=0.95, iterative_steps=400, ignored_layers=[model.head],
+            in_channel_groups={}, out_channel_groups={}, num_heads={},
+        )  # fmt: skip
+    begun, done = itertools.count(1), itertools.count(1)
+
+    def press(*_: Any) -> None:
+        if next(begun) <= half:
+            pruner.regularize(model)
+
+    def prune(*_: Any) -> None:
+        if next(done) != half:
+            return
+        while count_params(model) > limit:
+            pruner.step()
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer.state.clear()
+        for group, fresh in zip(optimizer.param_groups, make_optimizer(model, recipe).param_groups, strict=True):
+            group["params"] = fresh["params"]
+
+    optimizer.register_step_pre_hook(press)
+    optimizer.register_step_post_hook(prune)
+    curve = fit(model, data, recipe, seed, optimizer, report=report)
+    return Trained(model, curve, notes=[f"torch-pruning {tp.__version__}, reg {recipe.torch_pruning_reg}, pruned at step {half}"])
 
 
 METHODS: dict[str, Callable[..., Trained]] = {
@@ -135,5 +205,8 @@ METHODS: dict[str, Callable[..., Trained]] = {
     "thin": thin,
     "thin-long": thin_long,
     "late": late,
+    "torch-pruning": torch_pruning,
+    "low-rank": low_rank,
+    "channels": channels,
     "laconic": laconic,
 }

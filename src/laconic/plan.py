@@ -13,16 +13,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .distributed import full, is_sharded, own_class
 from .errors import InvalidTypeError, InvalidValueError, NothingToCompressError, PatternError
+from .graph import find_groups
 from .matricize import choose_unfolding, unfoldings
 from .measure import check_inputs, count_macs, count_params, input_shapes, layer_macs
-from .structures import LowRank, Site
-from .surgery.factorize import empty_pair
+from .structures import Channels, Entries, LowRank, Neurons, Site, Structure, Weight, WideLayer
+from .surgery.channels import width
+from .surgery.factorize import MARK, empty_pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +42,16 @@ class Plan:
     """What laconic will do with a model.
 
     Attributes:
-        sites: weights under a structure.
-        left_alone: every other weight with two or more dimensions, with the reason.
+        sites: weights under `LowRank`.
+        neurons: groups of neurons under `Channels`.
+        layers: every layer whose cost changes with the number of neurons.
+        whole: why the neurons of the other layers all stay, by layer.
+        entries: weights under `Entries`.
+        left_alone: every weight with two or more dimensions that no structure acts on, with the reason.
         params: parameters of the dense model (biases, norms and all).
         macs: multiply-accumulates on the example inputs; None without.
         ranks: current rank of each site, by name; filled in as spectra become known.
+        notes: what else there is to say.
         latency_ms: of the dense model on the example inputs; fixed_ms: what of it is not the sites'. None unless a budget
             in milliseconds asks for it.
     """
@@ -55,16 +63,24 @@ class Plan:
     ranks: dict[str, int] = field(default_factory=dict)
     latency_ms: float | None = None
     fixed_ms: float | None = None
+    neurons: list[Neurons] = field(default_factory=list)
+    layers: list[WideLayer] = field(default_factory=list)
+    whole: dict[str, str] = field(default_factory=dict)
+    entries: list[Weight] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def fixed_params(self) -> int:
-        """Parameters that no structure can remove."""
-        return self.params - sum(s.unfolding.dense_params for s in self.sites)
+        """Parameters that are under no site, of the layers as wide as they are now."""
+        gone = sum(x.params_at(*x.dense) - x.params_at(x.out, x.taken) for x in self.layers)
+        return self.params - sum(s.whole.dense_params for s in self.sites) - round(gone)
 
     @property
     def fixed_macs(self) -> int:
         assert self.macs is not None
-        return self.macs - sum(s.dense_macs or 0 for s in self.sites)
+        gone = sum(x.macs_at(*x.dense) - x.macs_at(x.out, x.taken) for x in self.layers)
+        sites = sum(s.positions[0] * s.whole.dense_params for s in self.sites if s.positions is not None)
+        return self.macs - sites - round(gone)
 
     def rows(self) -> list[tuple[str, str, str, str, str, str]]:
         """One row per weight: name, structure, shape, matrix, rank (now / break-even), parameters or the reason."""
@@ -76,6 +92,11 @@ class Plan:
             cost = f"{u.dense_params} ({u.unit_params} a unit of rank)"
             rows.append((s.name, f"{type(s.structure).__name__} {u.name}", str(list(u.shape)), matrix, rank, cost))
         rows += [(x.name, "left dense", str(list(x.shape)), "", "", x.reason) for x in self.left_alone]
+        rows += [(x.path, "Entries", str(list(x.weights[0].shape)), "", "", "zeros save nothing by themselves") for x in self.entries]
+        for g in self.neurons:
+            readers = ", ".join(dict.fromkeys(end.path for end in g.group.consumers))
+            rows.append((g.name, "Channels", "", f"{g.group.units} units", f"{len(g.kept)} left", f"read by {readers}"))
+        rows += [(path, "all units stay", "", "", "", reason) for path, reason in self.whole.items()]
         return rows
 
     def __str__(self) -> str:
@@ -84,19 +105,20 @@ class Plan:
         widths = [max(len(row[i]) for row in table) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
         total = f"{self.params} parameters, {self.fixed_params} of them out of reach"
-        return "\n".join([*lines, total + (f"; {self.macs} MACs" if self.macs is not None else "")])
+        return "\n".join([*lines, total + (f"; {self.macs} MACs" if self.macs is not None else ""), *self.notes])
 
 
-def check_structures(structures: Any) -> list[LowRank]:
-    """The structures as a list; None means `[LowRank()]`."""
+def check_structures(structures: Any, example_inputs: Any, sharded: bool = False) -> list[Structure]:
+    """The structures as a list. None means `[LowRank(), Channels()]`, or, where there are no example inputs to find out
+    with what is tied to a neuron, `[LowRank()]` (the plan says so)."""
     if structures is None:
-        return [LowRank()]
-    if isinstance(structures, LowRank):
+        return [LowRank()] if example_inputs is None or sharded else [LowRank(), Channels()]
+    if isinstance(structures, Structure):
         return [structures]
     structures = list(structures)
     for s in structures:
-        if not isinstance(s, LowRank):
-            raise InvalidTypeError(f"structures: expected laconic.LowRank(...), got {s!r}")
+        if not isinstance(s, Structure):
+            raise InvalidTypeError(f"structures: expected laconic.LowRank(...) or laconic.Channels(...), got {s!r}")
     if not structures:
         raise InvalidValueError("structures is empty: pass at least one, such as laconic.LowRank()")
     return structures
@@ -104,7 +126,7 @@ def check_structures(structures: Any) -> list[LowRank]:
 
 def make_plan(
     model: nn.Module,
-    structures: Sequence[LowRank],
+    structures: Sequence[Structure],
     example_inputs: Any = None,
     trained: set[Tensor] | None = None,
 ) -> Plan:
@@ -132,15 +154,24 @@ def make_plan(
     readers = _weight_readers(modules)
     sites: list[Site] = []
     left: list[LeftAlone] = []
+    entries: list[Weight] = []
+    low_rank = any(isinstance(s, LowRank) for s in structures)
     for parameter, held in holders.items():
         names = [_join(path, attribute) for module, attribute in held for path in modules[module]]
         if isinstance(parameter, UninitializedParameter):
             raise InvalidValueError(f"{names[0]} is not initialised yet (a lazy layer): run the model once on real inputs first")
         if parameter.ndim < 2:
             continue
-        wanted = [s for s in structures if _selected(s, modules, held, names)]
+        entries += [
+            Weight(s, names[0], model)
+            for s in structures
+            if isinstance(s, Entries) and _selected(s, modules, held, names) and (trained is None or parameter in trained)
+        ]
+        wanted = [s for s in structures if isinstance(s, LowRank) and _selected(s, modules, held, names)]
         if len(wanted) > 1:
             raise InvalidValueError(f"{names[0]} is claimed by {len(wanted)} LowRank structures: separate them with include= and exclude=")
+        if not low_rank:
+            continue
         reason = "not selected by include= / exclude=" if not wanted else _why_not(parameter, held, modules, readers, trained)
         if reason is None:
             owners = tuple(module for module, _ in held)
@@ -149,13 +180,77 @@ def make_plan(
             sites.append(Site(names[0], wanted[0], unfolding, own_class(owners[0]).__name__, owners, paths))
         else:
             left.append(LeftAlone(names[0], tuple(parameter.shape), reason))
-    if not sites:
-        why = "; ".join(f"{x.name}: {x.reason}" for x in left[:5]) or "it has no weight of two or more dimensions"
+    plan = Plan(sites, left, count_params(model), None, entries=entries)
+    if example_inputs is None:
+        plan.notes.append("whole neurons stay: it takes example_inputs=(...) to see what is tied to them")
+    if any(isinstance(s, Channels) for s in structures):
+        _add_neurons(model, plan, structures, modules, example_inputs, trained)
+    if not sites and not plan.neurons and not entries:
+        reasons = [f"{x.name}: {x.reason}" for x in left] + [f"{path}: {reason}" for path, reason in plan.whole.items()]
+        why = "; ".join(reasons[:5]) or "it has no weight of two or more dimensions"
         raise NothingToCompressError(f"nothing to compress in {type(model).__name__} ({why})")
-    plan = Plan(sites, left, count_params(model), None)
     if example_inputs is not None:
         _count(model, plan, check_inputs(example_inputs))
     return plan
+
+
+def _add_neurons(
+    model: nn.Module,
+    plan: Plan,
+    structures: Sequence[Structure],
+    modules: dict[nn.Module, list[str]],
+    example_inputs: Any,
+    trained: set[Tensor] | None,
+) -> None:
+    """Fill in the groups of neurons, the layers that they widen, and why the neurons of other layers all stay."""
+    if example_inputs is None:
+        raise InvalidValueError("Channels needs example_inputs=(...), to see which layers are tied to which")
+    groups, plan.whole = find_groups(model, check_inputs(example_inputs))
+    of_site = {path: site for site in plan.sites for paths in site.paths for path in paths}
+    for group in groups:
+        ends = [(end, model.get_submodule(end.path)) for end in group.ends]
+        held = [(model.get_submodule(end.path), "weight") for end in group.producers]
+        names = [_join(end.path, "weight") for end in group.producers]
+        wanted = [s for s in structures if isinstance(s, Channels) and _selected(s, modules, held, names)]
+        reason = None
+        if len(wanted) > 1:
+            raise InvalidValueError(
+                f"{group.name} is claimed by {len(wanted)} Channels structures: separate them with include= and exclude="
+            )
+        if not wanted:
+            reason = "not selected by include= / exclude="
+        elif cut := next((end.path for end, module in ends if hasattr(module, MARK)), None):
+            reason = f"{cut} is a pair already: its rank may fall further, its neurons stay"
+        elif any(path in of_site and getattr(module, "groups", 1) > 1 for end, module in ends for path in modules[module]):
+            reason = "it touches a grouped convolution that may be factorised: exclude that from LowRank"
+        elif trained is not None and (
+            gone := next((e.path for e, m in ends for p in m.parameters(False) if p not in trained or not p.requires_grad), None)
+        ):
+            reason = f"{gone} is frozen or not in the optimizer"
+        if reason is None:
+            plan.neurons.append(Neurons(wanted[0], group, model, np.arange(group.units)))
+        else:
+            plan.whole[group.name] = reason
+    for neurons in plan.neurons:
+        for end in neurons.group.ends:
+            if all(layer.path != end.path for layer in plan.layers):
+                plan.layers.append(_wide_layer(end.path, model.get_submodule(end.path), of_site.get(end.path)))
+    plan.layers += [
+        _wide_layer(site.layer, site.modules[0], site)
+        for site in plan.sites
+        if plan.neurons and all(x.site is not site for x in plan.layers)
+    ]
+
+
+def _wide_layer(path: str, module: Any, site: Site | None) -> WideLayer:
+    out = width(module, "out")
+    taken = width(module, "in") if site is not None or unfoldings(module) else out
+    biases = sum(p.numel() for name, p in module.named_parameters(recurse=False) if name != "weight")
+    own = 0 if site is not None or module.weight is None else module.weight.numel()
+    shape = () if module.weight is None else tuple(module.weight.shape)
+    if site is None and (not unfoldings(module) or getattr(module, "groups", 1) > 1):  # norms, depthwise: one part for each channel
+        return WideLayer(path, shape, (out, taken), out, taken, None, beside=(biases + own) / out)
+    return WideLayer(path, shape, (out, taken), out, taken, site, beside=biases / out, weight=own / (out * taken))
 
 
 def use_unfoldings(model: nn.Module, plan: Plan, names: dict[str, str], example_inputs: Any = None) -> None:
@@ -171,12 +266,24 @@ def _count(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> None:
     plan.macs = count_macs(model, inputs)
     shapes = input_shapes(model, [m for s in plan.sites for m in s.modules], inputs)
     for site in plan.sites:
-        site.dense_macs = site.unit_macs = 0
+        dense = first = both = 0
         for module in site.modules:
-            # A pair of full rank is as good as the layer to count: both costs are proportional to known numbers.
-            unit = layer_macs(empty_pair(module, site.unfolding, 1, device="meta"), shapes[module])
-            site.unit_macs += unit
-            site.dense_macs += _dense_macs(module, shapes[module])
+            pair = empty_pair(module, site.unfolding, 1, device="meta")
+            dense += _dense_macs(module, shapes[module])
+            first += layer_macs(pair[0], shapes[module])
+            both += layer_macs(pair, shapes[module])
+        one, two = site.unfolding.unit_parts
+        site.positions = (dense // site.unfolding.dense_params, first // one, (both - first) // two)
+    others: dict[str, Any] = {x.path: model.get_submodule(x.path) for x in plan.layers if x.site is None}
+    others = {path: module for path, module in others.items() if unfoldings(module)}
+    shapes = input_shapes(model, list(others.values()), inputs)
+    for layer in plan.layers:
+        if layer.path in others:
+            macs = _dense_macs(others[layer.path], shapes[others[layer.path]])
+            if layer.weight:
+                layer.positions = macs / others[layer.path].weight.numel()
+            else:
+                layer.beside_macs = macs / layer.out
 
 
 def _dense_macs(module: nn.Module, shapes: Sequence[Any]) -> int:
@@ -198,7 +305,7 @@ def _matches(patterns: Iterable[str], names: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
 
 
-def _selected(structure: LowRank, modules: dict[nn.Module, list[str]], held: Sequence[tuple[nn.Module, str]], names: list[str]) -> bool:
+def _selected(structure: Structure, modules: dict[nn.Module, list[str]], held: Sequence[tuple[nn.Module, str]], names: list[str]) -> bool:
     known = names + [path for module, _ in held for path in modules[module]]
     if structure.include and not _matches(structure.include, known):
         return False
@@ -206,7 +313,7 @@ def _selected(structure: LowRank, modules: dict[nn.Module, list[str]], held: Seq
 
 
 def _check_patterns(
-    structures: Sequence[LowRank], modules: dict[nn.Module, list[str]], holders: dict[Tensor, list[tuple[nn.Module, str]]]
+    structures: Sequence[Structure], modules: dict[nn.Module, list[str]], holders: dict[Tensor, list[tuple[nn.Module, str]]]
 ) -> None:
     names = [path for paths in modules.values() for path in paths]
     names += [_join(path, attribute) for held in holders.values() for module, attribute in held for path in modules[module]]

@@ -27,6 +27,8 @@ class Recipe:
     warmup, settle: `laconic.Schedule`; `settle = 1.0` cuts at the end, without training afterwards.
     penalty_epsilon: of `LogSum`; strength: 0 lets the budget steer it.
     matricization: of the convolutions.
+    structures: what laconic may use: `low-rank`, `channels`.
+    torch_pruning_reg: strength of the rival's regularizer.
     only_faster: leave dense what does not get faster when cut (only with `settle = 1.0`).
     """
 
@@ -45,17 +47,20 @@ class Recipe:
     thin_epochs: int = 0
     params: float = 0.25
     warmup: float = 0.1
-    settle: float = 0.5
+    settle: float = 0.35
     penalty_epsilon: float = 0.1
     strength: float = 0.0
     matricization: str = "out,in*kh*kw"
+    structures: tuple[str, ...] = ("low-rank", "channels")
     only_faster: bool = False
+    torch_pruning_reg: float = 1e-4
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), str(field.type)
             if kind.startswith("tuple"):
-                fine = isinstance(value, (list, tuple)) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+                item = str if "str" in kind else int
+                fine = isinstance(value, (list, tuple)) and all(isinstance(v, item) and not isinstance(v, bool) for v in value)
                 object.__setattr__(self, field.name, tuple(value) if fine else value)
             elif kind == "float":
                 fine = isinstance(value, (int, float)) and not isinstance(value, bool)

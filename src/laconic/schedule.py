@@ -18,7 +18,7 @@ class Schedule:
     """
 
     warmup: float = 0.1
-    settle: float = 0.5
+    settle: float = 0.35
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < self.settle <= 1:

@@ -26,6 +26,7 @@ class RunState:
     every: steps between proximal steps.
     owed: learning rates summed up since the last proximal step, by site.
     values: singular values after the last proximal step, by site.
+    importances: shares of the units that were there at the last proximal step, by group.
     ranks: by site, current.
     solvers: used last, by site.
     failures: one line for each solver that failed.
@@ -46,6 +47,7 @@ class RunState:
     controller: Controller | None
     spectra_start: dict[str, Floats]
     values: dict[str, Floats] = field(default_factory=dict)
+    importances: dict[str, Floats] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     solvers: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)

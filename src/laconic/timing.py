@@ -45,6 +45,10 @@ class RankTimes:
             return self.cut[-1] + slope * (rank - self.ranks[-1])
         return float(np.interp(rank, self.ranks, self.cut))
 
+    def scaled(self, dense: float, cut: float) -> RankTimes:
+        """Times of a layer with fewer channels, estimated: those of this one times a factor."""
+        return RankTimes(self.dense * dense, self.ranks, tuple(t * cut for t in self.cut))
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -46,7 +46,7 @@ def layer_cells(report: CompactReport) -> list[LayerCells]:
         LayerCells(
             name=layer.name,
             kind=layer.kind or MISSING,
-            shape="×".join(map(str, layer.shape)),
+            shape=arrow(("×".join(map(str, layer.shape)), "×".join(map(str, layer.slim or layer.shape)))),
             rank=rank_text(layer),
             params=(count(layer.params_before), count(layer.params_after)),
             macs=(count(layer.macs_before), count(layer.macs_after)),
@@ -59,8 +59,8 @@ def layer_cells(report: CompactReport) -> list[LayerCells]:
 
 
 def rank_text(layer: LayerReport) -> str:
-    """`41 / 64`, or `dense`."""
-    return f"{layer.rank} / {layer.full_rank}" if layer.rank is not None else "dense"
+    """`41 / 64`, or `dense`, or `slim` where only neurons went."""
+    return f"{layer.rank} / {layer.full_rank}" if layer.rank is not None else layer.outcome
 
 
 def arrow(pair: tuple[str, str]) -> str:

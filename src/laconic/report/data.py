@@ -25,6 +25,7 @@ class LayerReport:
         spectrum: singular values just before the cut, largest first; empty where not computed.
         ms_before, ms_after: measured time of the layer alone; None where not measured.
         note: why it stays dense, or what else there is to say.
+        slim: shape of the weight (or of the one that the pair stands for) without the neurons that went; None if none did.
     """
 
     name: str
@@ -41,6 +42,32 @@ class LayerReport:
     ms_before: float | None = None
     ms_after: float | None = None
     note: str = ""
+    slim: tuple[int, ...] | None = None
+
+    @property
+    def outcome(self) -> str:
+        """What became of it: dense, slim, low-rank, or both."""
+        return {(False, False): "dense", (True, False): "slim", (False, True): "low-rank", (True, True): "both"}[
+            self.slim is not None, self.rank is not None
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReport:
+    """The neurons of a layer and all that is tied to them.
+
+    Attributes:
+        name: of the first layer that puts them out.
+        units, kept: how many there were and are.
+        share: of the variance that their consumers take in, what is left.
+        layers: every layer that shrank with them.
+    """
+
+    name: str
+    units: int
+    kept: int
+    share: float
+    layers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +102,7 @@ class CompactReport:
         surgery_error: largest relative difference between a cut layer and the dense layer with the truncated weight;
             rounding, or the cut would have been refused.
         layers: one entry for each weight of two or more dimensions.
+        groups: one entry for each group of neurons under `Channels`.
         notes: everything else that a reader must know: fallbacks, settings without effect, losses.
         history: ranks over training.
         spectra_start: singular values when training began, by weight name.
@@ -92,6 +120,7 @@ class CompactReport:
     spectra_start: dict[str, tuple[float, ...]] | None = None
     latency_before: float | None = None
     latency_after: float | None = None
+    groups: tuple[GroupReport, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, dicts and numbers, ready for `json.dumps`. An infinite or undefined change of an output is a string."""
@@ -101,12 +130,16 @@ class CompactReport:
     @staticmethod
     def from_json(data: dict[str, Any]) -> CompactReport:
         fields = {k: v for k, v in data.items() if k != "format"}
-        layers = tuple(LayerReport(**{**x, "shape": tuple(x["shape"]), "spectrum": tuple(x["spectrum"])}) for x in fields.pop("layers"))
+        layers = tuple(
+            LayerReport(**{**x, "shape": tuple(x["shape"]), "spectrum": tuple(x["spectrum"]), "slim": tuple(x["slim"]) if x.get("slim") else None})
+            for x in fields.pop("layers")
+        )
+        groups = tuple(GroupReport(**{**x, "layers": tuple(x["layers"])}) for x in fields.pop("groups", ()))
         history = tuple(Snapshot(**x) for x in fields.pop("history"))
         diff = fields.pop("max_abs_diff")
         starts = fields.pop("spectra_start")
         return CompactReport(
-            **{**fields, "layers": layers, "history": history, "notes": tuple(fields["notes"])},
+            **{**fields, "layers": layers, "groups": groups, "history": history, "notes": tuple(fields["notes"])},
             max_abs_diff=None if diff is None else float(diff),
             spectra_start=None if starts is None else {k: tuple(v) for k, v in starts.items()},
         )
@@ -120,8 +153,8 @@ class CompactReport:
         if self.max_abs_diff is not None:
             lines.append(f"largest change of an output {self.max_abs_diff:.3g}; surgery error {self.surgery_error:.2g}")
         for layer in self.layers:
-            what = (
-                f"rank {layer.rank} of {layer.full_rank}, energy {layer.energy:.4f}" if layer.rank is not None else f"dense: {layer.note}"
-            )
-            lines.append(f"  {layer.name} {list(layer.shape)}: {what}")
+            shape = f"{list(layer.shape)}" + (f" -> {list(layer.slim)}" if layer.slim is not None else "")
+            rank = f"rank {layer.rank} of {layer.full_rank}, energy {layer.energy:.4f}"
+            lines.append(f"  {layer.name} {shape}: {rank if layer.rank is not None else layer.outcome}{layer.note and ': ' + layer.note}")
+        lines += [f"  {g.name}: {g.kept} of {g.units} units, share {g.share:.4f}" for g in self.groups]
         return "\n".join([*lines, *self.notes])

@@ -17,6 +17,7 @@ from ..solvers.factored import factored_svd
 from ..solvers.gram import small_gram
 
 MARK = "laconic_cut"  # attribute on the nn.Sequential: what was cut here, for the surgery record
+SLIM = "laconic_slim"  # attribute on a layer or a pair: the dense numbers of the channels it still has (see channels.py)
 
 
 def empty_pair(module: Layer, unfolding: Unfolding, rank: int, device: Any = None) -> nn.Sequential:
@@ -163,6 +164,7 @@ def narrow(pair: Layer, unfolding: Unfolding, rank: int) -> nn.Sequential:
         layers.append(fresh)
     cut = nn.Sequential(*layers)
     setattr(cut, MARK, getattr(pair, MARK) | {"rank": rank})
+    _hand_over(pair, cut)
     return cut.train(pair.training)
 
 
@@ -178,7 +180,14 @@ def finish_pair(pair: nn.Sequential, module: Layer, unfolding: Unfolding, rank: 
         parameter.requires_grad_(module.weight.requires_grad)
         parameter.data = parameter.data.contiguous(memory_format=_memory_format(module.weight))
     setattr(pair, MARK, {"kind": type(module).__name__, "unfolding": unfolding.name, "shape": list(unfolding.shape), "rank": rank})
+    _hand_over(module, pair)
     return pair.train(module.training)
+
+
+def _hand_over(old: nn.Module, new: nn.Module) -> None:
+    """A slim layer that is cut stays a slim layer."""
+    if hasattr(old, SLIM):
+        setattr(new, SLIM, getattr(old, SLIM))
 
 
 def weights(pair: Layer) -> tuple[nn.Parameter, nn.Parameter]:

@@ -9,6 +9,7 @@ r"""Carry an optimizer over a factorisation `W = A B` (in unfolded coordinates).
 - A pair that is cut again, `A' = A E`, `B' = C B`, is carried in the same two ways: :math:`M_{A'} = M_A C^T`,
   :math:`V_{A'} = V_A (C \circ C)^T`, and likewise for B.
 - Step counters and other scalars are copied.
+- Where channels are removed, every entry of the weight's shape is sliced as the weight is.
 
 An optimizer whose state has an entry of an unknown meaning is not touched; `unknown_state` names the entry.
 """
@@ -16,6 +17,7 @@ An optimizer whose state has an entry of an unknown meaning is not touched; `unk
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -104,3 +106,37 @@ def _carried(key: str, value: Tensor, mean: Tensor | None, gradient_map: Callabl
     # A little more than the square of the carried mean: rounding must not make it less.
     slack = 1 + 8 * torch.finfo(torch.float32).eps
     return gradient_map((value - mean.square()).clamp_min(0), 2) + slack * gradient_map(mean, 1).square()
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A parameter, the slice of it that takes its place, and how whatever has its shape is sliced."""
+
+    old: nn.Parameter
+    new: nn.Parameter
+    select: Callable[[Tensor], Tensor]
+
+
+def replaced_states(optimizer: torch.optim.Optimizer, replacements: Sequence[Replacement]) -> dict[nn.Parameter, dict[str, Any]]:
+    """The new parameters' states; nothing is changed yet. Where an entry is neither a scalar nor of the parameter's
+    shape, nobody can say how to slice it: that parameter starts without a state."""
+    states: dict[nn.Parameter, dict[str, Any]] = {}
+    for r in replacements:
+        state = getattr(optimizer, "state", {}).get(r.old)
+        if not state or any(isinstance(v, Tensor) and v.numel() > 1 and v.shape != r.old.shape for v in state.values()):
+            continue
+        states[r.new] = {
+            key: r.select(value) if isinstance(value, Tensor) and value.shape == r.old.shape else value for key, value in state.items()
+        }
+    return states
+
+
+def replace(optimizer: torch.optim.Optimizer, replacements: Sequence[Replacement], states: dict[nn.Parameter, dict[str, Any]]) -> None:
+    """Put the new parameters in the places of the old ones in the optimizer's groups, with their states; in place."""
+    new = {id(r.old): r.new for r in replacements}  # by identity: `==` would compare tensors
+    for group in optimizer.param_groups:
+        group["params"][:] = [new.get(id(p), p) for p in group["params"]]
+    for r in replacements:
+        getattr(optimizer, "state", {}).pop(r.old, None)
+    for parameter, state in states.items():
+        optimizer.state[parameter] = state

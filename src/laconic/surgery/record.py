@@ -1,8 +1,11 @@
-"""Which layers were cut, read from the model itself, and the same cuts again on a fresh dense model."""
+"""Which layers were slimmed and cut, read from the model itself, and the same again on a fresh dense model.
+
+Slimming is replayed first: a cut is recorded with the shape of the slim layer, in whatever order the two were done.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +13,8 @@ from torch import nn
 
 from ..errors import ArchitectureMismatchError
 from ..matricize import Layer, unfoldings
-from .factorize import MARK, empty_pair, finish_pair
+from .channels import apply, replayed, width
+from .factorize import MARK, SLIM, empty_pair, finish_pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,63 @@ def find_cuts(model: nn.Module) -> list[Cut]:
         if hasattr(module, MARK):
             names.setdefault(module, []).append(name)
     return [Cut.from_json({"names": tuple(paths), **getattr(module, MARK)}) for module, paths in names.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class Slim:
+    """One layer that lost channels, or a module whose count of heads shrank.
+
+    Attributes:
+        names: every path at which it sits in the model.
+        kind: class name of the dense layer.
+        dense: channels of the dense layer, for each side (`"out"`, `"in"`) that lost some.
+        kept: for each such side the channels that are left, by their dense numbers.
+        sizes: the module's attributes that say how wide it is, as they are now (`out_features`, `groups`, `num_heads`).
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    dense: dict[str, int]
+    kept: dict[str, list[int]]
+    sizes: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Slim:
+        dense, sizes = ({str(k): int(v) for k, v in data[key].items()} for key in ("dense", "sizes"))
+        kept = {str(side): [int(c) for c in channels] for side, channels in data["kept"].items()}
+        return Slim(tuple(data["names"]), str(data["kind"]), dense, kept, sizes)
+
+
+def find_slims(model: nn.Module) -> list[Slim]:
+    """The slim layers of a model, and the modules whose counts shrank with them."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if hasattr(module, SLIM):
+            names.setdefault(module, []).append(name)
+    return [Slim.from_json({"names": tuple(paths), **getattr(module, SLIM)}) for module, paths in names.items()]
+
+
+def replay_slims(model: nn.Module, slims: Sequence[Slim]) -> Callable[[], None]:
+    """Make the same layers slim on a fresh dense model; returns what puts it back. On a mismatch the model is as it was."""
+    edits = []
+    for slim in slims:
+        name = slim.names[0]
+        try:
+            module: Layer = model.get_submodule(name)
+        except AttributeError:
+            raise ArchitectureMismatchError(f"the saved model has a layer {name!r} ({slim.kind}), which this model lacks") from None
+        if type(module).__name__ != slim.kind or not all(hasattr(module, size) for size in slim.sizes):
+            raise ArchitectureMismatchError(f"layer {name!r}: saved from a {slim.kind}, this model has a {type(module).__name__}")
+        for side, dense in slim.dense.items():
+            if width(module, side) != dense:
+                raise ArchitectureMismatchError(
+                    f"layer {name!r}: saved from a {slim.kind} with {dense} channels on side {side!r}, this model's has {width(module, side)}"
+                )
+        edits += replayed(name, module, slim.kept, slim.sizes)
+    return apply(edits)
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:

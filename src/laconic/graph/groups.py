@@ -1,0 +1,243 @@
+"""From a model to its groups: which layers are watched, one pass with labels, and what is tied in the end."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..matricize import unfoldings
+from ..measure import _countable_attention, call, check_inputs
+from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, End, Group, Ints, channels_kept, groups_of
+from ..surgery.factorize import MARK
+from .tracer import Decision, Tracer
+from .trial import line, seeded, tried
+
+OPAQUE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
+
+
+def find_groups(model: nn.Module, example_inputs: Any) -> tuple[list[Group], dict[str, str]]:
+    """The groups of units that can be removed exactly, tried on a copy; and why the outputs of other layers stay.
+
+    The model is left as it was. Whatever goes wrong with an exotic model makes groups fewer, never an error.
+
+    Args:
+        example_inputs: the model's positional arguments; random numbers of the right shape and dtype will do.
+
+    Returns:
+        Groups in the order of their first producers, and one line for every other layer with an output of its own.
+    """
+    inputs = check_inputs(example_inputs)
+    layers, reasons = _layers(model)
+    patched = next((path or "the model" for path, m in model.named_modules() if "forward" in vars(m)), None)
+    if patched is not None:  # a bound method: a copy would run the original
+        return [], {path: reasons.get(path, f"{patched} has a forward of its own, set on the object") for path in layers.producers}
+    try:
+        groups, held = _best_trace(copy.deepcopy(model).eval(), layers, inputs)
+    except Exception as error:  # whatever goes on in a model's code
+        return [], {path: reasons.get(path, f"the model could not be followed ({line(error)})") for path in layers.producers}
+    reasons = held | reasons
+    groups, failed = tried(model, groups, inputs)
+    reasons |= failed
+    inside = {end.path for group in groups for end in (*group.producers, *group.carriers)}
+    order = [*layers.producers, *(path for path in reasons if path not in layers.producers)]
+    return groups, {path: reasons.get(path, "nothing was found that reads it") for path in order if path not in inside}
+
+
+@dataclasses.dataclass(slots=True)
+class Layers:
+    """Paths of the layers of a model: those with outputs of their own, those that pass units on, those not looked into."""
+
+    producers: list[str] = dataclasses.field(default_factory=list)
+    carriers: list[str] = dataclasses.field(default_factory=list)
+    opaque: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
+    """The layers of a model by path, and the reasons that are known before anything runs."""
+    holders: dict[int, set[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), set()).add(path)
+    found, reasons = Layers(), {}
+    skip: list[tuple[str, str]] = []
+    for path, module in model.named_modules():
+        above = next((why for prefix, why in skip if path.startswith(prefix)), None)
+        if above is not None:
+            if above and unfoldings(module):
+                found.producers.append(path)
+                reasons[path] = above
+            continue
+        kind = type(module).__name__
+        pair = hasattr(module, MARK)
+        supported = pair or bool(unfoldings(module))
+        parametrized = is_parametrized(module) or any(n in module._parameters for n in ("weight_g", "weight_v", "weight_orig"))
+        carrier = isinstance(module, NORMS) or (isinstance(module, nn.PReLU) and module.num_parameters > 1)
+        why = None
+        if isinstance(module, OPAQUE):
+            why = f"{kind} is not supported"
+        elif parametrized:
+            why = "parametrized (weight_norm, spectral_norm, ...): its weight is computed anew on every forward"
+        elif supported or carrier:
+            why = _untouchable(path, module, holders)
+        if why is None and not supported and not carrier:
+            continue
+        if supported or parametrized or isinstance(module, OPAQUE):
+            found.producers.append(path)
+        if why is not None:
+            reasons[path] = why
+            found.opaque[path] = why
+        elif carrier:
+            found.carriers.append(path)
+        if pair or why is not None:
+            skip.append((f"{path}.", "" if pair else why or ""))
+    reasons |= {p: "the model itself is this layer" for p in found.producers if p == ""}
+    return found, reasons
+
+
+def _untouchable(path: str, module: nn.Module, holders: Mapping[int, set[str]]) -> str | None:
+    parameters = list(module.parameters())
+    hooked = [m for m in module.modules() if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks]
+    if hooked:
+        return "it has forward or backward hooks, which may rely on its width"
+    if not all(p.requires_grad for p in parameters):
+        return "frozen (requires_grad is False)"
+    for parameter in parameters:
+        others = sorted(p for p in holders[id(parameter)] if p != path and not p.startswith(f"{path}."))
+        if others:
+            return f"its weight is shared with {others[0]}"
+    return None
+
+
+def _best_trace(twin: nn.Module, layers: Layers, inputs: Sequence[Any]) -> tuple[list[Group], dict[str, str]]:
+    """Where a view leaves it open which axis the units are (heads, or places within a head), the first axis that keeps
+    most channels removable is taken; decided one operation after the other."""
+    choices: dict[Decision, int] = {}
+    best = _trace(twin, layers, inputs, choices)
+    for key, axes in dict(best[2]).items():
+        if all(d != key for d in best[2]):
+            continue
+        for axis in axes[1:]:
+            other = _trace(twin, layers, inputs, choices | {key: axis})
+            if _size(other[0]) > _size(best[0]):
+                best, choices = other, choices | {key: axis}
+    return best[0], best[1]
+
+
+def _size(groups: Sequence[Group]) -> int:
+    """Channels that can go."""
+    return sum(end.index.size for group in groups for end in group.producers)
+
+
+def _trace(
+    twin: nn.Module, layers: Layers, inputs: Sequence[Any], choices: Mapping[Decision, int]
+) -> tuple[list[Group], dict[str, str], dict[Decision, tuple[int, ...]]]:
+    tracer = Tracer(choices)
+    handles = []
+
+    def watch(path: str, module: nn.Module, why: str | None) -> None:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            tracer.inside += 1
+
+        def leave(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            tracer.inside -= 1
+            if tracer.inside:
+                return
+            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            if why is None and len(given) == 1 and isinstance(result, Tensor):
+                tracer.layer(path, module, given[0], result)
+            else:
+                tracer.hold_all((args, kwargs), f"{path} reads it, which stays as it is: {why or 'it is called in an unusual way'}")
+
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+        handles.append(module.register_forward_hook(leave, with_kwargs=True))
+
+    for path in [*layers.producers, *layers.carriers, *layers.opaque]:
+        if path in layers.opaque or not any(path.startswith(f"{p}.") for p in layers.opaque):
+            watch(path, twin.get_submodule(path), layers.opaque.get(path))
+    try:
+        with torch.inference_mode(), _countable_attention(), seeded():
+            own = [x.clone() if isinstance(x, Tensor) else x for x in inputs]  # made here: tensors without a history
+            with tracer:
+                outputs = call(twin, own)
+    finally:
+        for handle in handles:
+            handle.remove()
+    tracer.hold_all(outputs, "it is an output of the model")
+    groups, reasons = _grouped(twin, layers, tracer)
+    return groups, reasons, tracer.decisions
+
+
+def _grouped(model: nn.Module, layers: Layers, tracer: Tracer) -> tuple[list[Group], dict[str, str]]:
+    """Units that share a producer are one group."""
+    units = tracer.units
+    reasons: dict[str, str] = {}
+    roots = {key: units.find(ids) for key, ids in tracer.layers.items()}
+    producers = [path for path in layers.producers if (path, PRODUCER) in roots]
+    free: dict[str, list[int]] = {}
+    for path in layers.producers:
+        if path not in producers:
+            if path not in layers.opaque:
+                grouped = groups_of(model.get_submodule(path)) > 1
+                reasons[path] = "grouped: its outputs follow its inputs, which stay" if grouped else "not reached on the example inputs"
+            continue
+        here = roots[path, PRODUCER]
+        free[path] = [int(r) for r in dict.fromkeys(here.tolist()) if r not in units.held]
+        stuck = [int(r) for r in here if r in units.held]
+        if stuck:
+            reasons[path] = units.held[stuck[0]]
+
+    buckets: list[tuple[list[str], dict[int, None]]] = []
+    for path in producers:
+        touching = [b for b in buckets if not b[1].keys().isdisjoint(free[path])]
+        paths, members = [path], dict.fromkeys(free[path])
+        for bucket in touching:
+            buckets.remove(bucket)
+        merged: dict[int, None] = {}
+        for bucket in touching:
+            merged |= bucket[1]
+        buckets.append(([*(p for b in touching for p in b[0]), *paths], merged | members))
+
+    groups = []
+    for paths, bucket_units in buckets:
+        if not bucket_units:
+            continue
+        group, why = _group(model, sorted(paths, key=producers.index), list(bucket_units), roots)
+        if group is not None:
+            groups.append(group)
+        for path in paths if why else ():
+            reasons.setdefault(path, why)
+    return sorted(groups, key=lambda g: producers.index(g.name)), reasons
+
+
+def _group(model: nn.Module, paths: list[str], members: list[int], roots: Mapping[tuple[str, str], Ints]) -> tuple[Group | None, str]:
+    if len(members) < 2:
+        return None, "all its channels are tied into one unit"
+    order = dict.fromkeys(int(r) for path in paths for r in roots[path, PRODUCER])
+    inside = set(members)
+    position = np.full(1 + max(int(here.max()) for here in roots.values()), -1)
+    position[[root for root in order if root in inside]] = np.arange(len(members))
+    ends = []
+    for (path, role), here in roots.items():
+        mine = position[here]
+        if not (mine >= 0).any():
+            continue
+        counts = np.bincount(mine[mine >= 0], minlength=len(members))
+        if counts.min() != counts.max():
+            return None, f"its units do not have equal shares in {path}"
+        channels = np.argsort(mine, kind="stable")[(mine < 0).sum() :]
+        side = "in" if role == CONSUMER else "out"
+        dense = channels_kept(model.get_submodule(path), side)[channels]
+        ends.append(End(path, side, dense.reshape(len(members), -1), role))
+    ends.sort(key=lambda end: ((PRODUCER, CARRIER, CONSUMER).index(end.role), paths.index(end.path) if end.role == PRODUCER else 0))
+    group = Group(paths[0], len(members), tuple(ends))
+    if not group.consumers:
+        return None, "no layer reads it"
+    return group, ""

@@ -1,0 +1,79 @@
+"""Units, which of them are tied or held, and the labels that tensors carry."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..surgery.channels import Ints
+
+
+class Units:
+    """Which units are tied (union-find), and which are held, with the reason. Unit 0 means no unit."""
+
+    def __init__(self) -> None:
+        self.parent = np.zeros(1, dtype=np.int64)
+        self.held: dict[int, str] = {}
+
+    def new(self, count: int) -> Ints:
+        first = len(self.parent)
+        ids = np.arange(first, first + count)
+        self.parent = np.concatenate([self.parent, ids])
+        return ids
+
+    def find(self, ids: Ints) -> Ints:
+        """The representatives."""
+        roots = self.parent[ids]
+        while not np.array_equal(roots, up := self.parent[roots]):
+            roots = up
+        return roots
+
+    def tie(self, a: Ints, b: Ints) -> None:
+        """Tie `a[i]` to `b[i]`."""
+        a, b = self.find(a.ravel()), self.find(b.ravel())
+        differ = a != b
+        for x, y in {(int(x), int(y)) for x, y in zip(a[differ], b[differ], strict=True)}:
+            low, high = sorted(int(r) for r in self.find(np.array([x, y])))
+            if low != high:
+                self.parent[high] = low
+                if high in self.held:
+                    self.held.setdefault(low, self.held.pop(high))
+
+    def hold(self, ids: Ints, reason: str) -> None:
+        for root in np.unique(self.find(ids[ids != 0])):
+            self.held.setdefault(int(root), reason)
+
+    def meet(self, a: Ints, b: Ints, reason: str) -> Ints:
+        """Tie two rows of units place by place; a unit that meets no unit is held."""
+        self.hold(a[b == 0], reason)
+        self.hold(b[a == 0], reason)
+        both = (a != 0) & (b != 0)
+        self.tie(a[both], b[both])
+        return np.where(a != 0, a, b)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Label:
+    """Along this axis of a tensor, the unit of each position (0: none)."""
+
+    axis: int
+    ids: Ints
+
+
+def leaves(values: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists, dicts and dataclasses; other objects (caches) are not looked into."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, Mapping):
+        for value in values.values():
+            yield from leaves(value)
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from leaves(value)
+    elif dataclasses.is_dataclass(values) and not isinstance(values, type):
+        for field in dataclasses.fields(values):
+            yield from leaves(getattr(values, field.name))

@@ -1,0 +1,171 @@
+"""One forward pass with labels beside the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..matricize import CONVS, TRANSPOSED_CONVS, Layer
+from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, Ints, groups_of
+from ..surgery.factorize import MARK
+from .labels import Label, Units, leaves
+from .operations import Operation, rule_for, unknown
+
+Decision = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+class Tracer(TorchDispatchMode):
+    """Labels beside tensors.
+
+    Args:
+        choices: for an operation that leaves units along several axes, the axis whose slices become the units.
+
+    Attributes:
+        decisions: every such operation that was met, with the axes that it could be.
+        layers: for each (path, role) the unit of each channel.
+    """
+
+    def __init__(self, choices: Mapping[Decision, int]):
+        super().__init__()
+        self.units = Units()
+        self.choices = choices
+        self.decisions: dict[Decision, tuple[int, ...]] = {}
+        self.layers: dict[tuple[str, str], Ints] = {}
+        self.made: dict[str, Ints] = {}
+        self.inside = 0  # depth of layers whose own operations are not followed
+        self._labels: dict[int, tuple[Tensor, Label]] = {}  # by id; the tensor is kept alive, so that ids are not reused
+
+    def label(self, x: Any) -> Label | None:
+        entry = self._labels.get(id(x)) if isinstance(x, Tensor) else None
+        return entry[1] if entry else None
+
+    def set_label(self, x: Tensor, label: Label | None) -> None:
+        if label is None or not label.ids.any():
+            self._labels.pop(id(x), None)
+        else:
+            assert x.shape[label.axis] == len(label.ids)
+            self._labels[id(x)] = x, label
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.inside:
+            return func(*args, **kwargs)
+        labelled = [x for x in tree_leaves((args, kwargs)) if self.label(x)]
+        if not labelled:
+            return func(*args, **kwargs)
+        name, rule = func.overloadpacket.__name__, rule_for(func)
+        if rule is None:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            rule = unknown
+        written = [x for x, a in zip(args, func._schema.arguments, strict=False) if a.alias_info is not None and a.alias_info.is_write]
+        before = [self.label(x) for x in written]
+        result = func(*args, **kwargs)
+        outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        op = Operation(self, func, name, args, kwargs, outputs)
+        for x, label in zip(outputs, rule(op), strict=False):
+            fits = label is None or (label.axis < x.ndim and x.shape[label.axis] == len(label.ids))
+            if label is not None and not fits:
+                self.units.hold(label.ids, f"{name} has a second output of another shape")
+            self.set_label(x, label if fits else None)
+        for x, old in zip(written, before, strict=True):
+            new = self.label(x)
+            # Whatever shares its memory changes too: only what leaves the units as they are is followed.
+            if not _same(self.units, old, new):
+                for label in (old, new):
+                    if label is not None:
+                        self.units.hold(label.ids, f"{name} writes in place")
+        return result
+
+    def canonical(self, full: Tensor, op: str, shape: tuple[int, ...]) -> Label | None:
+        """Units place by place -> along one axis; where they vary along several, slices of one of them are tied."""
+        if not full.numel():
+            return None
+        varying = tuple(a for a in range(full.ndim) if full.stride(a) and bool((full != full.narrow(a, 0, 1)).any()))
+        small = full
+        for a in range(full.ndim):
+            small = small if a in varying else small.narrow(a, 0, 1)
+        ids = small.cpu().numpy()
+        if not varying:
+            self.units.hold(ids.reshape(-1), "one of its channels is taken out by itself")
+            return None
+        axis = varying[0]
+        if len(varying) > 1:
+            key = (op, shape, tuple(full.shape), varying)
+            axis = self.choices.get(key, self.decisions.setdefault(key, varying)[0])
+            slices = np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1)
+            mixed = (slices == 0).any(1)
+            self.units.hold(slices[mixed].ravel(), f"{op} puts it beside numbers that are no layer's output")
+            first = slices.max(1)
+            self.units.tie(np.where(slices != 0, slices, first[:, None]), np.broadcast_to(first[:, None], slices.shape))
+            ids = first
+        return Label(axis, ids.reshape(-1).astype(np.int64))
+
+    def full(self, x: Tensor) -> Tensor:
+        """The unit of every place of a tensor."""
+        label = self.label(x)
+        if label is None:
+            return torch.zeros((1,) * x.ndim, dtype=torch.int64, device=x.device).expand(x.shape)
+        ids = torch.from_numpy(self.units.find(label.ids)).to(x.device)
+        return ids.reshape([-1 if a == label.axis else 1 for a in range(x.ndim)]).expand(x.shape)
+
+    # ---- layers -----------------------------------------------------------------------------------------------------
+
+    def layer(self, path: str, module: Layer, x: Tensor, y: Tensor) -> None:
+        """A layer has read `x` and made `y`."""
+        label, channels = self.label(x), _channel_axis(module, x)
+        if label is not None and label.axis != channels:
+            self.units.hold(label.ids, f"{path} works along another axis of it")
+            label = None
+        ids = label.ids if label is not None else np.zeros(x.shape[channels], dtype=np.int64)
+        if isinstance(module, (*NORMS, nn.PReLU)):
+            self.note(path, CARRIER, ids)
+            made = ids
+        elif (groups := groups_of(module)) > 1:
+            rows = ids.reshape(groups, -1)
+            self.units.hold(rows[(rows == 0).any(1)].ravel(), f"{path} is grouped, and reads it beside numbers that are no layer's output")
+            self.units.tie(rows, np.broadcast_to(rows[:, :1], rows.shape))
+            made = np.repeat(rows[:, 0], y.shape[channels] // groups)
+            self.note(path, CARRIER, made)
+        else:
+            self.note(path, CONSUMER, ids)
+            if path not in self.made:
+                self.made[path] = self.units.new(y.shape[channels])
+                self.note(path, PRODUCER, self.made[path])
+            made = self.made[path]
+        self.set_label(y, Label(channels, made))
+
+    def note(self, path: str, role: str, ids: Ints) -> None:
+        """What a layer reads or makes; at a second call it must be tied to what it was at the first."""
+        before = self.layers.get((path, role))
+        self.layers[path, role] = ids if before is None else self.units.meet(before, ids, f"{path} also reads something else")
+
+    def hold_all(self, values: Any, reason: str) -> None:
+        for x in leaves(values):
+            if (label := self.label(x)) is not None:
+                self.units.hold(label.ids, reason)
+
+
+def _channel_axis(module: Layer, x: Tensor) -> int:
+    core = module
+    while hasattr(core, MARK):
+        core = core[0]
+    if isinstance(core, (*CONVS, *TRANSPOSED_CONVS)):
+        return x.ndim - core.weight.ndim + 1
+    if isinstance(core, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)):
+        return x.ndim - 1 - int(type(core).__name__[-2])
+    return 1 if isinstance(core, (*NORMS, nn.PReLU)) else x.ndim - 1
+
+
+def _same(units: Units, a: Label | None, b: Label | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.axis == b.axis and np.array_equal(units.find(a.ids), units.find(b.ids))

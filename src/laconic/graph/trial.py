@@ -1,0 +1,250 @@
+"""Are the groups right? The model without some units against the model in which nothing reads them, on a copy."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..matricize import CONVS, TRANSPOSED_CONVS, Layer
+from ..measure import call
+from ..surgery.channels import Count, Group, channels_kept, slim, slimmed
+from ..surgery.factorize import MARK
+from .labels import leaves
+
+TOLERANCE = 1e-5  # of the largest output
+Kept = dict[str, list[int]]
+
+
+def tried(model: nn.Module, groups: Sequence[Group], inputs: Sequence[Any]) -> tuple[list[Group], dict[str, str]]:
+    """The groups whose removal changes nothing but what it should; why the others fail."""
+    if not groups:
+        return [], {}
+    try:
+        trial = Trial(model, inputs)
+    except Exception as error:
+        return [], {end.path: f"the trial failed ({line(error)})" for group in groups for end in group.producers}
+    good, failed = list(groups), dict[str, str]()
+    for check, repair in ((trial.evaluated, trial.with_counts), (trial.trained, None)):
+        if not good or check(good) is None:
+            continue
+        good, more = _passing(check, good, repair)
+        failed |= more
+        if good and (why := check(good)) is not None:
+            failed |= dict.fromkeys((group.name for group in good), f"all groups together: {why}")
+            good = []
+    return good, {end.path: failed[group.name] for group in groups if group.name in failed for end in group.producers}
+
+
+def _passing(
+    check: Callable[[Sequence[Group]], str | None],
+    groups: Sequence[Group],
+    repair: Callable[[Sequence[Group]], list[Group] | None] | None,
+) -> tuple[list[Group], dict[str, str]]:
+    """Those that pass, by halves: one bad group does not cost one trial for each good one."""
+    if (why := check(groups)) is None:
+        return list(groups), {}
+    repaired = repair(groups) if repair is not None else None
+    if repaired is not None:
+        return repaired, {}
+    if len(groups) == 1:
+        return [], {groups[0].name: why}
+    half = len(groups) // 2
+    (first, failed), (second, more) = _passing(check, groups[:half], repair), _passing(check, groups[half:], repair)
+    return first + second, failed | more
+
+
+class Trial:
+    """Outputs of copies of a model without some units, against those of the whole model in which nothing reads them.
+
+    The parameters of the copies are shaken: a zero that the initialisation has put somewhere must not hide a mistake.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Any]):
+        self.model, self.inputs = model, list(inputs)
+        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+        self.dtypes = (torch.float32, torch.float64) if half else (None, torch.float64)
+        twin = copy.deepcopy(model).eval()
+        _shake(twin)
+        self.twin = twin if all(bool(torch.isfinite(y).all()) for y in self._run(twin, self.dtypes[0])) else copy.deepcopy(model).eval()
+        if not self._run(self.twin, self.dtypes[0]):
+            raise ValueError("its outputs hold no floating tensor")
+        self.helped: dict[tuple[str, ...], None] = {}
+        self.trains = self._trains(copy.deepcopy(model)) is None
+
+    def evaluated(self, groups: Sequence[Group]) -> str | None:
+        """Why these groups, together, cannot be removed; None if they can."""
+        generator = np.random.default_rng(0)
+        for draw in (_some, _all_but_the_first, _all_but_one):
+            kept = {group.name: draw(group.units, generator) for group in groups}
+            for dtype in self.dtypes:  # a second time with more digits, where rounding may be the reason
+                try:
+                    with slimmed(self.twin, groups, kept):
+                        got = self._run(self.twin, dtype)
+                except Exception as error:
+                    return f"the model does not run without some of its units ({line(error)})"
+                with unread(self.twin, groups, kept):
+                    wanted = self._run(self.twin, dtype)
+                off = _distance(wanted, got)
+                if off <= TOLERANCE or off > 0.1:
+                    break
+            if off > TOLERANCE:
+                return f"without some of its units the outputs are off by {off:.1g} of the largest"
+        return None
+
+    def trained(self, groups: Sequence[Group]) -> str | None:
+        """Does the smaller model run in train mode, forward and backward?"""
+        if not self.trains:
+            return None
+        generator = np.random.default_rng(0)
+        small = copy.deepcopy(self.model)
+        slim(small, groups, {group.name: _some(group.units, generator) for group in groups})
+        return self._trains(small)
+
+    def with_counts(self, groups: Sequence[Group]) -> list[Group] | None:
+        """One group with the numbers in its parents that must shrink with it, if there are some that make it pass; several
+        with those of the names that helped before."""
+        if len(groups) > 1:
+            repaired = [self._as_before(group) for group in groups]
+            shared = [(count.path, count.name) for group in repaired for count in group.counts]
+            if len(set(shared)) < len(shared):  # one number cannot follow two groups
+                return None
+            return repaired if repaired != list(groups) and self.evaluated(repaired) is None else None
+        for counts in _candidates(self.model, groups[0]):
+            repaired = [dataclasses.replace(groups[0], counts=counts)]
+            if self.evaluated(repaired) is None:
+                self.helped = dict.fromkeys([tuple(count.name for count in counts), *self.helped])
+                return repaired
+        return None
+
+    def _as_before(self, group: Group) -> Group:
+        for counts in _candidates(self.model, group) if group.units < max(end.index.size for end in group.ends) else ():
+            if tuple(count.name for count in counts) in self.helped:
+                return dataclasses.replace(group, counts=counts)
+        return group
+
+    def _run(self, model: nn.Module, dtype: torch.dtype | None) -> list[Tensor]:
+        if dtype is not None:
+            model = copy.deepcopy(model).to(dtype)
+        with torch.no_grad(), seeded():
+            outputs = list(leaves(call(model, self._inputs(dtype))))
+        return [y.detach() for y in outputs if y.is_floating_point() and y.numel()]
+
+    def _inputs(self, dtype: torch.dtype | None) -> list[Any]:
+        return [
+            (x.to(dtype) if dtype is not None and x.is_floating_point() else x.clone()) if isinstance(x, Tensor) else x for x in self.inputs
+        ]
+
+    def _trains(self, model: nn.Module) -> str | None:
+        try:
+            with torch.enable_grad(), seeded():
+                outputs = [y for y in leaves(call(model.train(), self._inputs(None))) if y.is_floating_point() and y.requires_grad]
+                sum(y.float().square().mean() for y in outputs).backward()  # type: ignore[union-attr]
+        except Exception as error:
+            return f"the model does not train without some of its units ({line(error)})"
+        return None
+
+
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """The same chances every time, and outside as if nothing had happened."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        yield
+
+
+def _some(units: int, generator: np.random.Generator) -> list[int]:
+    """About half; of two groups hardly ever as many, or a tie that was not seen would not show."""
+    return sorted(generator.permutation(units)[: generator.integers(max(units // 3, 1), max(2 * units // 3, 1) + 1)].tolist())
+
+
+def _all_but_the_first(units: int, generator: np.random.Generator) -> list[int]:
+    return list(range(max(units // 3, 1), units))
+
+
+def _all_but_one(units: int, generator: np.random.Generator) -> list[int]:
+    return sorted(generator.permutation(units)[1:].tolist())
+
+
+def _shake(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                fan = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 1
+                parameter.mul_(1 + 0.1 * noise(parameter)).add_(noise(parameter), alpha=0.2 / math.sqrt(max(fan, 1)))
+        for name, buffer in model.named_buffers():
+            if name.rpartition(".")[2] == "running_mean":
+                buffer.add_(noise(buffer), alpha=0.2)
+            elif name.rpartition(".")[2] == "running_var":
+                buffer.mul_(1 + 0.5 * torch.rand(buffer.shape, generator=generator).to(buffer))
+
+
+@contextlib.contextmanager
+def unread(model: nn.Module, groups: Sequence[Group], kept: Kept) -> Iterator[None]:
+    """Inside, no consumer reads the units that go: their columns are zero."""
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for group in groups:
+                for end in group.consumers:
+                    module: Layer = model.get_submodule(end.path)
+                    here = channels_kept(module, "in")
+                    while hasattr(module, MARK):
+                        module = module[0]
+                    rows = isinstance(module, TRANSPOSED_CONVS) or not isinstance(module, (nn.Linear, *CONVS))
+                    columns = module.weight if rows else module.weight.transpose(0, 1)
+                    gone = np.delete(end.index, kept[group.name], axis=0).ravel()
+                    before.append((module.weight, module.weight.clone()))
+                    columns[torch.from_numpy(np.flatnonzero(np.isin(here, gone)))] = 0
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, old in reversed(before):
+                weight.copy_(old)
+
+
+def _distance(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """Largest difference, as a part of the largest output."""
+    if [y.shape for y in wanted] != [y.shape for y in got]:
+        return math.inf
+    if not all(bool(torch.isfinite(y).all()) for y in (*wanted, *got)):
+        return math.inf
+    return max(float((a.double() - b.double()).abs().max()) / max(float(a.abs().max()), 1e-30) for a, b in zip(wanted, got, strict=True))
+
+
+def _candidates(model: nn.Module, group: Group) -> Iterator[tuple[Count, ...]]:
+    """Numbers on the modules above the group's layers that may count its units (`heads`), or their channels."""
+    above = {""} | {path.rpartition(".")[0] for end in group.ends for path in _and_above(end.path)}
+    widths = {group.units * d for end in group.ends for d in range(1, end.index.shape[1] + 1) if end.index.shape[1] % d == 0}
+    found = [
+        Count(path, name, value)
+        for path in sorted(above)
+        for name, value in vars(model.get_submodule(path)).items()
+        if type(value) is int and value in widths
+    ]
+    heads = tuple(c for c in found if c.dense == group.units)
+    named = tuple(c for c in found if "head" in c.name and "dim" not in c.name)
+    yield from dict.fromkeys(c for c in (heads, named, *((c,) for c in found), tuple(found)) if c)
+
+
+def _and_above(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]

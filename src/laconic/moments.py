@@ -1,0 +1,56 @@
+"""Mean and variance of what layers take in, channel by channel, seen during training or a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .distributed import agreed
+from .surgery.factorize import MARK
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Of the channels of a layer's input, over batch and positions: float64 on CPU."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class InputMoments:
+    """Collects the moments from now on until `finish`; layers are named by the caller."""
+
+    def __init__(self, layers: dict[str, nn.Module]):
+        self._sums: dict[str, tuple[int, Tensor, Tensor]] = {}
+        self._handles = [m.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, m in layers.items()]
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            if given:
+                first = module[0] if hasattr(module, MARK) else module
+                x = given[0].detach()
+                axis = x.ndim - 1 - (len(first.kernel_size) if hasattr(first, "kernel_size") else 0)
+                rest = [d for d in range(x.ndim) if d != axis]
+                x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+                count, total, squares = x.numel() // x.shape[axis], x.sum(rest).double().cpu(), x.square().sum(rest).double().cpu()
+                if name in self._sums:
+                    before = self._sums[name]
+                    count, total, squares = before[0] + count, before[1] + total, before[2] + squares
+                self._sums[name] = count, total, squares
+
+        return note
+
+    def finish(self) -> dict[str, Moments]:
+        """The moments seen, those of the first process where there are several; layers that did not run are missing."""
+        for handle in self._handles:
+            handle.remove()
+        found = {}
+        for name, (count, total, squares) in self._sums.items():
+            mean = total / count
+            found[name] = Moments(mean, (squares / count - mean.square()).clamp_min(0))
+        return agreed(lambda: found)

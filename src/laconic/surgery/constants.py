@@ -1,0 +1,233 @@
+"""Units that put out the same number whatever the input: what the number is, and how the layers that read it take it over.
+
+A unit whose rows are zero in every layer that computes it puts out a constant: its bias, sent through the norms and
+activations behind it. We look at what its consumers really see, and let their biases say it: exact if the constant is
+zero, or if the consumer does not pad with zeros. Where a consumer without a bias goes straight into a BatchNorm, the
+running mean takes the constant instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..matricize import TRANSPOSED_CONVS, Layer, is_hf_conv1d
+from ..measure import check_inputs, evaluating
+from .channels import NORMS, Group, Ints, channels_kept, units_kept
+from .factorize import MARK
+
+SAME = 1e-5  # two numbers that differ by less, relatively, are one: attention averages a constant with rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """The dead units of a group.
+
+    Attributes:
+        units: those that can go once their constants are folded, by their dense numbers.
+        values: what each consumer sees of them: `[units, k]` for the `k` channels of a unit.
+        norms: consumers without a bias, and the BatchNorm behind each that takes the constants.
+        stays: dead units whose removal would not be exact, and why.
+    """
+
+    units: tuple[int, ...]
+    values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    norms: dict[str, str] = field(default_factory=dict)
+    stays: dict[int, str] = field(default_factory=dict)
+
+
+def dead_constants(model: nn.Module, groups: Sequence[Group], example_inputs: Any) -> dict[str, Constants]:
+    """The dead units of each group that has some, and what their consumers see of them on the example inputs (eval mode)."""
+    silent = {group.name: _silent(model, group) for group in groups}
+    groups = [group for group in groups if silent[group.name]]
+    if not groups:
+        return {}
+    watch = _Watch(model, [end.path for group in groups for end in group.consumers])
+    watch.run(example_inputs)
+    return {group.name: _constants(model, group, silent[group.name], watch) for group in groups}
+
+
+@torch.no_grad()
+def fold(model: nn.Module, groups: Sequence[Group], dead: dict[str, Constants]) -> None:
+    """Let the consumers say the constants themselves, and no longer read the units: the model computes what it did."""
+    for group in groups:
+        found = dead.get(group.name)
+        if found is None or not found.units:
+            continue
+        for end in group.consumers:
+            module: Layer = model.get_submodule(end.path)
+            here = channels_kept(module, "in")
+            positions = np.searchsorted(here, end.index[list(found.units)].ravel())
+            shift = _response(module, positions, torch.from_numpy(found.values[end.path].ravel()))
+            if bool(shift.any()):
+                if end.path in found.norms:
+                    norm: Layer = model.get_submodule(found.norms[end.path])
+                    norm.running_mean.sub_(shift.to(norm.running_mean))
+                else:
+                    bias = _last(module).bias
+                    bias.add_(shift.to(bias))
+            _columns(_first(module))[torch.from_numpy(positions)] = 0
+
+
+def _silent(model: nn.Module, group: Group) -> list[int]:
+    """Units whose rows are zero in all their producers; never all: the last one stays."""
+    here = units_kept(model, group)
+    zero = np.ones(len(here), dtype=bool)
+    for end in group.producers:
+        module: Layer = model.get_submodule(end.path)
+        dead = ~_rows(_last(module)).detach().flatten(1).any(1).cpu().numpy()
+        zero &= dead[np.searchsorted(channels_kept(module, "out"), end.index[here])].all(1)
+    silent = [unit for unit, z in zip(here, zero, strict=True) if z]
+    return silent[1:] if len(silent) == len(here) else silent
+
+
+def _constants(model: nn.Module, group: Group, silent: list[int], watch: _Watch) -> Constants:
+    stays: dict[int, str] = {}
+    values: dict[str, NDArray[np.float64]] = {}
+    for end in group.consumers:
+        module = model.get_submodule(end.path)
+        places = np.searchsorted(channels_kept(module, "in"), end.index[silent])
+        low, high = watch.seen[end.path]
+        lows, highs = low[places], high[places]
+        values[end.path] = np.where((lows == 0) & (highs == 0), 0.0, (lows + highs) / 2)
+        near = np.subtract(highs, lows) - SAME * np.maximum(np.abs(highs), np.abs(lows))
+        even = (near.max(axis=1) <= 0).tolist()
+        size = np.abs(values[end.path]).max(1).tolist()
+        obstacle = _obstacle(module, end.path, watch)
+        for unit, constant, value in zip(silent, even, size, strict=True):
+            if not constant:
+                stays.setdefault(unit, f"{end.path} does not see a constant of it")
+            elif value and obstacle:
+                stays.setdefault(unit, f"its constant {value:.3g} cannot go into {end.path}, which {obstacle}")
+    goes = [i for i, unit in enumerate(silent) if unit not in stays]
+    norms = {end.path: watch.norms[end.path] for end in group.consumers if end.path in watch.norms}
+    return Constants(tuple(silent[i] for i in goes), {path: v[goes] for path, v in values.items()}, norms, stays)
+
+
+def _obstacle(module: Layer, path: str, watch: _Watch) -> str | None:
+    """Why a consumer cannot take a constant that is not zero."""
+    for layer in _chain(module):
+        if isinstance(layer, TRANSPOSED_CONVS):
+            return "is a transposed convolution: its outputs see different parts of the kernel"
+        padding = getattr(layer, "padding", 0)
+        padded = padding == "same" if isinstance(padding, str) else bool(np.any(padding))
+        if padded and layer.padding_mode == "zeros" and max(layer.kernel_size) > 1:
+            return "pads with zeros"
+    if _last(module).bias is None and path not in watch.norms:
+        return "has no bias"
+    return None
+
+
+class _Watch:
+    """One forward pass: least and greatest number in each input channel of the consumers, and the BatchNorm that alone
+    reads the output of one without a bias."""
+
+    def __init__(self, model: nn.Module, consumers: Sequence[str]):
+        self.model = model
+        self.seen: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+        self.norms: dict[str, str] = {}
+        self.paths = dict.fromkeys(consumers)
+
+    def run(self, example_inputs: Any) -> None:
+        calls: dict[str, int] = {}
+        read_by: dict[str, list[str]] = {}
+        made: dict[int, tuple[Tensor, str]] = {}
+        inside = 0
+
+        def reader(name: str, given: Any) -> None:
+            for x in tree_leaves(given):
+                if isinstance(x, Tensor) and id(x) in made:
+                    read_by.setdefault(made[id(x)][1], []).append(name)
+
+        class Readers(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if not inside:
+                    reader("", (args, kwargs))
+                return func(*args, **(kwargs or {}))
+
+        handles = []
+        for path in self.paths:
+            module = self.model.get_submodule(path)
+
+            def note(module: nn.Module, args: Any, kwargs: Any, y: Any, path: str = path) -> None:
+                x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+                self._note(path, module, x.detach())
+                calls[path] = calls.get(path, 0) + 1
+                if _last(module).bias is None and isinstance(y, Tensor):
+                    made[id(y)] = y, path
+
+            handles.append(module.register_forward_hook(note, with_kwargs=True))
+        for path, module in self.model.named_modules():
+            if isinstance(module, NORMS[:4]):
+
+                def enter(module: nn.Module, args: Any, path: str = path) -> None:
+                    nonlocal inside
+                    reader(path, args)
+                    calls[path] = calls.get(path, 0) + 1
+                    inside += 1
+
+                def leave(module: nn.Module, args: Any, y: Any) -> None:
+                    nonlocal inside
+                    inside -= 1
+
+                handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        try:
+            with evaluating(self.model), torch.inference_mode(), Readers():
+                reader("", self.model(*(x.clone() if isinstance(x, Tensor) else x for x in check_inputs(example_inputs))))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for path, readers in read_by.items():
+            norm = readers[0]
+            only = len(set(readers)) == 1 and norm and calls[norm] == calls[path] == len(readers)
+            if only and getattr(self.model.get_submodule(norm), "running_mean", None) is not None:
+                self.norms[path] = norm
+
+    def _note(self, path: str, module: Layer, x: Tensor) -> None:
+        core = _first(module)
+        axis = x.ndim - 1 if core.weight.ndim == 2 else x.ndim - core.weight.ndim + 1
+        flat = x.movedim(axis, 0).flatten(1).double()
+        low, high = flat.amin(1).cpu().numpy(), flat.amax(1).cpu().numpy()
+        if path in self.seen:
+            low, high = np.minimum(low, self.seen[path][0]), np.maximum(high, self.seen[path][1])
+        self.seen[path] = low, high
+
+
+def _chain(module: Layer) -> list[Layer]:
+    """The plain layers of a layer or a pair, in the order in which they run."""
+    return [*_chain(module[0]), *_chain(module[1])] if hasattr(module, MARK) else [module]
+
+
+def _first(module: Layer) -> Layer:
+    return _chain(module)[0]
+
+
+def _last(module: Layer) -> Layer:
+    return _chain(module)[-1]
+
+
+def _rows(layer: Layer) -> Tensor:
+    """The weight with its outputs first."""
+    return layer.weight.transpose(0, 1) if isinstance(layer, TRANSPOSED_CONVS) or is_hf_conv1d(layer) else layer.weight
+
+
+def _columns(layer: Layer) -> Tensor:
+    """The weight with its inputs first."""
+    return layer.weight if isinstance(layer, TRANSPOSED_CONVS) or is_hf_conv1d(layer) else layer.weight.transpose(0, 1)
+
+
+def _response(module: Layer, positions: Ints | None, values: Tensor) -> Tensor:
+    """What a layer without its bias puts out for a constant in these input channels, in float64."""
+    if hasattr(module, MARK):
+        return _response(module[1], None, _response(module[0], positions, values))
+    columns = _columns(module).detach().cpu().double()
+    columns = columns.flatten(2).sum(2) if columns.ndim > 2 else columns
+    return (columns if positions is None else columns[torch.from_numpy(positions)]).T @ values

@@ -1,0 +1,251 @@
+r"""Choose how many units every group keeps, with the ranks in view: both structures under one budget.
+
+The product rule of `allocate`, with two kinds of factors: the share of its energy that each weight keeps at its rank, and
+the share of what the consumers of a group's units receive that the remaining units keep,
+
+.. math:: \max \prod_l \frac{\sum_{i \le r_l} s_{l,i}^2}{\sum_i s_{l,i}^2} \prod_g \frac{\sum_{u \in K_g} v_{g,u}}{\sum_u v_{g,u}}
+          \quad \text{subject to} \quad \text{cost}(r, K) \le \text{limit}
+
+The cost couples the two, since a pair of layers costs r (in + out) and a dense one in x out. So from where the model is
+now a greedy walk goes down: again and again the step (a few units of one group less, or a few ranks of one weight) that
+loses least per cost that it saves. The widths are kept, and the ranks are then chosen by the product rule for these widths.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .allocate import Floats, log_shares
+from .costs import CURRENCIES, layer_cost, model_costs, present_costs
+from .errors import InfeasibleBudgetError
+from .plan import Plan
+from .structures import Neurons, Site, WideLayer
+
+Widths = dict[str, int]
+STEP = 32  # a step takes this part of the units, or of the ranks, that are left
+GRID = 24  # ranks that are tried for a weight that is still dense
+
+
+def choose_shapes(
+    plan: Plan,
+    values: dict[str, Floats],
+    importances: dict[str, Floats],
+    currencies: Sequence[str],
+    limits: Floats,
+    keep_dense: frozenset[str] = frozenset(),
+) -> Walk:
+    """The end of the walk: how many units each group keeps, and a rank for each weight that goes with them.
+
+    Args:
+        values: singular values by site; importances: shares of the units that are there, by group.
+        limits: upper bounds on the whole cost, one for each currency.
+        keep_dense: sites that must not be factorised.
+
+    Raises:
+        InfeasibleBudgetError: one unit of each group and rank 1 of each weight still cost too much.
+    """
+    walk = Walk(plan, values, importances, tuple(currencies), limits, keep_dense)
+    walk.down()
+    walk.fill()
+    return walk
+
+
+def unit_costs(plan: Plan, group: Neurons, currencies: Sequence[str]) -> Floats:
+    """What one unit of a group costs now, on the average."""
+    zero = np.zeros(len(tuple(currencies)))
+    walk = Walk(plan, {}, {}, tuple(currencies), zero + math.inf, frozenset())
+    count = len(group.kept)
+    return -walk.change(walk.resized(group, 0)) / count if count else zero
+
+
+def most_important(importance: Floats, count: int) -> NDArray[np.int64]:
+    """Positions of the `count` most important units, increasing; of equals the first."""
+    order = np.argsort(-importance, kind="stable")
+    return np.sort(order[:count])
+
+
+@dataclass(slots=True)
+class Walk:
+    plan: Plan
+    values: dict[str, Floats]
+    importances: dict[str, Floats]
+    currencies: tuple[str, ...]
+    limits: Floats
+    keep_dense: frozenset[str]
+    units: Widths = field(init=False)
+    ranks: dict[str, int | None] = field(init=False)
+    shares: dict[str, Floats] = field(init=False)
+    layers: dict[str, WideLayer] = field(init=False)
+    sizes: dict[str, tuple[int, int]] = field(init=False)
+    costs: dict[str, Floats] = field(init=False)
+    spent: Floats = field(init=False)
+    weights: Floats = field(init=False)
+    touching: dict[str, set[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        plan = self.plan
+        self.units = {g.name: len(g.kept) for g in plan.neurons}
+        self.ranks = {s.name: s.rank for s in plan.sites}
+        self.layers = {layer.path: layer for layer in plan.layers}
+        self.sizes = {layer.path: (layer.out, layer.taken) for layer in plan.layers}
+        self.shares = {name: log_shares(np.sqrt(np.sort(v)[::-1])) for name, v in self.importances.items()}
+        self.shares |= {name: log_shares(v) for name, v in self.values.items()}
+        self.costs = {path: self.cost(path) for path in self.layers}
+        self.spent = present_costs(plan, self.currencies)
+        self.weights = self.price()
+        self.touching = defaultdict(set)
+        for group in plan.neurons:
+            for end in group.group.ends:
+                self.touching[end.path].add(group.name)
+        for site in plan.sites:
+            self.touching[site.layer].add(site.name)
+
+    def cost(self, path: str, size: tuple[int, int] | None = None, rank: int | None = -1) -> Floats:
+        """Of a layer, with these numbers of channels and this rank (-1: its own)."""
+        layer = self.layers[path]
+        out, taken = size or self.sizes[path]
+        if rank == -1:
+            rank = self.ranks[layer.site.name] if layer.site is not None else None
+        return layer_cost(layer, out, taken, rank, self.currencies)
+
+    def price(self) -> Floats:
+        """Weights of the costs: each relative to its limit, those that are met for nothing."""
+        return np.where(self.spent > self.limits, 1 / np.maximum(self.limits, 1e-300), 0.0)
+
+    def kept(self) -> dict[str, list[int]]:
+        """The units that stay, the most important ones, by their numbers in the dense model."""
+        return {g.name: g.kept[most_important(self.importances[g.name], self.units[g.name])].tolist() for g in self.plan.neurons}
+
+    def gain(self) -> float:
+        """The sum of the logarithms of all shares that are kept."""
+        ranks = [(n, r) for n, r in self.ranks.items() if r is not None]
+        kept = [self.shares[n][min(r, len(self.shares[n])) - 1] for n, r in ranks]
+        return float(sum(kept) + sum(self.shares[n][u - 1] for n, u in self.units.items()))
+
+    def resized(self, group: Neurons, count: int) -> dict[str, tuple[int, int]]:
+        """Numbers of channels of all layers of a group that keeps so many units."""
+        less = self.units[group.name] - count
+        sizes: dict[str, tuple[int, int]] = {}
+        for end in group.group.ends:
+            out, taken = sizes.get(end.path, self.sizes[end.path])
+            width = less * end.index.shape[1]
+            sizes[end.path] = (out - width, taken) if end.side == "out" else (out, taken - width)
+        return sizes
+
+    def change(self, sizes: dict[str, tuple[int, int]]) -> Floats:
+        return sum((self.cost(path, size) - self.costs[path] for path, size in sizes.items()), np.zeros_like(self.spent))
+
+    def best(self, item: Neurons | Site) -> tuple[float, int] | None:
+        """The best step down of a group or a weight: what it loses per cost that it saves, and to how many units or ranks."""
+        name, shares = item.name, self.shares[item.name]
+        if isinstance(item, Neurons):
+            now, multiple = self.units[name], item.structure.multiple
+            count = (now - max(1, now // STEP)) // multiple * multiple
+            if count < 1:
+                return None
+            saved = -float(self.change(self.resized(item, count)) @ self.weights)
+            return ((shares[now - 1] - shares[count - 1]) / saved, count) if saved > 0 else None
+        rank = self.ranks[name]
+        if name in self.keep_dense:
+            return None
+        base = self.costs[item.layer] @ self.weights
+        if rank is not None:
+            options = [rank - max(1, rank // STEP)]
+        else:
+            highest = min(int(self.break_even(item)), len(shares))
+            options = sorted({round(r) for r in np.linspace(1, highest, GRID)}) if highest >= 1 else []
+        here = 0.0 if rank is None else shares[min(rank, len(shares)) - 1]
+        found = []
+        for r in options:
+            if r >= 1:
+                saved = float(base - self.cost(item.layer, rank=r) @ self.weights)
+                if saved > 0:
+                    found.append(((here - shares[min(r, len(shares)) - 1]) / saved, r))
+        return min(found) if found else None
+
+    def break_even(self, site: Site) -> float:
+        unfolding = site.unfolding.resized(*self.sizes[site.layer])
+        return min((unfolding.dense_params - 1) // unfolding.unit_params, unfolding.full_rank)
+
+    def down(self) -> None:
+        """The walk: until the limits hold."""
+        items: dict[str, Neurons | Site] = {g.name: g for g in self.plan.neurons} | {s.name: s for s in self.plan.sites}
+        version = dict.fromkeys(items, 0)
+        heap: list[tuple[float, str, int, int]] = []
+
+        def push(name: str) -> None:
+            version[name] += 1
+            step = self.best(items[name])
+            if step is not None:
+                heapq.heappush(heap, (step[0], name, step[1], version[name]))
+
+        for name in items:
+            push(name)
+        while np.any(self.spent > self.limits):
+            if not heap:
+                raise InfeasibleBudgetError(*self.smallest())
+            _, name, to, stamp = heapq.heappop(heap)
+            if stamp != version[name]:
+                continue
+            changed = self.go(items[name], to)
+            weights = self.price()
+            if np.any((weights > 0) != (self.weights > 0)):
+                self.weights, affected = weights, set(items)
+            else:
+                affected = {n for path in changed for n in self.touching[path]} | {name}
+            for n in affected:
+                push(n)
+
+    def smallest(self) -> tuple[str, float]:
+        """What to say, and the smallest feasible fraction, where the walk has come to its end."""
+        dense = model_costs(self.plan, self.currencies)
+        worst = int(np.argmax(self.spent / self.limits))
+        fraction = math.ceil(float((self.spent / dense)[worst]) * 1e4) / 1e4
+        name = self.currencies[worst]
+        currency = CURRENCIES[name]
+        asked, left = (f"{x[worst]:.0f}" if currency.whole else f"{x[worst]:.3g}" for x in (self.limits, self.spent))
+        return (
+            f"budget out of reach: at most {asked} {currency.unit} are asked for, but {left} are left with every layer at its narrowest and "
+            f"every weight at its lowest rank; smallest feasible: {name}={fraction}",
+            fraction,
+        )
+
+    def go(self, item: Neurons | Site, to: int) -> list[str]:
+        """Take a step; returns the layers that it changed."""
+        if isinstance(item, Neurons):
+            self.sizes |= (sizes := self.resized(item, to))
+            self.units[item.name] = to
+            changed = list(sizes)
+        else:
+            self.ranks[item.name] = to
+            changed = [item.layer]
+        for path in changed:
+            before, self.costs[path] = self.costs[path], self.cost(path)
+            self.spent = self.spent + self.costs[path] - before
+        return changed
+
+    def fill(self) -> None:
+        """What a step was too long by: units back, the most important first, while they fit."""
+        start = {g.name: len(g.kept) for g in self.plan.neurons}
+        weights = 1 / np.maximum(self.limits, 1e-300)
+        while True:
+            found = []
+            for group in self.plan.neurons:
+                count = self.units[group.name] + group.structure.multiple
+                if count > start[group.name]:
+                    continue
+                more = self.change(self.resized(group, count))
+                if np.all(self.spent + more <= self.limits):
+                    shares = self.shares[group.name]
+                    found.append(((shares[count - 1] - shares[self.units[group.name] - 1]) / float(more @ weights), group.name, count))
+            if not found:
+                return
+            _, name, count = max(found)
+            self.go(next(g for g in self.plan.neurons if g.name == name), count)

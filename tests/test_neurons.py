@@ -1,0 +1,431 @@
+"""Whole neurons under a budget: the proximal step, what is priced how, and runs in which ranks and neurons go together."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn, optim
+
+import laconic
+from laconic import timing
+from laconic.budget import shapes_for_budget
+from laconic.compaction import importances_of, slim_neurons, spectra, watch_inputs
+from laconic.costs import present_costs
+from laconic.measure import count_macs, count_params
+from laconic.models.gpt import GPT
+from laconic.plan import make_plan
+from laconic.widths import choose_shapes, most_important
+
+from .models import assert_same, cnn, inputs_for, mlp, snapshot
+from .test_shrinking import IMAGE, NETWORKS, Residual, noise, train, wide_mlp
+
+BOTH = (laconic.LowRank(), laconic.Channels())
+STRUCTURES = {"neurons": (laconic.Channels(),), "both": BOTH}
+
+
+def compressor_for(model: nn.Module, shape: tuple[int, ...], structures=BOTH, **options) -> laconic.Compressor:
+    optimizer = options.pop("optimizer", None) or optim.AdamW(model.parameters(), lr=1e-3)
+    return laconic.Compressor(model, optimizer, structures, example_inputs=(noise(model, shape, 0),), **{"every": 1, **options})
+
+
+@pytest.fixture(autouse=True)
+def no_clock(monkeypatch, tmp_path):
+    """Layer times are made up (in proportion to parameters), so that nothing depends on the machine, or waits for it."""
+
+    def measured(module, unfolding, shape, break_even, training):
+        ranks = timing.grid(break_even)
+        return timing.RankTimes(unfolding.dense_params / 1000, ranks, tuple(r * unfolding.unit_params / 1000 for r in ranks))
+
+    monkeypatch.setattr("laconic.timing._measure", measured)
+    monkeypatch.setenv("LACONIC_CACHE", str(tmp_path))
+
+
+# ---- the proximal step ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["relative", "absolute"])
+@pytest.mark.parametrize("penalty", [laconic.L1(), laconic.LogSum(0.1)], ids=lambda p: type(p).__name__)
+def test_each_row_with_its_bias_is_shrunk_by_the_prox_of_its_norm(scale, penalty):
+    model = mlp()
+    plan = make_plan(model, [laconic.Channels(penalty=penalty, scale=scale)], (inputs_for(model),))
+    site, layer = plan.neurons[0], model[0]
+    rows = torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
+    norms = rows.norm(dim=1)
+    tau = 0.3
+    unit = norms.square().mean().sqrt() if scale == "relative" else torch.tensor(1.0, dtype=torch.float64)
+    weighted = tau if scale == "relative" else tau * rows.shape[1] ** 0.5
+    wanted = rows * (unit * penalty.prox(norms / unit, weighted) / norms)[:, None]
+    result = site.structure.shrink(site, tau)
+    found = torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(result.values, wanted.norm(dim=1))
+    assert result.rank == int((wanted.norm(dim=1) > 0).sum())
+
+
+def test_the_rows_of_a_pair_are_those_of_its_product():
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 36, 4)
+    ).double()
+    plan = make_plan(model, BOTH, (torch.randn(2, 3, 8, 8, dtype=torch.float64),))
+    conv = plan.sites[1]
+    laconic.compaction.cut_sites(model, plan, spectra(plan), {s.name: 3 if s is conv else None for s in plan.sites})
+    group = next(g for g in plan.neurons if g.name == "2")
+    x = torch.randn(1, 16, 6, 6, dtype=torch.float64)
+    before = model[2](x)
+    norms = group.structure.values(group)
+    shrunk = group.structure.shrink(group, 0.5).values
+    factors = (shrunk / norms)[None, :, None, None]
+    assert 0 < float(factors.min()) < 1
+    torch.testing.assert_close(model[2](x), before * factors)  # rows and biases alike
+
+
+def test_sums_tie_the_rows_of_all_layers_that_put_the_units_out():
+    model = Residual(8)
+    plan = make_plan(model, [laconic.Channels()], (torch.randn(IMAGE),))
+    stream = next(g for g in plan.neurons if g.name == "stem")
+    assert {e.path for e in stream.group.producers} == {"stem", "blocks.0.3", "blocks.1.3"}
+    rows = torch.cat(
+        [torch.cat([m.weight.flatten(1), m.bias[:, None]], 1) for m in (model.stem, model.blocks[0][3], model.blocks[1][3])], 1
+    )
+    torch.testing.assert_close(stream.structure.values(stream), rows.detach().double().norm(dim=1))
+
+
+def test_importance_is_the_variance_that_the_consumers_would_lose():
+    model = cnn(torch.float64).train()
+    x = inputs_for(model, 64)
+    plan = make_plan(model, [laconic.Channels()], (x,))
+    moments = watch_inputs(model, plan, [x])
+    group = plan.neurons[1]  # the second convolution, flattened into the linear layer
+    with torch.no_grad():
+        seen = model.eval()[:7](x)
+    lost = (model[7].weight.detach().square() * seen.var(0, correction=0)).sum(0).reshape(12, 9).sum(1)
+    np.testing.assert_allclose(importances_of(plan, moments)[group.name], (lost / lost.sum()).numpy(), rtol=1e-9)
+    torch.testing.assert_close(moments["7"].mean, seen.mean(0))
+
+
+# ---- prices and shapes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("currency", ["params", "macs"])
+@pytest.mark.parametrize("structures", STRUCTURES.values(), ids=STRUCTURES)
+@pytest.mark.parametrize(("build", "shape"), NETWORKS.values(), ids=NETWORKS)
+def test_the_walk_prices_a_shape_as_it_will_cost(build, shape, structures, currency):
+    """What the walk says that its shape costs is what the model costs that is cut to it."""
+    model = build()
+    x = (noise(model, shape, 0),)
+    plan = make_plan(model, structures, x)
+    values = spectra(plan)
+    budget = laconic.Budget(**{currency: 0.5})
+    importances = importances_of(plan, {})
+    walk = choose_shapes(plan, values, importances, budget.currencies, budget.limits(plan))
+    slim_neurons(model, plan, importances, walk.kept(), example_inputs=x)
+    np.testing.assert_allclose(present_costs(plan, [currency], walk.ranks), walk.spent, rtol=1e-9)
+    laconic.compaction.cut_sites(model, plan, spectra(plan), walk.ranks)
+    count = count_params(model) if currency == "params" else count_macs(model, x)
+    assert walk.spent[0] == pytest.approx(
+        count, rel=0.02 if isinstance(model, GPT) and currency == "macs" else 1e-9
+    )  # fewer heads: less attention
+
+
+def test_a_shape_for_any_budget_keeps_the_most_important_units():
+    model = wide_mlp()
+    x = (noise(model, (8, 64), 0),)
+    plan = make_plan(model, [laconic.Channels()], x)
+    importances = importances_of(plan, {})
+    kept, _ = shapes_for_budget(plan, {}, importances, laconic.Budget(params=0.3))
+    for group in plan.neurons:
+        stay = kept[group.name]
+        assert 0 < len(stay) < group.group.units
+        assert importances[group.name][stay].min() >= np.delete(importances[group.name], stay).max()
+
+
+def test_of_equals_the_first_stay():
+    assert most_important(np.array([1.0, 3.0, 2.0, 3.0, 2.0]), 3).tolist() == [1, 2, 3]
+
+
+def test_the_cheaper_of_two_equally_important_units_goes():
+    """Two hidden layers, the second read by a much wider one: its units are dearer, at the same share."""
+    model = nn.Sequential(nn.Linear(10, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 400))
+    plan = make_plan(model, [laconic.Channels()], (torch.randn(2, 10),))
+    equal = {g.name: np.full(40, 1 / 40) for g in plan.neurons}
+    kept, _ = shapes_for_budget(plan, {}, equal, laconic.Budget(params=0.6))
+    assert len(kept["2"]) < len(kept["0"])
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("currency", ["params", "macs"])
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.25, 0.1, 0.05])
+@pytest.mark.parametrize("structures", STRUCTURES.values(), ids=STRUCTURES)
+@pytest.mark.parametrize(("build", "shape"), NETWORKS.values(), ids=NETWORKS)
+def test_every_budget_is_met_from_below_within_one_percent(build, shape, structures, share, currency):
+    model = build()
+    try:
+        compressor = compressor_for(model, shape, structures, budget=laconic.Budget(**{currency: share}), total_steps=20)
+    except laconic.InfeasibleBudgetError as error:
+        assert share < error.smallest  # noqa: PT017
+        share = error.smallest
+        compressor = compressor_for(model, shape, structures, budget=laconic.Budget(**{currency: share}), total_steps=20)
+    train(model, compressor.optimizers[0], shape, 20)
+    report = compressor.compact()
+    profile = laconic.measure.profile(model, (noise(model, shape, 0),), latency=False)
+    dense, after = (report.params_before, profile.params) if currency == "params" else (report.macs_before, profile.macs)
+    assert after <= share * dense
+    assert after == (report.params_after if currency == "params" else report.macs_after)
+    assert after > (share - 0.01) * dense or not further(compressor, currency, share * dense) or isinstance(model, GPT)
+    assert report.surgery_error < 1e-3
+    held = [p for g in compressor.optimizers[0].param_groups for p in g["params"]]
+    assert {id(p) for p in held} == {id(p) for p in model.parameters()}
+    assert len(held) == len(list(model.parameters()))
+    train(model, compressor.optimizers[0], shape, 2)
+
+
+def further(compressor: laconic.Compressor, currency: str, limit: float) -> list[str]:
+    """Sites and groups of which one more unit would fit."""
+    plan = compressor.plan
+    ranks = {s.name: s.rank for s in plan.sites}
+    fits = [
+        s.name
+        for s in plan.sites
+        if s.rank is not None and s.rank < s.break_even and present_costs(plan, [currency], ranks | {s.name: s.rank + 1})[0] <= limit
+    ]
+    walk = laconic.widths.Walk(plan, {}, {}, (currency,), np.array([limit]), frozenset())
+    fits += [
+        g.name
+        for g in plan.neurons
+        if len(g.kept) < g.group.units and (walk.spent + walk.change(walk.resized(g, len(g.kept) + 1)))[0] <= limit
+    ]
+    return fits
+
+
+def test_neurons_go_on_the_way_and_never_come_back():
+    build, shape = NETWORKS["CNN with BatchNorm"]
+    compressor = compressor_for(build(), shape, budget=laconic.Budget(params=0.1), total_steps=100)
+    kept = []
+    for t in range(100):
+        train(compressor.model, compressor.optimizers[0], shape, range(t, t + 1))
+        kept.append({g.name: set(g.kept.tolist()) for g in compressor.plan.neurons})
+    for name in kept[0]:
+        over = [k[name] for k in kept]
+        assert all(later <= earlier for earlier, later in itertools.pairwise(over))
+        assert len(set(map(len, over[50:]))) == 1
+    assert sum(map(len, kept[30].values())) < sum(map(len, kept[0].values()))  # long before the structure is final
+
+
+@pytest.mark.parametrize("at", range(1, 24))
+def test_a_run_resumed_at_any_step_ends_bit_identical(at):
+    shape = IMAGE
+
+    def run() -> laconic.Compressor:
+        torch.manual_seed(at)
+        return compressor_for(NETWORKS["CNN with BatchNorm"][0](), shape, budget=laconic.Budget(params=0.15), total_steps=24, every=3)
+
+    whole = run()
+    train(whole.model, whole.optimizers[0], shape, at)
+    saved = snapshot(whole, whole.model, whole.optimizers[0])
+    train(whole.model, whole.optimizers[0], shape, range(at, 24))
+    torch.manual_seed(99)
+    resumed = run()
+    for part, state in zip((resumed, resumed.model, resumed.optimizers[0]), saved, strict=True):
+        part.load_state_dict(state)
+    train(resumed.model, resumed.optimizers[0], shape, range(at, 24))
+    assert_same(snapshot(resumed, resumed.model, resumed.optimizers[0]), snapshot(whole, whole.model, whole.optimizers[0]))
+    assert_same(resumed.compact().to_json(), whole.compact().to_json())
+
+
+def test_the_result_loads_into_the_dense_class(tmp_path):
+    build, shape = NETWORKS["residual CNN"]
+    model = build()
+    compressor = compressor_for(model, shape, budget=laconic.Budget(params=0.2), total_steps=30)
+    train(model, compressor.optimizers[0], shape, 30)
+    report = compressor.compact()
+    assert any(g.kept < g.units for g in report.groups)
+    assert {x.outcome for x in report.layers} <= {"dense", "slim", "low-rank", "both"}
+    laconic.save(model, tmp_path / "compact")
+    again = laconic.load(tmp_path / "compact", build())
+    x = noise(model, shape, 5)
+    torch.testing.assert_close(again.eval()(x), model.eval()(x))
+    assert laconic.CompactReport.from_json(report.to_json()) == report
+
+
+def test_a_trained_model_is_cut_without_training_too():
+    model = Residual(32)
+    x = torch.randn(IMAGE)
+    report = laconic.compress(model, BOTH, laconic.Budget(macs=0.5), example_inputs=(x,), calibration=[x])
+    assert count_macs(model, (x,)) == report.macs_after <= 0.5 * report.macs_before
+    assert report.macs_after > 0.49 * report.macs_before
+
+
+def test_a_slim_model_can_be_slimmed_again():
+    model = Residual(32)
+    x = torch.randn(IMAGE)
+    first = laconic.compress(model, laconic.Channels(), laconic.Budget(params=0.6), example_inputs=(x,))
+    second = laconic.compress(model, BOTH, laconic.Budget(params=0.5), example_inputs=(x,))
+    assert second.params_before == first.params_after
+    assert second.params_after == count_params(model) <= 0.5 * first.params_after
+
+
+def test_what_units_put_out_on_the_average_goes_to_the_biases_of_their_consumers():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 5)).double()
+    with torch.no_grad():
+        model[0].weight[10:] *= 1e-3  # nearly constant
+        model[0].bias[10:] += 1
+    x = torch.randn(200, 6, dtype=torch.float64)
+    before = model(x)
+    laconic.compress(model, laconic.Channels(), laconic.Budget(params=0.4), example_inputs=(x,))
+    assert model[0].out_features < 14
+    assert float((model(x) - before).detach().abs().max()) < 0.01
+
+
+def test_a_strength_alone_removes_exactly_the_neurons_that_are_zero():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 3)).double()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(64, 6, dtype=torch.float64)
+    structures = laconic.Channels(penalty=laconic.L1(), strength=0.4)
+    compressor = laconic.Compressor(model, optimizer, structures, example_inputs=(x,), every=1)
+    for _ in range(60):
+        (model(x) - x[:, :3].sin()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    alive = int((torch.cat([model[0].weight, model[0].bias[:, None]], 1).norm(dim=1) > 0).sum())
+    before = model(x)
+    compressor.compact()
+    assert 0 < alive < 20
+    assert model[0].out_features == alive
+    torch.testing.assert_close(model(x), before)
+
+
+def test_multiples_that_the_hardware_likes():
+    model = wide_mlp()
+    structures = (laconic.Channels(multiple=8),)
+    report = laconic.compress(model, structures, laconic.Budget(params=0.4), example_inputs=(noise(model, (8, 64), 0),))
+    assert [g.kept % 8 for g in report.groups] == [0, 0]
+
+
+BAD = {
+    "no example inputs": (lambda: laconic.compress(mlp(), laconic.Channels(), laconic.Budget(params=0.5)), "Channels needs example_inputs"),
+    "claimed twice": (
+        lambda: laconic.compress(
+            mlp(), [laconic.Channels(), laconic.Channels()], laconic.Budget(params=0.5), example_inputs=(inputs_for(mlp()),)
+        ),
+        "0 is claimed by 2 Channels structures",
+    ),
+    "excluded all": (
+        lambda: laconic.compress(mlp(), laconic.Channels(exclude="*"), laconic.Budget(params=0.5), example_inputs=(inputs_for(mlp()),)),
+        "nothing to compress",
+    ),
+    "include and exclude the same": (
+        lambda: laconic.compress(
+            mlp(), laconic.Channels(include="0", exclude="0"), laconic.Budget(params=0.5), example_inputs=(inputs_for(mlp()),)
+        ),
+        "nothing to compress",
+    ),
+    "pattern": (
+        lambda: laconic.compress(mlp(), laconic.Channels(include="9"), laconic.Budget(params=0.5), example_inputs=(inputs_for(mlp()),)),
+        "include='9' matches no module",
+    ),
+    "multiple": (lambda: laconic.Channels(multiple=0), "multiple = 0"),
+    "alpha": (lambda: laconic.sparse_group_lasso(1.0, 1.5), "alpha = 1.5"),
+    "entries without training": (
+        lambda: laconic.compress(mlp(), laconic.Entries(strength=1.0), laconic.Budget(params=0.5)),
+        "in training only",
+    ),
+    "entries and a budget": (
+        lambda: laconic.Compressor(
+            mlp(), optim.SGD(mlp().parameters(), lr=0.1), laconic.Entries(strength=1.0), budget=laconic.Budget(params=0.5), total_steps=9
+        ),
+        "save nothing that a budget counts",
+    ),
+    "penalty": (lambda: laconic.Channels(penalty=3), "penalty = 3"),
+    "out of reach": (
+        lambda: laconic.compress(mlp(), laconic.Channels(), laconic.Budget(params=0.01), example_inputs=(inputs_for(mlp()),)),
+        "smallest feasible: params=0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD)
+def test_bad_input_gets_one_clear_line(call, message):
+    with pytest.raises(laconic.LaconicError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_smallest_feasible_budget_that_is_named_is_feasible_and_tight():
+    x = (noise(wide_mlp(), (8, 64), 0),)
+    for structures in STRUCTURES.values():
+        with pytest.raises(laconic.InfeasibleBudgetError) as caught:
+            laconic.compress(wide_mlp(), structures, laconic.Budget(params=1e-4), example_inputs=x)
+        smallest = caught.value.smallest
+        laconic.compress(wide_mlp(), structures, laconic.Budget(params=smallest), example_inputs=x)
+        with pytest.raises(laconic.InfeasibleBudgetError):
+            laconic.compress(wide_mlp(), structures, laconic.Budget(params=smallest - 2e-4), example_inputs=x)
+
+
+def test_the_plan_shows_every_group_and_why_others_stay():
+    model = cnn()
+    text = str(make_plan(model, [laconic.Channels(exclude="3")], (inputs_for(model),)))
+    assert "0  " in text
+    assert "8 units" in text
+    assert "not selected by include= / exclude=" in text
+    assert "an output of the model" in text
+
+
+def test_momentum_and_groups_of_the_optimizer_are_sliced_in_mid_run():
+    build, shape = NETWORKS["MLP"]
+    model = build()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1]},
+    ]
+    optimizer = optim.SGD(groups, lr=0.05, momentum=0.9)
+    compressor = compressor_for(model, shape, (laconic.Channels(),), optimizer=optimizer, budget=laconic.Budget(params=0.3), total_steps=30)
+    train(model, optimizer, shape, 30)
+    assert compressor.state.settled
+    for group, ndim in zip(optimizer.param_groups, (2, 1), strict=True):
+        assert all(p.ndim == ndim for p in group["params"])
+        assert all(optimizer.state[p]["momentum_buffer"].shape == p.shape for p in group["params"])
+
+
+# ---- entries, and the sparse group lasso ----------------------------------------------------------------------------
+
+
+def test_entries_then_neurons_is_the_prox_of_the_sparse_group_lasso():
+    """Optimality: of 1/2 |x - w|^2 + tau ((1 - alpha) sqrt(P) sum_u |x_u| + alpha |x|_1), by its subgradients."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8, bias=False), nn.Tanh(), nn.Linear(8, 2)).double()
+    before = model[0].weight.detach().clone()
+    tau, alpha = 0.3, 0.4
+    structures = laconic.sparse_group_lasso(1.0, alpha, include="0")
+    plan = make_plan(model, structures, (torch.randn(2, 5, dtype=torch.float64),))
+    for site in (*plan.entries, *plan.neurons):
+        site.structure.shrink(site, tau * site.structure.strength)
+    x = model[0].weight.detach()
+    for old, new in zip(before, x, strict=True):
+        weight = tau * (1 - alpha) * 5**0.5
+        if float(new.norm()) > 0:
+            residual = old - new - weight * new / new.norm()  # must be tau alpha times a subgradient of |x|_1
+            torch.testing.assert_close(residual[new != 0], tau * alpha * new.sign()[new != 0])
+            assert bool((residual[new == 0].abs() <= tau * alpha + 1e-12).all())
+        else:
+            assert float((old.abs() - tau * alpha).clamp_min(0).norm()) <= weight + 1e-12
+    assert 0 < int((x == 0).sum()) < x.numel()
+
+
+def test_a_run_under_the_sparse_group_lasso_says_what_its_zeros_are_good_for():
+    model = mlp()
+    x = inputs_for(model)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    compressor = laconic.Compressor(model, optimizer, laconic.sparse_group_lasso(0.2, 0.5), example_inputs=(x,), every=1)
+    for _ in range(30):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = compressor.state_dict()
+    report = compressor.compact()
+    assert any("of the entries are zero" in note for note in report.notes)
+    assert any("entries of 0.weight" in name for name in state["names"])
