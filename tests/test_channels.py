@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 import laconic
 from laconic.graph import Group, find_groups, leaves
+from laconic.matricize import Unfolding, unfoldings
 from laconic.surgery.channels import channels_kept, slim, units_kept
 from laconic.surgery.constants import dead_constants, fold
-from laconic.surgery.factorize import MARK
-from laconic.surgery.record import find_slims
+from laconic.surgery.factorize import MARK, factorize, narrow
+from laconic.surgery.record import find_slims, put
 
 from .architectures import CASES, Basic, Dense, Net, conv, groups_of
 from .models import assert_same, snapshot
@@ -335,10 +336,6 @@ def test_a_state_that_nobody_can_slice_is_dropped_and_the_rest_is_not():
 
 def low_rank(model: nn.Module, ranks: dict[str, int], unfolding: int = 0) -> None:
     """Factorise layers by hand, twice where a pair is already there."""
-    from laconic.matricize import unfoldings
-    from laconic.surgery.factorize import factorize
-    from laconic.surgery.record import put
-
     for path, rank in ranks.items():
         module = model.get_submodule(path)
         u = unfoldings(module)[unfolding]
@@ -407,6 +404,20 @@ def silence_readers(model: nn.Module, groups: list[Group], kept: dict[str, list[
                 while hasattr(module, MARK):
                     module = module[0]
                 module.weight.movedim(rows(module, "in"), 0)[torch.from_numpy(gone)] = 0
+
+
+def test_a_slim_layer_that_is_cut_and_cut_again_stays_slim(tmp_path):
+    model, inputs = settled("residual")
+    groups = groups_of("residual")
+    slim(model, groups, {"body.1.conv1": [1, 2, 7, 11]})
+    slims = find_slims(model)
+    low_rank(model, {"body.1.conv1": 3})
+    pair = model.get_submodule("body.1.conv1")
+    shape = tuple(getattr(pair, MARK)["shape"])
+    put(model, "body.1.conv1", narrow(pair, Unfolding("out,in*k", shape, 1, (1,), (2, 3, 4)), 2))
+    assert find_slims(model) == slims
+    fresh = laconic.load(laconic.save(model, tmp_path / "narrow"), CASES["residual"].build())
+    assert_same(outputs(fresh, inputs), outputs(model, inputs))
 
 
 def test_the_same_ranks_and_units_give_the_same_shapes_in_either_order():
