@@ -567,7 +567,9 @@ def test_loading_into_another_model_is_a_clear_error_and_changes_nothing(tmp_pat
     wider = Net(conv(3, 8), nn.Sequential(Basic(8, 9), Basic(9, 12, 2), Basic(12, 12)), 12)
     another = Net(conv(3, 8), nn.Sequential(Basic(8, 8), Dense(8, 4, 1), Basic(12, 12)), 12)
     longer = nn.Sequential(*CASES["residual"].build().children())
-    for wrong in (wider, another, longer):
+    more = CASES["residual"].build()  # found out only when all is slim and cut
+    more.extra = nn.Linear(2, 2)
+    for wrong in (wider, another, longer, more):
         before, shapes = snapshot(wrong), dict(wrong.named_parameters())
         with pytest.raises(laconic.ArchitectureMismatchError) as caught:
             laconic.load(saved, wrong)

@@ -210,6 +210,7 @@ HELD = {
     "an unknown operation": (lambda m, y: torch.fft.fft(y).real, "does not follow"),
     "an outer product": (lambda m, y: (y[:, :, None] * y[:, None, :]).flatten(1)[:, :8], "crosses"),
     "a write in place": (lambda m, y: y.new_zeros(y.shape).copy_(y), "copy_"),
+    "another shape in place": (lambda m, y: y.clone().unsqueeze_(0).squeeze(0), "unsqueeze_"),
     "numbers beside them": (lambda m, y: torch.cat([y[:, :4], m.weight[: len(y), :4]], 1) * y, "does not run"),
 }
 

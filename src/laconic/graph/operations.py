@@ -316,6 +316,8 @@ def rule_for(func: Any) -> Callable[[Operation], Labels] | None:
     """The rule of an operation; None where it may be a composition of others."""
     name = func.overloadpacket.__name__
     base = name if name in _RULES else name.rstrip("_")
+    if name != base and _RULES.get(base) is _moved:
+        return unknown  # it changes the shape of what it is given
     return _RULES.get(base) or (_pointwise if torch.Tag.pointwise in func.tags or _pointwise_name(base) else None)
 
 
