@@ -97,6 +97,21 @@ def training(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def profile(_: str) -> str:
+    """Where the training time goes, in units of the plain loop's."""
+    path = ROOT / "benchmarks" / "results" / "training.json"
+    if not path.exists():
+        return "(no results yet)\n"
+    parts = ("proximal steps", "cuts", "layer timing", "construction")
+    lines = [f"| network | {' | '.join(('training steps', *parts))} | sum |", "|---|---|---|---|---|---|---|"]
+    for r in json.loads(path.read_text())["rows"]:
+        dense = r["seconds"]["dense"]
+        own = [r["overhead_seconds"].get(part, 0.0) / dense for part in parts]
+        steps = r["ratio"] - sum(r["overhead_seconds"].values()) / dense
+        lines.append(f"| {r['name']} | {steps:.3f} | {' | '.join(f'{x:.3f}' for x in own)} | {r['ratio']:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
 def cut_last(_: str) -> str:
     """Cut on the way against cut last, at two budgets."""
     lines = ["| budget | laconic, % | cut last, % | dense, % | seeds |", "|---|---|---|---|---|"]
@@ -141,6 +156,7 @@ def memory(_: str) -> str:
 TABLES = {
     "inference": inference,
     "training": training,
+    "profile": profile,
     "cut-last": cut_last,
     "kills": kills,
     "memory": memory,
