@@ -53,6 +53,11 @@ def spread(runs: list[dict[str, Any]], metric: str = "accuracy") -> float:
     return statistics.stdev(r["metrics"][metric] for r in runs) if len(runs) > 1 else 0.0
 
 
+def percent(runs: list[dict[str, Any]]) -> str:
+    """Mean accuracy with its spread; a single run has none."""
+    return f"{100 * (mean(runs, 'accuracy') or 0):.2f}" + (f" ± {100 * spread(runs):.2f}" if len(runs) > 1 else "")
+
+
 def comparison(recipe: str) -> str:
     """Method, accuracy with its spread over seeds, parameters, MACs; from the timing pass: training time, latency."""
     results = load(recipe)
@@ -64,14 +69,12 @@ def comparison(recipe: str) -> str:
     for method, runs in results.items():
         if method not in times["train_seconds"]:  # has a table of its own
             continue
-        accuracy = mean(runs, "accuracy")
-        assert accuracy is not None
         relative = f"{times['train_seconds'][method] / times['train_seconds']['dense']:.2f}"
         latency = f"{times['latency_b64_ms'][SAME_NETWORK.get(method, method)]:.2f} ms"
         params, macs = mean(runs, "params") or 0, mean(runs, "macs") or 0
         whole, all_macs = mean(base, "params") or 1, mean(base, "macs") or 1
         lines.append(
-            f"| {LABELS[method]} | {100 * accuracy:.2f} ± {100 * spread(runs):.2f} | {params:,.0f} ({params / whole:.2f}) "
+            f"| {LABELS[method]} | {percent(runs)} | {params:,.0f} ({params / whole:.2f}) "
             f"| {macs / 1e6:.2f} M ({macs / all_macs:.2f}) | {relative} | {latency} | {len(runs)} |"
         )
     return "\n".join(lines) + "\n"
@@ -102,16 +105,32 @@ def training(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def profile(_: str) -> str:
+    """Where the training time goes, in units of the plain loop's."""
+    path = ROOT / "benchmarks" / "results" / "training.json"
+    if not path.exists():
+        return "(no results yet)\n"
+    parts = ("proximal steps", "cuts", "layer timing", "construction")
+    lines = [f"| network | {' | '.join(('training steps', *parts))} | sum |", "|---|---|---|---|---|---|---|"]
+    for r in json.loads(path.read_text())["rows"]:
+        dense = r["seconds"]["dense"]
+        own = [r["overhead_seconds"].get(part, 0.0) / dense for part in parts]
+        steps = r["ratio"] - sum(r["overhead_seconds"].values()) / dense
+        lines.append(f"| {r['name']} | {steps:.3f} | {' | '.join(f'{x:.3f}' for x in own)} | {r['ratio']:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
 def cut_last(_: str) -> str:
-    """Cut on the way against cut last, at two budgets."""
+    """Cut on the way against cut last, from the seeds that all have, at the budgets that have any."""
+    methods = ("laconic", "late", "dense")
     lines = ["| budget | laconic, % | cut last, % | dense, % | seeds |", "|---|---|---|---|---|"]
     for recipe in ("cifar10", "cifar10-tenth"):
         runs = load(recipe)
-        if not {"laconic", "late", "dense"} <= runs.keys():
-            return "(no results yet)\n"
-        cells = [f"{100 * (mean(runs[m], 'accuracy') or 0):.2f} ± {100 * spread(runs[m]):.2f}" for m in ("laconic", "late", "dense")]
-        lines.append(f"| {runs['laconic'][0]['budget']['params']} | {' | '.join(cells)} | {len(runs['laconic'])} |")
-    return "\n".join(lines) + "\n"
+        seeds = set.intersection(*({r["seed"] for r in runs.get(m, [])} for m in methods))
+        if seeds:
+            cells = [percent([r for r in runs[m] if r["seed"] in seeds]) for m in methods]
+            lines.append(f"| {runs['laconic'][0]['budget']['params']} | {' | '.join(cells)} | {len(seeds)} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else "(no results yet)\n"
 
 
 def kills(_: str) -> str:
@@ -173,6 +192,7 @@ TABLES = {
     "structures-scene": lambda _: structures("scene"),
     "inference": inference,
     "training": training,
+    "profile": profile,
     "cut-last": cut_last,
     "kills": kills,
     "memory": memory,
