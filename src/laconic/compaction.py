@@ -31,7 +31,7 @@ from .plan import Plan, check_structures, make_plan
 from .report import CompactReport, GroupReport, LayerReport
 from .structures import Entries, Site, Structure
 from .surgery.batchnorm import batch_norms, reestimate
-from .surgery.channels import Group, channels_kept, slim, width
+from .surgery.channels import Group, channels_kept, slim, slimmed, width
 from .surgery.factorize import MARK, pair_matrices, pair_weights
 from .surgery.factorize import weights as pair_parameters
 from .surgery.optimizer import carry, unknown_state
@@ -198,10 +198,9 @@ def slim_neurons(
         check_in_place(model, site)
     with unread(model, tied, kept):
         wanted = _outputs(model, inputs)
-    twin = copy.deepcopy(model)
     try:
-        slim(twin, tied, kept)
-        got = _outputs(twin, inputs)
+        with slimmed(model, tied, kept):
+            got = _outputs(model, inputs)
     except Exception as error:
         names = ", ".join(kept)
         raise SurgeryError(

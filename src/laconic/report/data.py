@@ -131,7 +131,9 @@ class CompactReport:
     def from_json(data: dict[str, Any]) -> CompactReport:
         fields = {k: v for k, v in data.items() if k != "format"}
         layers = tuple(
-            LayerReport(**{**x, "shape": tuple(x["shape"]), "spectrum": tuple(x["spectrum"]), "slim": tuple(x["slim"]) if x.get("slim") else None})
+            LayerReport(
+                **{**x, "shape": tuple(x["shape"]), "spectrum": tuple(x["spectrum"]), "slim": tuple(x["slim"]) if x.get("slim") else None}
+            )
             for x in fields.pop("layers")
         )
         groups = tuple(GroupReport(**{**x, "layers": tuple(x["layers"])}) for x in fields.pop("groups", ()))
