@@ -156,8 +156,7 @@ def test_the_cheaper_of_two_equally_important_units_goes():
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("currency", ["params", "macs"])
-@pytest.mark.parametrize("share", [0.8, 0.5, 0.25, 0.1, 0.05])
+@pytest.mark.parametrize(("share", "currency"), [(0.8, "params"), (0.5, "macs"), (0.25, "params"), (0.1, "macs"), (0.05, "params")])
 @pytest.mark.parametrize("structures", STRUCTURES.values(), ids=STRUCTURES)
 @pytest.mark.parametrize(("build", "shape"), NETWORKS.values(), ids=NETWORKS)
 def test_every_budget_is_met_from_below_within_one_percent(build, shape, structures, share, currency):

@@ -120,26 +120,72 @@ def present_costs(plan: Plan, names: Sequence[str], ranks: Ranks | None = None) 
     return total
 
 
-def layer_cost(layer: WideLayer, out: int, taken: int, rank: int | None, names: Sequence[str]) -> Floats:
-    """What a layer would cost with these numbers of channels, at this rank (None: dense).
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a layer costs for each channel and pair of channels: what `layer_cost` needs, looked up once.
+
+    Attributes:
+        beside, weight: parameters and MACs under no site, for each output channel and for each pair of channels.
+        dense: parameters and MACs of the site's weight for each pair of channels; (0, 0) without a site.
+        first, second: of a unit of rank, for each channel that is taken in, and that is put out.
+        site: with its times, if it has some; now: the channels that those were measured for.
+    """
+
+    beside: Floats
+    weight: Floats
+    dense: Floats
+    first: Floats
+    second: Floats
+    site: Site | None
+    now: tuple[int, int]
+
+    @staticmethod
+    def of(layer: WideLayer) -> Rates:
+        nothing = np.zeros(2)
+        beside = np.array([layer.beside, layer.beside_macs])
+        weight = layer.weight * np.array([1.0, layer.positions])
+        site, now = layer.site, (layer.out, layer.taken)
+        if site is None:
+            return Rates(beside, weight, nothing, nothing, nothing, None, now)
+        (first, second), (at_dense, at_first, at_second) = site.unfolding.unit_parts, site.positions or (0, 0, 0)
+        dense = site.unfolding.dense_params / (layer.out * layer.taken) * np.array([1.0, at_dense])
+        return Rates(
+            beside,
+            weight,
+            dense,
+            first / layer.taken * np.array([1.0, at_first]),
+            second / layer.out * np.array([1.0, at_second]),
+            site,
+            now,
+        )
+
+
+def layer_costs(rates: Rates, out: int, taken: int, ranks: Sequence[int] | None, names: Sequence[str]) -> Floats:
+    """What a layer would cost with these numbers of channels, `[len(ranks), currencies]`; with None for ranks dense, `[1, currencies]`.
 
     Parameters and MACs exactly; a time is taken to change as the parameters do.
     """
-    params, macs, ms = layer.params_at(out, taken), layer.macs_at(out, taken), 0.0
-    site = layer.site
-    if site is not None:
-        u, (first, second) = site.unfolding, site.unfolding.unit_parts
-        one, two = first / layer.taken * taken, second / layer.out * out  # of a unit of rank
-        pairs = u.dense_params / (layer.out * layer.taken) * out * taken
-        at_dense, at_first, at_second = site.positions or (0, 0, 0)
-        if rank is None:
-            params, macs = params + pairs, macs + at_dense * pairs
-            ms = site.times.dense * pairs / u.dense_params if site.times is not None else 0.0
-        else:
-            params, macs = params + rank * (one + two), macs + rank * (at_first * one + at_second * two)
-            ms = site.times.at(rank) * (one + two) / (first + second) if site.times is not None else 0.0
-    amounts = {"params": params, "macs": macs, "latency": ms}
-    return np.array([amounts[name] for name in names], dtype=np.float64)
+    fixed = rates.beside * out + rates.weight * (out * taken)
+    if ranks is None:
+        counts = (fixed + rates.dense * (out * taken))[None]
+    else:
+        counts = fixed + np.asarray(ranks, dtype=np.float64)[:, None] * (rates.first * taken + rates.second * out)
+    columns = {"params": counts[:, 0], "macs": counts[:, 1]}
+    if "latency" in names:
+        columns["latency"] = _layer_times(rates, out, taken, ranks)
+    return np.stack([columns[name] for name in names], axis=1)
+
+
+def _layer_times(rates: Rates, out: int, taken: int, ranks: Sequence[int] | None) -> Floats:
+    times = rates.site.times if rates.site is not None else None
+    count = 1 if ranks is None else len(ranks)
+    if times is None:
+        return np.zeros(count)
+    now_out, now_taken = rates.now
+    if ranks is None:
+        return np.array([times.dense * out * taken / (now_out * now_taken)])
+    share = (rates.first[0] * taken + rates.second[0] * out) / (rates.first[0] * now_taken + rates.second[0] * now_out)
+    return np.array([times.at(r) * share for r in ranks])
 
 
 def measure_times(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], seconds: float = 0.3) -> None:
@@ -170,8 +216,10 @@ def correct_times(
     expected = present_costs(plan, ["latency"], ranks)[0]
     for layer in plan.layers if kept else ():
         module, rank = cut.get_submodule(layer.path), ranks[layer.site.name] if layer.site is not None else None
-        slimmed = layer_cost(layer, width(module, "out"), width(module, "in") if layer.site else layer.taken, rank, ["latency"])
-        expected += (slimmed - layer_cost(layer, layer.out, layer.taken, rank, ["latency"]))[0]
+        rates, taken = Rates.of(layer), width(module, "in") if layer.site else layer.taken
+        ranked = None if rank is None else [rank]
+        slimmed = layer_costs(rates, width(module, "out"), taken, ranked, ["latency"])
+        expected += (slimmed - layer_costs(rates, layer.out, layer.taken, ranked, ["latency"]))[0, 0]
     for site in plan.sites:
         rank = ranks[site.name]
         if rank is None:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .allocate import Floats, log_shares
-from .costs import CURRENCIES, layer_cost, model_costs, present_costs
+from .costs import CURRENCIES, Rates, layer_costs, model_costs, present_costs
 from .errors import InfeasibleBudgetError
 from .plan import Plan
 from .structures import Neurons, Site, WideLayer
@@ -83,6 +83,7 @@ class Walk:
     ranks: dict[str, int | None] = field(init=False)
     shares: dict[str, Floats] = field(init=False)
     layers: dict[str, WideLayer] = field(init=False)
+    rates: dict[str, Rates] = field(init=False)
     sizes: dict[str, tuple[int, int]] = field(init=False)
     costs: dict[str, Floats] = field(init=False)
     spent: Floats = field(init=False)
@@ -94,6 +95,7 @@ class Walk:
         self.units = {g.name: len(g.kept) for g in plan.neurons}
         self.ranks = {s.name: s.rank for s in plan.sites}
         self.layers = {layer.path: layer for layer in plan.layers}
+        self.rates = {layer.path: Rates.of(layer) for layer in plan.layers}
         self.sizes = {layer.path: (layer.out, layer.taken) for layer in plan.layers}
         self.shares = {name: log_shares(np.sqrt(np.sort(v)[::-1])) for name, v in self.importances.items()}
         self.shares |= {name: log_shares(v) for name, v in self.values.items()}
@@ -107,13 +109,12 @@ class Walk:
         for site in plan.sites:
             self.touching[site.layer].add(site.name)
 
-    def cost(self, path: str, size: tuple[int, int] | None = None, rank: int | None = -1) -> Floats:
-        """Of a layer, with these numbers of channels and this rank (-1: its own)."""
-        layer = self.layers[path]
+    def cost(self, path: str, size: tuple[int, int] | None = None) -> Floats:
+        """Of a layer at its rank, with these numbers of channels (None: its own)."""
+        site = self.layers[path].site
         out, taken = size or self.sizes[path]
-        if rank == -1:
-            rank = self.ranks[layer.site.name] if layer.site is not None else None
-        return layer_cost(layer, out, taken, rank, self.currencies)
+        rank = self.ranks[site.name] if site is not None else None
+        return layer_costs(self.rates[path], out, taken, None if rank is None else [rank], self.currencies)[0]
 
     def price(self) -> Floats:
         """Weights of the costs: each relative to its limit, those that are met for nothing."""
@@ -155,20 +156,21 @@ class Walk:
         rank = self.ranks[name]
         if name in self.keep_dense:
             return None
-        base = self.costs[item.layer] @ self.weights
         if rank is not None:
-            options = [rank - max(1, rank // STEP)]
+            options = np.array([rank - max(1, rank // STEP)])
         else:
             highest = min(int(self.break_even(item)), len(shares))
-            options = sorted({round(r) for r in np.linspace(1, highest, GRID)}) if highest >= 1 else []
-        here = 0.0 if rank is None else shares[min(rank, len(shares)) - 1]
-        found = []
-        for r in options:
-            if r >= 1:
-                saved = float(base - self.cost(item.layer, rank=r) @ self.weights)
-                if saved > 0:
-                    found.append(((here - shares[min(r, len(shares)) - 1]) / saved, r))
-        return min(found) if found else None
+            options = np.unique(np.linspace(1, highest, GRID).round().astype(np.int64)) if highest >= 1 else np.zeros(0, dtype=np.int64)
+        options = options[options >= 1]
+        if not len(options):
+            return None
+        here = 0.0 if rank is None else float(shares[min(rank, len(shares)) - 1])
+        costs = layer_costs(self.rates[item.layer], *self.sizes[item.layer], options.tolist(), self.currencies)
+        savings = (self.costs[item.layer] - costs) @ self.weights
+        losses = here - shares[np.minimum(options, len(shares)) - 1]
+        slopes = np.where(savings > 0, losses / np.where(savings > 0, savings, 1.0), np.inf)
+        best = int(np.argmin(slopes))
+        return (float(slopes[best]), int(options[best])) if np.isfinite(slopes[best]) else None
 
     def break_even(self, site: Site) -> float:
         unfolding = site.unfolding.resized(*self.sizes[site.layer])
