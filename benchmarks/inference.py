@@ -1,6 +1,6 @@
 """Is a smaller model a faster one? Speed-up at batch 64 against the MAC ratio, on the CIFAR-10 network, dense and cut.
 
-The ranks are those of a committed result (`experiments/results/cifar10/laconic-seed0.json`); values do not matter for time.
+The ranks are those of a committed result (`experiments/results/cifar10/low-rank-seed0.json`); values do not matter for time.
 The two models take turns, so that the machine's noise hits both.
 
     python benchmarks/inference.py
@@ -23,7 +23,7 @@ from laconic.recipe import load_recipe
 from laconic.surgery.factorize import factorize
 from laconic.surgery.record import put
 
-RESULT = Path(__file__).parents[1] / "experiments" / "results" / "cifar10" / "laconic-seed0.json"
+RESULT = Path(__file__).parents[1] / "experiments" / "results" / "cifar10" / "low-rank-seed0.json"
 
 
 def main() -> None:

@@ -166,10 +166,12 @@ def structures(task: str) -> str:
     """One task at several budgets: accuracy of each method, and training time relative to dense where it was measured."""
     methods = ("thin", "thin-long", "torch-pruning", "channels", "low-rank", "laconic")
     lines = ["| parameters | " + " | ".join(LABELS[m] for m in methods) + " |", "|---" * (len(methods) + 1) + "|"]
-    for recipe in (task, f"{task}-tenth", f"{task}-twentieth"):
+    for recipe in (task, f"{task}-fast", f"{task}-tenth", f"{task}-twentieth"):
         runs, path = load(recipe), RESULTS / recipe / "times.json"
         if "laconic" not in runs:
             continue
+        if recipe.endswith("-fast"):  # its thin networks are the same
+            runs |= {m: r for m, r in load(task).items() if m.startswith("thin")}
         times = json.loads(path.read_text())["train_seconds"] if path.exists() else {}
         cells = []
         for method in methods:
@@ -180,7 +182,8 @@ def structures(task: str) -> str:
                 else "-"
             )
             cells.append(text + (f" (time {times[method] / times['dense']:.2f})" if found and method in times else ""))
-        lines.append(f"| {runs['laconic'][0]['budget']['params']} | {' | '.join(cells)} |")
+        budget = runs["laconic"][0]["budget"]
+        lines.append(f"| {budget['params']}{', and of MACs' * ('macs' in budget)} | {' | '.join(cells)} |")
     dense = load(task).get("dense", [])
     if len(lines) == 2 or not dense:
         return "(no results yet)\n"

@@ -42,7 +42,8 @@ def train(mode: str, rank: int = 0, world: int = 1) -> dict:
     options = {
         "strength": {"structures": laconic.LowRank(strength=3.0, penalty=laconic.L1()), "every": 4},
         "budget": {"budget": laconic.Budget(params=0.5), "total_steps": STEPS, "every": 2},
-        "end": {"budget": laconic.Budget(params=0.5), "total_steps": STEPS, "every": 4, "cut": "end"},
+        # FSDP2 leaves neurons alone
+        "end": {"structures": laconic.LowRank(), "budget": laconic.Budget(params=0.5), "total_steps": STEPS, "every": 4, "cut": "end"},
     }[kind]
     if kind == "budget" and world > 1:
         options["rebuild"] = lambda bare: box.update(model=DistributedDataParallel(bare))

@@ -234,6 +234,47 @@ def test_a_run_resumed_at_any_step_ends_bit_identical(at):
     assert_same(resumed.compact().to_json(), whole.compact().to_json())
 
 
+def test_a_validation_between_two_steps_changes_nothing():
+    shape, found = IMAGE, []
+    for validate in (False, True):
+        torch.manual_seed(0)
+        compressor = compressor_for(NETWORKS["CNN with BatchNorm"][0](), shape, budget=laconic.Budget(params=0.2), total_steps=20, every=2)
+        for t in range(20):
+            if validate:
+                compressor.model.eval()(100 * torch.randn(shape, generator=torch.Generator().manual_seed(t)))
+                compressor.model.train()
+            train(compressor.model, compressor.optimizers[0], shape, range(t, t + 1))
+        found.append(snapshot(compressor.model))
+    assert_same(*found)
+
+
+def test_a_run_that_ends_early_is_cut_all_the_same():
+    build, shape = NETWORKS["CNN with BatchNorm"]
+    model = build()
+    compressor = compressor_for(model, shape, budget=laconic.Budget(params=0.2), total_steps=100)
+    train(model, compressor.optimizers[0], shape, 25)
+    with pytest.warns(UserWarning, match="ended after 25 of 100 steps"):
+        report = compressor.compact()
+    assert report.params_after == count_params(model) <= 0.2 * report.params_before
+
+
+def test_a_resumed_run_uses_the_times_it_was_begun_with():
+    """Also of layers that have lost channels since."""
+
+    def run() -> laconic.Compressor:
+        torch.manual_seed(0)
+        return compressor_for(wide_mlp(), (8, 64), budget=laconic.Budget(params=0.3, latency_ms=1e6), total_steps=20)
+
+    whole = run()
+    train(whole.model, whole.optimizers[0], (8, 64), 6)
+    assert any(s.unfolding != s.whole for s in whole.plan.sites)
+    saved = snapshot(whole, whole.model, whole.optimizers[0])
+    resumed = run()
+    for part, state in zip((resumed, resumed.model, resumed.optimizers[0]), saved, strict=True):
+        part.load_state_dict(state)
+    assert [s.times for s in resumed.plan.sites] == [s.times for s in whole.plan.sites]
+
+
 def test_the_result_loads_into_the_dense_class(tmp_path):
     build, shape = NETWORKS["residual CNN"]
     model = build()

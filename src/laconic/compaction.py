@@ -540,7 +540,7 @@ def importances_of(plan: Plan, moments: dict[str, Moments]) -> dict[str, Floats]
 
 def watch_inputs(model: nn.Module, plan: Plan, batches: Iterable[Any]) -> dict[str, Moments]:
     """Moments of what the consumers of all groups take in, in eval mode."""
-    watch = InputMoments(consumers(model, plan))
+    watch = InputMoments(consumers(model, plan), training=False)
     with evaluating(model):
         for batch in batches:
             model(*check_inputs(batch))

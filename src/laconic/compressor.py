@@ -518,6 +518,9 @@ class Compressor:
             if calibration is not None:
                 notes.append("calibration had no effect: the model trained on after the cut")
         else:
+            if self._inputs is not None:  # of a step that was not taken
+                self._inputs.finish()
+                self._inputs = None
             saved = copy.deepcopy(self.state)
             try:
                 with all_or_nothing(self.model, self.plan, self.optimizers):
@@ -680,6 +683,7 @@ class Compressor:
             "settings": self._settings(),
             "unfoldings": {s.name: s.unfolding.name for s in self.plan.sites},
             "measured": {
+                "weights": dict(self.weights),
                 "latency_ms": self.plan.latency_ms,
                 "fixed_ms": self.plan.fixed_ms,
                 "times": {s.name: s.times.to_json() if s.times is not None else None for s in self.plan.sites},
@@ -728,13 +732,13 @@ class Compressor:
         use_unfoldings(self.model, self.plan, state["unfoldings"], self.example_inputs)
         measured = state["measured"]
         self.plan.latency_ms, self.plan.fixed_ms = measured["latency_ms"], measured["fixed_ms"]
-        for site in self.plan.sites:
-            times = measured["times"][site.name]
-            site.times = RankTimes.from_json(times) if times is not None else None
-        self.weights = cost_weights(self.plan, self.budget)
+        self.weights = dict(measured["weights"])
         self.state = run
         self.plan.ranks = run.ranks
         replay_cuts(self.model, self.plan, run.cuts.kept, run.cuts.ranks, self.optimizers)
+        for site in self.plan.sites:
+            times = measured["times"][site.name]
+            site.times = RankTimes.from_json(times) if times is not None else None
         self._units = {g.name: g.kept for g in self.plan.neurons}
         self._watch_inputs()
         self._scaling = scale_gradients(self.plan.sites, run.gradient_scales)

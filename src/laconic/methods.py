@@ -120,7 +120,7 @@ def compressor_for(
         model,
         optimizer,
         structures_of(recipe),
-        budget=budget or Budget(params=recipe.params),
+        budget=budget or Budget(params=recipe.params, macs=recipe.macs or None),
         total_steps=recipe.epochs * steps_per_epoch(data, recipe),
         example_inputs=example(data),
         cut="early" if recipe.settle < 1 else "end",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import agreed
+from .distributed import gathered
 from .surgery.factorize import MARK
 
 
@@ -22,16 +22,20 @@ class Moments:
 
 
 class InputMoments:
-    """Collects the moments from now on until `finish`; layers are named by the caller."""
+    """Collects the moments from now on until `finish`; layers are named by the caller.
 
-    def __init__(self, layers: dict[str, nn.Module]):
+    Of training steps only, or (`training=False`) of whatever runs: a validation between two steps must leave no trace.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], training: bool = True):
+        self._training = training
         self._sums: dict[str, tuple[int, Tensor, Tensor]] = {}
         self._handles = [m.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, m in layers.items()]
 
     def _hook(self, name: str) -> Callable[..., None]:
         def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            if given:
+            if given and (not self._training or (module.training and torch.is_grad_enabled())):
                 first = module[0] if hasattr(module, MARK) else module
                 x = given[0].detach()
                 axis = x.ndim - 1 - (len(first.kernel_size) if hasattr(first, "kernel_size") else 0)
@@ -46,11 +50,15 @@ class InputMoments:
         return note
 
     def finish(self) -> dict[str, Moments]:
-        """The moments seen, those of the first process where there are several; layers that did not run are missing."""
+        """The moments seen, by all processes together; layers that did not run are missing."""
         for handle in self._handles:
             handle.remove()
         found = {}
-        for name, (count, total, squares) in self._sums.items():
-            mean = total / count
-            found[name] = Moments(mean, (squares / count - mean.square()).clamp_min(0))
-        return agreed(lambda: found)
+        everywhere = gathered(self._sums)
+        for name in self._sums:
+            seen = [sums[name] for sums in everywhere]
+            count = sum(n for n, _, _ in seen)
+            mean = torch.stack([total for _, total, _ in seen]).sum(0) / count
+            square = torch.stack([squares for _, _, squares in seen]).sum(0) / count
+            found[name] = Moments(mean, (square - mean.square()).clamp_min(0))
+        return found

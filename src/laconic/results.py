@@ -50,7 +50,7 @@ def make_result(recipe: Recipe, method: str, seed: int, metrics: dict[str, Any],
     return {
         "task": recipe.task,
         "method": method,
-        "budget": {} if method == "dense" else {"params": recipe.params},
+        "budget": {} if method == "dense" else {"params": recipe.params} | ({"macs": recipe.macs} if recipe.macs else {}),
         "seed": seed,
         "metrics": metrics,
         "curve": dataclasses.asdict(trained.curve),
