@@ -77,7 +77,10 @@ NAMES = {
     "svd": "dense, then SVD",
     "thin": "thin dense",
     "thin-long": "thin dense, longer",
+    "torch-pruning": "Torch-Pruning",
     "late": "laconic, cut last",
+    "low-rank": "laconic, ranks alone",
+    "channels": "laconic, neurons alone",
     "laconic": "laconic",
 }
 
@@ -104,7 +107,8 @@ def train(
     Args:
         recipe: file or name.
         out: the model, the report and the result go to OUT/<recipe>/<method>-seed<seed>/.
-        method: laconic, dense, svd (dense, then cut; gives both), thin (a smaller dense network), thin-long (for longer).
+        method: laconic, dense, svd (dense, then cut; gives both), thin (a smaller dense network), thin-long (for longer),
+            low-rank, channels (laconic with one structure), late (cut last), torch-pruning (needs the extra `rivals`).
         seed: of initialisation and batches.
         data: folder of the data sets; default: $LACONIC_DATA, data/, ../shared/data.
         params: budget as a fraction of the dense parameters, instead of the recipe's.
