@@ -374,7 +374,7 @@ class Channels:
 
     A neuron that is cut out takes everything with it that is tied to it: norms, columns in every consumer, through
     residual sums, concatenations, depthwise convolutions. What can be cut is found by tracing the model on
-    `example_inputs` and verified (see `laconic.graph`; extra `channels`).
+    `example_inputs` and verified (see `laconic.graph`).
 
     Args:
         penalty: on the norms; `L1()` gives the group lasso.
