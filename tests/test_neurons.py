@@ -206,6 +206,9 @@ def test_neurons_go_on_the_way_and_never_come_back():
     for t in range(100):
         train(compressor.model, compressor.optimizers[0], shape, range(t, t + 1))
         kept.append({g.name: set(g.kept.tolist()) for g in compressor.plan.neurons})
+        for name, importance in compressor.state.importances.items():  # of the units that are there, a share for each
+            assert len(importance) == len(kept[-1][name])
+            assert importance.sum() == pytest.approx(1)
     for name in kept[0]:
         over = [k[name] for k in kept]
         assert all(later <= earlier for earlier, later in itertools.pairwise(over))
