@@ -140,6 +140,23 @@ def test_a_shape_for_any_budget_keeps_the_most_important_units():
         assert importances[group.name][stay].min() >= np.delete(importances[group.name], stay).max()
 
 
+@pytest.mark.parametrize("budget", [laconic.Budget(params=0.1), laconic.Budget(params=0.3, macs=0.4)], ids=["one", "two bounds"])
+@pytest.mark.parametrize(("build", "shape"), [NETWORKS["CNN with BatchNorm"], NETWORKS["residual CNN"]], ids=["CNN", "residual"])
+def test_the_walk_takes_the_cheapest_of_all_steps_every_time(build, shape, budget):
+    """Against a walk that looks at every step anew."""
+    plan = make_plan(build(), BOTH, (noise(build(), shape, 0),))
+    arguments = (plan, spectra(plan), importances_of(plan, {}), budget.currencies, budget.limits(plan), frozenset())
+    walk, plain = (laconic.widths.Walk(*arguments) for _ in range(2))
+    walk.down()
+    items = {x.name: x for x in (*plan.neurons, *plan.sites)}
+    while np.any(plain.spent > plain.limits):
+        steps = [(step[0], name, step[1]) for name, item in items.items() if (step := plain.best(item)) is not None]
+        _, name, to = min(steps)
+        plain.go(items[name], to)
+        plain.weights = plain.price()
+    assert (walk.units, walk.ranks) == (plain.units, plain.ranks)
+
+
 def test_of_equals_the_first_stay():
     assert most_important(np.array([1.0, 3.0, 2.0, 3.0, 2.0]), 3).tolist() == [1, 2, 3]
 
