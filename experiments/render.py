@@ -22,14 +22,14 @@ LABELS = {
     "svd": "dense, then SVD to the budget",
     "thin": "thin dense, same steps",
     "thin-long": "thin dense, for longer",
-    "late": "laconic, but cut last",
+    "late": "ranks alone, cut last",
     "torch-pruning": "Torch-Pruning",
     "low-rank": "ranks alone",
     "channels": "neurons alone",
     "laconic": "**laconic**",
 }
 DENSE_OF = {
-    f"{task}-{part}": task for task in ("cifar10", "scene") for part in ("tenth", "twentieth")
+    f"{task}-{part}": task for task in ("cifar10", "cifar10-full", "scene") for part in ("tenth", "twentieth")
 }  # recipes that differ in their budget alone share the dense runs
 SAME_NETWORK = {"svd": "laconic", "thin-long": "thin"}  # as good as the same shapes: not timed twice
 
@@ -122,8 +122,8 @@ def profile(_: str) -> str:
 
 def cut_last(_: str) -> str:
     """Cut on the way against cut last, from the seeds that all have, at the budgets that have any."""
-    methods = ("laconic", "late", "dense")
-    lines = ["| budget | laconic, % | cut last, % | dense, % | seeds |", "|---|---|---|---|---|"]
+    methods = ("laconic", "low-rank", "late", "dense")
+    lines = ["| budget | laconic, % | ranks alone, % | cut last, % | dense, % | seeds |", "|---|---|---|---|---|---|"]
     for recipe in ("cifar10", "cifar10-tenth"):
         runs = load(recipe)
         seeds = set.intersection(*({r["seed"] for r in runs.get(m, [])} for m in methods))

@@ -489,3 +489,28 @@ def test_a_run_under_the_sparse_group_lasso_says_what_its_zeros_are_good_for():
     report = compressor.compact()
     assert any("of the entries are zero" in note for note in report.notes)
     assert any("entries of 0.weight" in name for name in state["names"])
+
+
+DEFAULTS = {
+    "trains on": (lambda m, x: laconic.Compressor(m, optim.SGD(m.parameters(), 0.1), budget=laconic.Budget(params=0.5), total_steps=9, example_inputs=x).plan, True),
+    "cut at the end": (
+        lambda m, x: laconic.Compressor(m, optim.SGD(m.parameters(), 0.1), budget=laconic.Budget(params=0.5), total_steps=9, example_inputs=x, cut="end").plan, False,
+    ),
+    "no example inputs": (lambda m, x: laconic.Compressor(m, optim.SGD(m.parameters(), 0.1), budget=laconic.Budget(params=0.5), total_steps=9).plan, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DEFAULTS)
+def test_neurons_go_by_default_only_where_training_repairs_it(case):
+    model = mlp()
+    make, neurons = DEFAULTS[case]
+    plan = make(model, (inputs_for(model),))
+    assert plan.sites
+    assert bool(plan.neurons) is neurons
+
+
+def test_post_hoc_the_default_is_ranks_alone():
+    model = mlp()
+    report = laconic.compress(model, budget=laconic.Budget(params=0.4), example_inputs=(inputs_for(model),))
+    assert not report.groups
+    assert any(layer.rank is not None for layer in report.layers)

@@ -78,7 +78,7 @@ NAMES = {
     "thin": "thin dense",
     "thin-long": "thin dense, longer",
     "torch-pruning": "Torch-Pruning",
-    "late": "laconic, cut last",
+    "late": "ranks alone, cut last",
     "low-rank": "laconic, ranks alone",
     "channels": "laconic, neurons alone",
     "laconic": "laconic",

@@ -566,7 +566,7 @@ def compress(
 
     Args:
         model: any module; on an error it is left as it was.
-        structures: what may be cut; None: `[LowRank(), Channels()]`, without example inputs `[LowRank()]`.
+        structures: what may be cut; None: `[LowRank()]`. Neurons may go too (`Channels()`), but then train on.
         budget: ranks are chosen together by the product rule (see `laconic.allocate`).
         energy: instead of a budget, the share of squared singular values that every layer keeps (per-layer rule).
         example_inputs: tuple of positional arguments; needed for MACs, timings and `max_abs_diff`.
@@ -578,7 +578,7 @@ def compress(
     """
     if (budget is None) == (energy is None):
         raise InvalidValueError("compress needs exactly one of budget=laconic.Budget(...) and energy=0.99")
-    structures = check_structures(structures, example_inputs)
+    structures = check_structures(structures, example_inputs, trains_on=False)
     if any(isinstance(s, Entries) for s in structures):
         raise InvalidValueError("Entries acts in training only: leave it out of compress")
     plan = make_plan(model, structures, example_inputs)

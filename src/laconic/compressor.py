@@ -95,7 +95,8 @@ class Compressor:
         model: trained in place.
         optimizer: the optimizer, or a list of several. Hooked; for one without hooks call `compressor.step()` after
             each of its steps.
-        structures: what is compressed; None: `[LowRank(), Channels()]`, without example inputs `[LowRank()]`.
+        structures: what is compressed; None: `[LowRank(), Channels()]`, and `[LowRank()]` without example inputs or with
+            `cut="end"`, where no training repairs what neurons leave behind.
         budget: how much the result may cost.
         total_steps: optimizer steps of the whole run; needed with a budget.
         example_inputs: tuple of positional arguments; needed for MACs, for `Channels`, and for the check of the outputs.
@@ -136,7 +137,7 @@ class Compressor:
         if not isinstance(model, nn.Module):
             raise InvalidTypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.sharded = any(is_sharded(p) for p in model.parameters())
-        structures = check_structures(structures, example_inputs, self.sharded)
+        structures = check_structures(structures, example_inputs, trains_on=cut == "early" and not self.sharded)
         _check_arguments(structures, budget, total_steps, every, cut, schedule)
         model = bare(model)
         optimizers = check_optimizers(optimizer)

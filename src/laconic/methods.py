@@ -152,8 +152,8 @@ def channels(data: Dataset, recipe: Recipe, seed: int, report: Report | None = N
 
 
 def late(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    """As laconic, but dense to the end under pressure, and cut last; BatchNorm re-estimated, no training after it."""
-    return laconic(data, dataclasses.replace(recipe, settle=1.0), seed, report, restart)
+    """Ranks alone, dense to the end under pressure, and cut last; BatchNorm re-estimated, no training after it."""
+    return laconic(data, dataclasses.replace(recipe, settle=1.0, structures=("low-rank",)), seed, report, restart)
 
 
 def torch_pruning(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:

@@ -108,11 +108,13 @@ class Plan:
         return "\n".join([*lines, total + (f"; {self.macs} MACs" if self.macs is not None else ""), *self.notes])
 
 
-def check_structures(structures: Any, example_inputs: Any, sharded: bool = False) -> list[Structure]:
-    """The structures as a list. None means `[LowRank(), Channels()]`, or, where there are no example inputs to find out
-    with what is tied to a neuron, `[LowRank()]` (the plan says so)."""
+def check_structures(structures: Any, example_inputs: Any, trains_on: bool) -> list[Structure]:
+    """The structures as a list. None means `[LowRank(), Channels()]`, or `[LowRank()]` where there are no example inputs to
+    find out with what is tied to a neuron (the plan says so), and where no training follows: a truncated layer is the nearest
+    one of its rank and needs none, while neurons that go leave a hole.
+    """
     if structures is None:
-        return [LowRank()] if example_inputs is None or sharded else [LowRank(), Channels()]
+        return [LowRank(), Channels()] if trains_on and example_inputs is not None else [LowRank()]
     if isinstance(structures, Structure):
         return [structures]
     structures = list(structures)
