@@ -207,21 +207,21 @@ EDITS = [
     ),
     Edit(
         "relative unit frobenius",
-        "structures.py",
+        "structures/low_rank.py",
         "site.norm / math.sqrt(u.groups * min(u.m, u.n))",
         "site.norm / math.sqrt(u.groups * max(u.m, u.n))",
         "test_compressor test_compaction",
     ),
     Edit(
         "tied not shared",
-        "structures.py",
+        "structures/low_rank.py",
         "            pair[0].weight, pair[1].weight = pairs[0][0].weight, pairs[0][1].weight\n",
         "            pass\n",
         "test_compressor test_compaction",
     ),
     Edit(
         "break-even off by one",
-        "structures.py",
+        "structures/low_rank.py",
         "return (self.unfolding.dense_params - 1) // self.unfolding.unit_params",
         "return self.unfolding.dense_params // self.unfolding.unit_params",
         "test_compressor test_compaction",
@@ -368,7 +368,7 @@ EDITS = [
     ),
     Edit(
         "neuron's bias not in its norm",
-        "structures.py",
+        "structures/channels.py",
         "energy = energy + bias.detach().double().cpu().square()",
         "pass",
         "test_neurons",

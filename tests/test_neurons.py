@@ -1,6 +1,7 @@
 """Whole neurons under a budget: the proximal step, what is priced how, and runs in which ranks and neurons go together."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -487,8 +488,81 @@ def test_a_run_under_the_sparse_group_lasso_says_what_its_zeros_are_good_for():
         optimizer.zero_grad()
     state = compressor.state_dict()
     report = compressor.compact()
-    assert any("of the entries are zero" in note for note in report.notes)
+    assert any("% of the entries of 0.weight are zero" in note for note in report.notes)
     assert any("entries of 0.weight" in name for name in state["names"])
+
+
+# ---- structured sparsity --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("over", [(), (0,), (1, 2, 3), (0, 2, 3), range(5)], ids=str)
+def test_slices_are_shrunk_by_the_prox_of_their_norms(over):
+    """Optimality of 1/2 |X - W|^2 + tau sum_g |X_g|: X_g is in the direction of W_g, and shorter by tau, or zero."""
+    conv = nn.Conv2d(3, 4, 3).double()
+    model = nn.Sequential(conv)
+    old = conv.weight.detach().clone()
+    (site,) = make_plan(model, [laconic.Entries(strength=1.0, scale="absolute", over=over)]).entries
+    rest = [d for d in range(4) if d not in over]
+    slices = old.permute(*rest, *[d for d in range(4) if d in over]).reshape(math.prod(old.shape[d] for d in rest), -1)
+    tau = float(slices.norm(dim=1).median())
+    result = site.structure.shrink(site, tau)
+    new = conv.weight.detach().permute(*rest, *[d for d in range(4) if d in over]).reshape(slices.shape)
+    assert result.rank == int((new.norm(dim=1) > 0).sum()) == len(slices) // 2
+    for before, after in zip(slices, new, strict=True):
+        wanted = before * max(1 - tau / float(before.norm()), 0.0)
+        torch.testing.assert_close(after, wanted)
+
+
+def test_dimensions_that_a_weight_does_not_have_are_left_out():
+    linear = nn.Linear(3, 4)
+    (site,) = make_plan(nn.Sequential(linear), [laconic.Entries(strength=1.0, over=(0, 2, 3))]).entries
+    torch.testing.assert_close(site.structure.values(site), linear.weight.detach().double().norm(dim=0, keepdim=True))
+
+
+def test_structured_sparsity_removes_what_its_groups_make_useless():
+    """Columns that are zero take neurons of the layer before; of a branch whose last weight is zero one hidden unit is left."""
+    model = Residual(16).double()
+    structures = laconic.structured_sparsity(filters=1.0, channels=1.0, shapes=1.0, depth=1.0)
+    assert [s.over for s in structures[:-1]] == [(0, 2, 3, 4), (0,), (0, 1, 2, 3, 4)]
+    x = torch.randn(IMAGE, dtype=torch.float64)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    compressor = laconic.Compressor(model, optimizer, structures, example_inputs=(x,))
+    convs = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    last, other = model.blocks[0][3], model.blocks[1][3]
+    with torch.no_grad():
+        last.weight.zero_()  # depth: the whole weight
+        other.weight[:, 3:].zero_()  # channels: nothing reads these hidden units
+    before = model.eval()(x)
+    report = compressor.compact()
+    torch.testing.assert_close(model(x), before)
+    assert [model.get_submodule(n).out_channels for n in convs] == [16, 1, 16, 3, 16]
+    assert any("over (0,)" in note for note in report.notes)
+
+
+def test_columns_pressed_to_zero_in_training_go():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 30), nn.Tanh(), nn.Linear(30, 3)).double()
+    x = torch.randn(64, 6, dtype=torch.float64)
+    y = x[:, :3].tanh()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    structures = laconic.structured_sparsity(channels=0.03, exclude="0")
+    compressor = laconic.Compressor(model, optimizer, [*structures[:-1], laconic.Channels(strength=0.0)], example_inputs=(x,), every=1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    unread = int((model[2].weight == 0).all(0).sum())
+    before = model(x)
+    compressor.compact()
+    assert 0 < unread < 30
+    assert model[0].out_features == 30 - unread
+    torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("over", [(-1,), ("out",), (True,)])
+def test_slices_over_no_dimension_are_refused(over):
+    with pytest.raises(laconic.InvalidValueError, match=r"over = .*dimensions of a weight"):
+        laconic.Entries(strength=1.0, over=over)
 
 
 DEFAULTS = {

@@ -31,7 +31,7 @@ from .running import RunCheckpoints
 from .schedule import Schedule
 from .search import SearchResult, Trial, smallest
 from .solvers import SVTResult, spectral_prox, svt
-from .structures import Channels, Entries, LowRank, sparse_group_lasso
+from .structures import Channels, Entries, LowRank, sparse_group_lasso, structured_sparsity
 
 __all__ = [
     "L1",
@@ -78,5 +78,6 @@ __all__ = [
     "smallest",
     "sparse_group_lasso",
     "spectral_prox",
+    "structured_sparsity",
     "svt",
 ]

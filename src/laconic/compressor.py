@@ -70,7 +70,7 @@ from .report import CompactReport, Snapshot
 from .schedule import Controller, Schedule
 from .state import VERSION, RunState
 from .structures import Channels, Entries, LowRank, Neurons, Site, Structure, Weight, shrink
-from .surgery.constants import dead_constants, fold
+from .surgery.constants import dead_constants, fold, unread_units
 from .timing import RankTimes, ShapeWatch, layer_times
 from .widths import choose_shapes
 
@@ -548,11 +548,11 @@ class Compressor:
                 raise
             self.state.settled = True
         zeros = [
-            (x.path, float((x.structure.values(x) == 0).double().mean()))
+            (x, float((x.structure.values(x) == 0).double().mean()))
             for x in self.plan.entries
             if x.path in dict(self.model.named_parameters())
         ]
-        notes += [f"{path}: {share:.1%} of the entries are zero, which saves storage at most" for path, share in zeros]
+        notes += [f"{share:.1%} of the {x.name} are zero, which saves storage at most" for x, share in zeros]
         self.state.cuts.notes += [*notes, *self._scale_notes(), *self._solver_notes()]
         self.detach()
         self._report = make_report(
@@ -566,7 +566,7 @@ class Compressor:
         return self._report
 
     def _slim_at_the_end(self, values: dict[str, Floats]) -> None:
-        """To the budget; without one, the neurons whose rows are zero."""
+        """To the budget; without one, the neurons whose rows are zero, and those that nothing reads."""
         state = self.state
         if self.budget is not None:
             state.values = values
@@ -577,8 +577,8 @@ class Compressor:
         groups = [g.group for g in self.plan.neurons]
         dead = dead_constants(self.model, groups, self.example_inputs)
         fold(self.model, groups, dead)
-        gone = {name: found.units for name, found in dead.items()}
-        kept = {g.name: [u for u in g.kept.tolist() if u not in gone.get(g.name, ())] or g.kept[:1].tolist() for g in self.plan.neurons}
+        gone = {g.name: {*(dead[g.name].units if g.name in dead else ()), *unread_units(self.model, g)} for g in groups}
+        kept = {g.name: [u for u in g.kept.tolist() if u not in gone[g.name]] or g.kept[:1].tolist() for g in self.plan.neurons}
         alive = {g.name: np.isin(g.kept, kept[g.name]).astype(np.float64) for g in self.plan.neurons}
         state.cuts.add(slim_neurons(self.model, self.plan, alive, kept, example_inputs=self.example_inputs, optimizers=self.optimizers))
         state.cuts.notes += [

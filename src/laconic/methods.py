@@ -157,8 +157,8 @@ def late(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None,
 
 
 def torch_pruning(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    """Torch-Pruning's GroupNormPruner (DepGraph, CVPR 2023), as its examples use it: sparse learning (regularised gradients)
-    in the first half of the run, then global pruning to the budget by group norms, then fine-tuning in the second half.
+    """Torch-Pruning's GroupNormPruner (DepGraph, CVPR 2023), as its examples use it: sparse learning (regularised gradients),
+    then pruning to the budget by group norms, then fine-tuning for the rest of the run.
 
     A pruned parameter is a new one, so the optimizer goes on without a state. It cannot resume: the run starts afresh.
     """
@@ -170,21 +170,21 @@ def torch_pruning(data: Dataset, recipe: Recipe, seed: int, report: Report | Non
     model = build(data, recipe, seed)
     optimizer = make_optimizer(model, recipe)
     limit = int(recipe.params * count_params(model))
-    half = recipe.epochs * steps_per_epoch(data, recipe) // 2
+    last = round(recipe.torch_pruning_at * recipe.epochs * steps_per_epoch(data, recipe))  # step of sparse learning
     with evaluating(model), torch.enable_grad():
         pruner = tp.pruner.GroupNormPruner(
-            model, example(data)[0], importance=tp.importance.GroupMagnitudeImportance(p=2), reg=recipe.torch_pruning_reg, global_pruning=True,
-            pruning_ratio=1.0, max_pruning_ratio=0.95, iterative_steps=400, ignored_layers=[model.head],
+            model, example(data)[0], importance=tp.importance.GroupMagnitudeImportance(p=2), reg=recipe.torch_pruning_reg,
+            global_pruning=recipe.torch_pruning_global, pruning_ratio=1.0, max_pruning_ratio=0.95, iterative_steps=400, ignored_layers=[model.head],
             in_channel_groups={}, out_channel_groups={}, num_heads={},
         )  # fmt: skip
     begun, done = itertools.count(1), itertools.count(1)
 
     def press(*_: Any) -> None:
-        if next(begun) <= half:
+        if next(begun) <= last:
             pruner.regularize(model)
 
     def prune(*_: Any) -> None:
-        if next(done) != half:
+        if next(done) != last:
             return
         while count_params(model) > limit:
             pruner.step()
@@ -196,7 +196,7 @@ def torch_pruning(data: Dataset, recipe: Recipe, seed: int, report: Report | Non
     optimizer.register_step_pre_hook(press)
     optimizer.register_step_post_hook(prune)
     curve = fit(model, data, recipe, seed, optimizer, report=report)
-    return Trained(model, curve, notes=[f"torch-pruning {tp.__version__}, reg {recipe.torch_pruning_reg}, pruned at step {half}"])
+    return Trained(model, curve, notes=[f"torch-pruning {tp.__version__}, reg {recipe.torch_pruning_reg}, pruned at step {last}"])
 
 
 METHODS: dict[str, Callable[..., Trained]] = {

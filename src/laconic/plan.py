@@ -92,7 +92,9 @@ class Plan:
             cost = f"{u.dense_params} ({u.unit_params} a unit of rank)"
             rows.append((s.name, f"{type(s.structure).__name__} {u.name}", str(list(u.shape)), matrix, rank, cost))
         rows += [(x.name, "left dense", str(list(x.shape)), "", "", x.reason) for x in self.left_alone]
-        rows += [(x.path, "Entries", str(list(x.weights[0].shape)), "", "", "zeros save nothing by themselves") for x in self.entries]
+        for x in self.entries:
+            over = f" over {x.structure.over}" if x.structure.over else ""
+            rows.append((x.path, f"Entries{over}", str(list(x.weights[0].shape)), "", "", "zeros save nothing by themselves"))
         for g in self.neurons:
             readers = ", ".join(dict.fromkeys(end.path for end in g.group.consumers))
             rows.append((g.name, "Channels", "", f"{g.group.units} units", f"{len(g.kept)} left", f"read by {readers}"))

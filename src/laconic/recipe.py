@@ -28,7 +28,8 @@ class Recipe:
     penalty_epsilon: of `LogSum`; strength: 0 lets the budget steer it.
     matricization: of the convolutions.
     structures: what laconic may use: `low-rank`, `channels`.
-    torch_pruning_reg: strength of the rival's regularizer.
+    torch_pruning_reg, torch_pruning_at, torch_pruning_global: of the rival: strength of its regularizer; the share of the run
+        after which it prunes; whether it ranks the channels of all layers together, or takes the same share of each.
     only_faster: leave dense what does not get faster when cut (only with `settle = 1.0`).
     """
 
@@ -55,6 +56,8 @@ class Recipe:
     structures: tuple[str, ...] = ("low-rank", "channels")
     only_faster: bool = False
     torch_pruning_reg: float = 1e-4
+    torch_pruning_at: float = 0.5
+    torch_pruning_global: bool = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -77,6 +77,17 @@ def fold(model: nn.Module, groups: Sequence[Group], dead: dict[str, Constants]) 
             _columns(_first(module))[torch.from_numpy(positions)] = 0
 
 
+def unread_units(model: nn.Module, group: Group) -> list[int]:
+    """Units (by their dense numbers) that are there, and that no consumer reads: all its columns are zero."""
+    here = units_kept(model, group)
+    read = np.zeros(len(here), dtype=bool)
+    for end in group.consumers:
+        module: Layer = model.get_submodule(end.path)
+        columns = _columns(_first(module)).detach().flatten(1).ne(0).any(1).cpu().numpy()
+        read |= columns[np.searchsorted(channels_kept(module, "in"), end.index[here])].any(1)
+    return [unit for unit, r in zip(here, read, strict=True) if not r]
+
+
 def _silent(model: nn.Module, group: Group) -> list[int]:
     """Units whose rows are zero in all their producers; never all: the last one stays."""
     here = units_kept(model, group)

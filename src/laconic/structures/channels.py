@@ -1,0 +1,215 @@
+"""Neurons: a penalty on the norm of the row of weights that puts each one out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..matricize import Layer, Unfolding, unfolding_named, unfoldings
+from ..penalties import L1, LogSum, Penalty
+from ..surgery.channels import NORMS, End, Group, channels_kept, width
+from ..surgery.factorize import MARK, product
+from .base import InUnits, Shrinkage, check_finite, check_multiple, check_options, root_mean_square
+from .low_rank import Site
+
+
+@dataclass(slots=True)
+class WideLayer:
+    """A layer whose cost depends on how many channels it puts out and takes in.
+
+    Attributes:
+        path: in the model.
+        shape: of the weight in the dense model.
+        dense: channels that it puts out and takes in in the dense model; out, taken: now.
+        site: its weight's, where that may be factorised.
+        beside: parameters for each output channel that are under no site: bias, entries of a norm, depthwise kernel.
+        weight: parameters of its weight for each pair of channels, where that is under no site; else 0.
+        positions: how often a parameter of that weight takes part in a multiplication on the example inputs.
+        beside_macs: MACs for each output channel (depthwise kernels).
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dense: tuple[int, int]
+    out: int
+    taken: int
+    site: Site | None
+    beside: float = 0.0
+    weight: float = 0.0
+    positions: float = 0.0
+    beside_macs: float = 0.0
+
+    def params_at(self, out: int, taken: int) -> float:
+        """Parameters that are under no site, with these numbers of channels."""
+        return self.beside * out + self.weight * out * taken
+
+    def macs_at(self, out: int, taken: int) -> float:
+        """MACs of these parameters on the example inputs."""
+        return self.beside_macs * out + self.positions * self.weight * out * taken
+
+
+@dataclass(eq=False, slots=True)
+class Neurons:
+    """The neurons (filters, hidden units, heads) of a layer under a structure, with everything that is tied to them.
+
+    Attributes:
+        structure: what acts on them.
+        group: what is tied to what, in the dense model's numbering.
+        model: where the layers are looked up: they change when they are cut.
+        kept: numbers of the units that are still there, increasing.
+    """
+
+    structure: Channels
+    group: Group
+    model: nn.Module
+    kept: NDArray[np.int64]
+
+    @property
+    def name(self) -> str:
+        return self.group.name
+
+    @property
+    def weights(self) -> tuple[nn.Parameter, ...]:
+        """What the penalty acts on: rows and biases of the layers that put the units out."""
+        found = []
+        for end in self.group.producers:
+            last = last_layer(self.model.get_submodule(end.path))
+            found += [p for p in (last.weight, last.bias) if p is not None]
+        return tuple(found)
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(torch.isfinite(w).all()) for w in self.weights)
+
+    def channels(self, end: End) -> Tensor:
+        """Where the units are now on one side of a layer: `[units, channels of a unit]`."""
+        here = channels_kept(self.model.get_submodule(end.path), end.side)
+        return torch.from_numpy(np.searchsorted(here, end.index[self.kept]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channels:
+    r"""Drive whole neurons to zero: a penalty on the norm of each neuron's row of weights and its bias (group lasso).
+
+    After the optimizer's own step, every few steps, for the rows :math:`\theta_u` of a layer
+
+    .. math:: \theta \leftarrow \operatorname{argmin}_x \tfrac12 \sum_u \|x_u - \theta_u\|_2^2 + \tau u_0\, u_0\, h(\|x\| / u_0)
+
+    which shrinks each row by :math:`\operatorname{prox}(\|\theta_u\|) / \|\theta_u\|`. The unit :math:`u_0` is the root mean square
+    norm of the layer's rows (`scale="relative"`), or 1 (`"absolute"`, where :math:`\tau` is weighted by the square root of
+    a group's size as in Alvarez & Salzmann 2016, *Learning the Number of Neurons in Deep Networks*).
+
+    A neuron that is cut out takes everything with it that is tied to it: norms, columns in every consumer, through
+    residual sums, concatenations, depthwise convolutions. What can be cut is found by tracing the model on
+    `example_inputs` and verified (see `laconic.graph`).
+
+    Args:
+        penalty: on the norms; `L1()` gives the group lasso.
+        strength: threshold per unit of learning rate. None: left to the budget.
+        scale: `"relative"` or `"absolute"`.
+        include, exclude: shell-style patterns on module or parameter names of the layers that put the neurons out.
+        multiple: keep a multiple of this number of neurons (what the hardware likes: 8, 16).
+    """
+
+    penalty: Penalty = field(default_factory=LogSum)
+    strength: float | None = None
+    scale: str = "relative"
+    include: str | tuple[str, ...] = ()
+    exclude: str | tuple[str, ...] = ()
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        check_multiple("multiple", self.multiple)
+
+    @classmethod
+    def as_published(cls, strength: float, **options: Any) -> Channels:
+        """Alvarez & Salzmann 2016: group lasso, absolute threshold weighted by the square root of a group's size."""
+        published: dict[str, Any] = {"penalty": L1(), "strength": strength, "scale": "absolute"}
+        return cls(**published | options)
+
+    def values(self, site: Neurons) -> Tensor:
+        """Norm of each unit that is there, float64 on CPU: over its rows in every producer, and its biases."""
+        total = torch.zeros(len(site.kept), dtype=torch.float64)
+        for end in site.group.producers:
+            module = site.model.get_submodule(end.path)
+            energy = slice_energies(module, "out")
+            bias = last_layer(module).bias
+            if bias is not None:
+                energy = energy + bias.detach().double().cpu().square()
+            total += energy[site.channels(end)].sum(1)
+        return total.sqrt()
+
+    @torch.no_grad()
+    def shrink(self, site: Neurons, tau: float) -> Shrinkage:
+        """The proximal step on the rows of all units, in place."""
+        norms = self.values(site)
+        check_finite(norms, site.name)
+        relative = self.scale == "relative"
+        unit = root_mean_square(norms) if relative else 1.0
+        size = sum(w.numel() for w in site.weights) / len(site.kept)
+        shrunk = InUnits(self.penalty, unit).prox(norms, tau * unit * (1.0 if relative else math.sqrt(size)))
+        factors = torch.where(norms > 0, shrunk / norms.clamp_min(math.ulp(0.0)), torch.ones_like(norms))
+        for end in site.group.producers:
+            module = site.model.get_submodule(end.path)
+            last = last_layer(module)
+            index = site.channels(end)
+            scale = torch.ones(width(last, "out"), dtype=torch.float64)
+            scale[index] = factors[:, None].expand(index.shape)
+            axis = 1 if present_unfolding(last).name in ("in,out", "in,out*k") else 0
+            shape = [-1 if d == axis else 1 for d in range(last.weight.ndim)]
+            last.weight.mul_(scale.to(last.weight.device, last.weight.dtype).reshape(shape))
+            if last.bias is not None:
+                last.bias.mul_(scale.to(last.bias.device, last.bias.dtype))
+        return Shrinkage(shrunk, int((shrunk > 0).sum()), "group", ())
+
+    def importance(self, site: Neurons, variances: dict[str, Tensor] | None = None) -> NDArray[np.float64]:
+        r"""What the consumers would lose of their input, a share for each unit that is there (float64, sums to 1).
+
+        :math:`\sum_c \|W_{c,u}\|_2^2 v_u`, with `variances` of the consumers' inputs by path; where they are unknown, the
+        squared norm of the unit's own row (or the norm's scale behind it) stands for them.
+        """
+        total = torch.zeros(len(site.kept), dtype=torch.float64)
+        spread = self.values(site).square()
+        norms = [site.model.get_submodule(e.path) for e in site.group.carriers]
+        scales = [m.weight.detach().double().cpu().square() for m in norms if isinstance(m, NORMS) and m.weight is not None]
+        ends = [e for e, m in zip(site.group.carriers, norms, strict=True) if isinstance(m, NORMS) and m.weight is not None]
+        if scales:
+            spread = sum((s[site.channels(e)].mean(1) for s, e in zip(scales, ends, strict=True)), torch.zeros_like(total))
+        for end in site.group.consumers:
+            energy = slice_energies(site.model.get_submodule(end.path), "in")
+            index = site.channels(end)
+            known = (variances or {}).get(end.path)
+            weight = energy[index] * (known[index] if known is not None else spread[:, None])
+            total += weight.sum(1)
+        return (total / total.sum().clamp_min(math.ulp(0.0))).numpy()
+
+
+def last_layer(module: Layer) -> Layer:
+    """The layer that puts the channels out: the module, or the second of a pair."""
+    return module[1] if hasattr(module, MARK) else module
+
+
+def present_unfolding(module: Layer) -> Unfolding:
+    """The (first) unfolding of the weight that a layer has, or that a pair stands for, with the channels it has now."""
+    mark = getattr(module, MARK, None)
+    if mark is None:
+        return unfoldings(module)[0]
+    return unfolding_named(mark["unfolding"], tuple(mark["shape"]), getattr(module[0], "groups", 1))
+
+
+def slice_energies(module: Layer, side: str) -> Tensor:
+    """Squared norm of the weight's slice of each channel on one side, float64 on CPU; of a pair that of its product."""
+    unfolding = present_unfolding(module)
+    weight = product(module, unfolding) if hasattr(module, MARK) else module.weight.detach().double()
+    energy = weight.square().flatten(2).sum(2) if weight.ndim > 2 else weight.square()
+    out_first = unfolding.name not in ("in,out", "in,out*k")
+    if (side == "out") is out_first:
+        return energy.sum(1).cpu()
+    return energy.unflatten(0, (unfolding.groups, -1)).sum(1).flatten().cpu()  # each group has inputs of its own

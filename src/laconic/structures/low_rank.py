@@ -1,0 +1,204 @@
+"""Low rank: a penalty on the singular values of an unfolded weight."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import full, write
+from ..matricize import CHANNEL, SPATIAL, Unfolding, check_matricization
+from ..penalties import L1, LogSum, Penalty
+from ..solvers import factored_prox, factored_svd, spectral_prox
+from ..surgery.factorize import factorize, narrow, pair_matrices, pair_weights
+from ..surgery.factorize import weights as pair_parameters
+from ..timing import RankTimes
+from .base import InUnits, Shrinkage, check_multiple, check_options
+
+
+@dataclass(eq=False, slots=True)
+class Site:
+    """One weight under a structure.
+
+    Attributes:
+        name: parameter's name, e.g. `"conv1.weight"` (the first of `aliases`).
+        structure: what acts on it.
+        unfolding: how it becomes a matrix.
+        kind: class name of the layer.
+        modules: every distinct module that holds the weight (several when it is tied); once cut, the pairs in their place.
+        paths: for each module, every path at which it sits.
+        rank: None while dense.
+        times: measured on the example inputs; None unless a budget in milliseconds asks for it.
+        positions: how often a parameter of the dense weight, of the pair's first and of its second weight takes part in a
+            multiplication on the example inputs; None without.
+    """
+
+    name: str
+    structure: LowRank
+    unfolding: Unfolding
+    kind: str
+    modules: tuple[nn.Module, ...]
+    paths: tuple[tuple[str, ...], ...]
+    positions: tuple[int, int, int] | None = None
+    rank: int | None = None
+    times: RankTimes | None = None
+    whole: Unfolding = field(init=False)  # with all channels of the dense model
+
+    def __post_init__(self) -> None:
+        self.whole = self.unfolding
+
+    @property
+    def layer(self) -> str:
+        return self.paths[0][0]
+
+    @property
+    def dense_macs(self) -> int | None:
+        """MACs of the layer with its dense weight, on the example inputs; None without."""
+        return None if self.positions is None else self.positions[0] * self.unfolding.dense_params
+
+    @property
+    def unit_macs(self) -> int | None:
+        """MACs of one unit of rank, on the example inputs; None without."""
+        if self.positions is None:
+            return None
+        first, second = self.unfolding.unit_parts
+        return self.positions[1] * first + self.positions[2] * second
+
+    def resize(self, out: int, taken: int) -> None:
+        """The layer has other numbers of channels now: a measured time is taken to change as the parameters do."""
+        before, self.unfolding = self.unfolding, self.unfolding.resized(out, taken)
+        if self.times is not None:
+            dense, unit = (getattr(self.unfolding, n) / getattr(before, n) for n in ("dense_params", "unit_params"))
+            self.times = self.times.scaled(dense, unit)
+
+    @property
+    def weights(self) -> tuple[nn.Parameter, ...]:
+        """The trained parameters: the weight, or once cut the weights of the pair."""
+        if self.rank is not None:
+            return pair_parameters(self.modules[0])
+        weight = self.modules[0].weight
+        assert isinstance(weight, nn.Parameter)
+        return (weight,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights[0].dtype
+
+    @property
+    def matrix(self) -> Tensor:
+        """The dense weight, unfolded."""
+        (weight,) = self.weights
+        return self.unfolding.unfold(full(weight))
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Once cut: `left [g, m, r]`, `right [g, r, n]`."""
+        first, second = self.weights
+        return pair_matrices(self.unfolding, first.detach(), second.detach())
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the weight, or of the product of the factors."""
+        accurate = torch.float32 if self.weights[0].device.type == "mps" else torch.float64
+        if self.rank is None:
+            return float(torch.linalg.vector_norm(self.matrix, dtype=accurate))
+        left, right = (f.to(accurate) for f in self.factors)
+        return math.sqrt(max(float(((left.mT @ left) * (right @ right.mT)).sum()), 0.0))
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(torch.isfinite(full(w)).all()) for w in self.weights)
+
+    @property
+    def break_even(self) -> int:
+        """The largest rank r with r (m + n) < m n: from the next one on, two layers are no smaller than one."""
+        return (self.unfolding.dense_params - 1) // self.unfolding.unit_params
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    r"""Drive weights to low rank: a penalty on the singular values of each unfolded weight.
+
+    After the optimizer's own step, every few steps,
+
+    .. math:: W \leftarrow \operatorname{argmin}_X \tfrac12 \|X - W\|_F^2 + \tau u\, u\, h(\sigma(X) / u)
+
+    with :math:`\tau` = strength x the summed learning rates since the last such step, and the unit u = 1
+    (`scale="absolute"`) or the root mean square singular value of W (`"relative"`: the threshold and the penalty's
+    own constants then mean the same for every layer, whatever its scale).
+
+    Args:
+        penalty: on the singular values; `L1()` gives the nuclear norm.
+        strength: threshold per unit of learning rate. None: left to the budget.
+        scale: `"relative"` or `"absolute"`.
+        matricization: of convolution kernels: `"out,in*kh*kw"`, `"out*kh,in*kw"`, or `"auto"` (per layer, whichever
+            needs fewer parameters for 99 % of the energy of the weights as they are when the plan is made).
+        include, exclude: shell-style patterns on module or parameter names.
+        rank_multiple: cut only at multiples of this rank (what the hardware likes: 8, 16).
+    """
+
+    penalty: Penalty = field(default_factory=LogSum)
+    strength: float | None = None
+    scale: str = "relative"
+    matricization: str = CHANNEL
+    include: str | tuple[str, ...] = ()
+    exclude: str | tuple[str, ...] = ()
+    rank_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        check_multiple("rank_multiple", self.rank_multiple)
+        check_matricization(self.matricization)
+
+    @classmethod
+    def as_published(cls, strength: float, **options: Any) -> LowRank:
+        """Alvarez & Salzmann 2017: nuclear norm, absolute threshold, spatial unfolding.
+
+        With one proximal step per epoch and ranks by energy per layer: see `Compressor.as_published`.
+        """
+        published: dict[str, Any] = {"penalty": L1(), "strength": strength, "scale": "absolute", "matricization": SPATIAL}
+        return cls(**published | options)
+
+    def unit(self, site: Site) -> float:
+        """The unit of the threshold for this weight (1 for a zero weight)."""
+        if self.scale == "absolute":
+            return 1.0
+        u = site.unfolding  # of the singular values, by the Frobenius norm: needs no decomposition
+        return site.norm / math.sqrt(u.groups * min(u.m, u.n)) or 1.0
+
+    def shrink(self, site: Site, tau: float) -> Shrinkage:
+        """The proximal step on one weight, in place; on a cut one in the space of its factors."""
+        unit = self.unit(site) if math.isfinite(tau) else 1.0
+        if not math.isfinite(unit):  # the solver names the weight and what to do
+            unit = 1.0
+        penalty = InUnits(self.penalty, unit)
+        if site.rank is not None:
+            left, right, values = factored_prox(*site.factors, penalty, tau * unit, site.name)
+            for weight, new in zip(site.weights, pair_weights(site.unfolding, left, right), strict=True):
+                write(weight, new)
+            return Shrinkage(combined(values), int((values > 0).sum(-1).max()), "factored", ())
+        result = spectral_prox(site.matrix, penalty, tau * unit, name=site.name)
+        write(site.weights[0], site.unfolding.fold(result.x))
+        return Shrinkage(combined(result.values), result.rank, result.solver, result.failures)
+
+    def values(self, site: Site) -> Tensor:
+        """Singular values, non-increasing, float64 on CPU; for a grouped layer the norm over its groups."""
+        if site.rank is not None:
+            return combined(factored_svd(*site.factors, site.name)[1])
+        return combined(torch.linalg.svdvals(site.matrix.double()))
+
+    def cut(self, site: Site, rank: int) -> list[nn.Sequential]:
+        """A pair of layers for each module that holds the weight; tied modules share the factors."""
+        make = factorize if site.rank is None else narrow
+        pairs = [make(module, site.unfolding, rank) for module in site.modules]
+        for pair in pairs[1:]:
+            pair[0].weight, pair[1].weight = pairs[0][0].weight, pairs[0][1].weight
+        return pairs
+
+
+def combined(values: Tensor) -> Tensor:
+    """Singular values of all groups `[g, k]` as one spectrum `[k]`: the units of a grouped layer go together."""
+    return torch.linalg.vector_norm(values.double(), dim=0).cpu() if values.ndim == 2 else values.double().cpu()
