@@ -172,7 +172,7 @@ EDITS = [
     ),
     Edit(
         "weights not restored on refusal",
-        "compaction.py",
+        "cuts.py",
         "tensor.copy_(value)",
         "pass",
         "test_compaction",
@@ -305,7 +305,7 @@ EDITS = [
     ),
     Edit(
         "max diff in train mode",
-        "compaction.py",
+        "cuts.py",
         "    with evaluating(model):\n        return [x.detach",
         "    with torch.no_grad():\n        return [x.detach",
         "test_compaction",
@@ -382,7 +382,7 @@ EDITS = [
     ),
     Edit(
         "what neurons put out is lost",
-        "compaction.py",
+        "slimming.py",
         "        fold_means(model, tied, kept, means)\n",
         "        pass\n",
         "test_neurons",
@@ -403,7 +403,7 @@ EDITS = [
     ),
     Edit(
         "plan not told of the new widths",
-        "compaction.py",
+        "slimming.py",
         "layer.site.resize(layer.out, layer.taken)",
         "pass",
         "test_neurons",

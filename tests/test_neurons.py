@@ -11,11 +11,12 @@ from torch import nn, optim
 import laconic
 from laconic import timing
 from laconic.budget import shapes_for_budget
-from laconic.compaction import importances_of, slim_neurons, spectra, watch_inputs
+from laconic.compaction import spectra
 from laconic.costs import present_costs
 from laconic.measure import count_macs, count_params
 from laconic.models.gpt import GPT
 from laconic.plan import make_plan
+from laconic.slimming import importances_of, slim_neurons, watch_inputs
 from laconic.widths import choose_shapes, most_important
 
 from .models import assert_same, cnn, inputs_for, mlp, snapshot

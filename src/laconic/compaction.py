@@ -5,79 +5,33 @@ Shared by `Compressor.compact` (after training under pressure), its cut in mid-r
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from .allocate import Floats, energy_rule, log_shares
 from .budget import Budget, prepare, ranks_for_budget, shapes_for_budget
 from .costs import Ranks
+from .cuts import CutResult, all_or_nothing, check_in_place, largest_difference, outputs
 from .errors import InfeasibleBudgetError, InvalidValueError, NonFiniteError, SurgeryError
-from .graph import unread
-from .matricize import TRANSPOSED_CONVS, Layer, is_hf_conv1d
-from .measure import check_inputs, count_macs, count_params, evaluating, input_shapes, measure_latency
-from .moments import InputMoments, Moments
+from .matricize import Layer
+from .measure import check_inputs, count_macs, count_params, input_shapes, measure_latency
 from .penalties import check_share
 from .plan import Plan, check_structures, make_plan
 from .report import CompactReport, GroupReport, LayerReport
+from .slimming import importances_of, slim_neurons, took_out, watch_inputs
 from .structures import Entries, Site, Structure
 from .surgery.batchnorm import batch_norms, reestimate
-from .surgery.channels import Group, channels_kept, slim, slimmed, width
-from .surgery.factorize import MARK, pair_matrices, pair_weights
+from .surgery.channels import slim
+from .surgery.factorize import pair_matrices, pair_weights
 from .surgery.factorize import weights as pair_parameters
 from .surgery.optimizer import carry, unknown_state
 from .surgery.record import put, undo
-
-
-@dataclasses.dataclass(slots=True)
-class CutResult:
-    """What the cuts of a run did so far, by site name.
-
-    Attributes:
-        ranks: of the sites that were cut.
-        values: singular values just before a site's last cut; of sites that stayed dense, where known.
-        energies: share of the squared singular values that a site's cuts have kept, multiplied up.
-        errors: largest `surgery_error` of a site's cuts.
-        timings: (dense ms, cut ms), where measured.
-        max_abs_diff: largest change of an output by a single round of cuts; None without example inputs.
-        kept: units that are left, by their numbers in the dense model, of the groups that lost some.
-        shares: what the consumers still receive of such a group, multiplied up.
-    """
-
-    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
-    values: dict[str, Floats] = dataclasses.field(default_factory=dict)
-    energies: dict[str, float] = dataclasses.field(default_factory=dict)
-    errors: dict[str, float] = dataclasses.field(default_factory=dict)
-    timings: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    notes: list[str] = dataclasses.field(default_factory=list)
-    max_abs_diff: float | None = None
-    kept: dict[str, list[int]] = dataclasses.field(default_factory=dict)
-    shares: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    def add(self, later: CutResult) -> None:
-        """Take in the next round of cuts."""
-        for name, energy in later.energies.items():
-            self.energies[name] = self.energies.get(name, 1.0) * energy
-        for name, error in later.errors.items():
-            self.errors[name] = max(self.errors.get(name, 0.0), error)
-        for name, share in later.shares.items():
-            self.shares[name] = self.shares.get(name, 1.0) * share
-        self.kept |= later.kept
-        self.ranks |= later.ranks
-        self.values |= {name: v for name, v in later.values.items() if name in later.ranks or name not in self.ranks}
-        self.timings |= later.timings
-        self.notes += [note for note in later.notes if note not in self.notes]
-        if later.max_abs_diff is not None:
-            self.max_abs_diff = max(later.max_abs_diff, self.max_abs_diff or 0.0)
 
 
 def spectra(plan: Plan) -> dict[str, Floats]:
@@ -123,7 +77,7 @@ def cut_sites(
     """
     notes: list[str] = []
     inputs = check_inputs(example_inputs) if example_inputs is not None else None
-    before = _outputs(model, inputs) if inputs is not None else []
+    before = outputs(model, inputs) if inputs is not None else []
 
     to_cut = [(site, rank) for site in plan.sites if (rank := ranks[site.name]) is not None and rank != site.rank]
     for site, _ in to_cut:
@@ -143,7 +97,7 @@ def cut_sites(
         for site, _ in to_cut:
             for pair, paths in zip(pairs[site.name], site.paths, strict=True):
                 done.extend((path, put(model, path, pair)) for path in paths)
-        after = _outputs(model, inputs) if inputs is not None else []
+        after = outputs(model, inputs) if inputs is not None else []
         if calibration is not None:
             hint = "check that every batch of calibration is what the model takes: a tensor, or a tuple of its positional arguments"
             batches = reestimate(model, calibration)
@@ -153,7 +107,7 @@ def cut_sites(
                 else "calibration had no effect: the model has no BatchNorm with running statistics"
             )
             if batches and inputs is not None:
-                after = _outputs(model, inputs)
+                after = outputs(model, inputs)
     except BaseException as error:
         undo(model, done)
         if isinstance(error, InvalidValueError) or not isinstance(error, Exception):
@@ -165,152 +119,8 @@ def cut_sites(
     for site, rank in to_cut:
         accept(site, rank, pairs[site.name], optimizers)
     kept = {site.name: math.exp(log_shares(values[site.name])[rank - 1]) for site, rank in to_cut}
-    difference = _largest_difference(before, after) if inputs is not None else None
+    difference = largest_difference(before, after) if inputs is not None else None
     return CutResult({site.name: rank for site, rank in to_cut}, values, kept, errors, {}, notes, difference)
-
-
-def slim_neurons(
-    model: nn.Module,
-    plan: Plan,
-    importances: dict[str, Floats],
-    kept: dict[str, list[int]],
-    *,
-    example_inputs: Any,
-    optimizers: Sequence[torch.optim.Optimizer] = (),
-    means: dict[str, Tensor] | None = None,
-) -> CutResult:
-    """Take units out of the groups that keep fewer than they have. On any failure model, plan and optimizers are as they were.
-
-    Args:
-        kept: units that stay, by group, by their numbers in the dense model.
-        means: of the consumers' inputs, by path and channel: what a unit put out on the average is added to their biases.
-
-    Raises:
-        SurgeryError: the model without the units differs, by more than rounding, from the one in which nothing reads them.
-    """
-    groups = [g for g in plan.neurons if len(kept.get(g.name, g.kept)) < len(g.kept)]
-    if not groups:
-        return CutResult()
-    kept = {g.name: list(kept[g.name]) for g in groups}
-    tied, inputs = [g.group for g in groups], check_inputs(example_inputs)
-    before = _outputs(model, inputs)
-    for site in plan.sites:
-        check_in_place(model, site)
-    with unread(model, tied, kept):
-        wanted = _outputs(model, inputs)
-    try:
-        with slimmed(model, tied, kept):
-            got = _outputs(model, inputs)
-    except Exception as error:
-        names = ", ".join(kept)
-        raise SurgeryError(
-            f"the model no longer runs without units of {names} ({type(error).__name__}: {next(iter(str(error).splitlines()), '')}); it was left as it was; exclude them: Channels(exclude=...)"
-        ) from error
-    scale = max((float(y.abs().max()) for y in wanted if y.numel()), default=1.0) or 1.0
-    off = _largest_difference(wanted, got) / scale
-    tolerance = 1e4 * max(torch.finfo(y.dtype).eps for y in wanted if y.is_floating_point())
-    if not off <= tolerance:
-        raise SurgeryError(
-            f"without units of {', '.join(kept)} the outputs differ by {off:.2g} (relative) from those of the model in which nothing reads them, more than rounding ({tolerance:.2g}); it was left as it was; exclude them: Channels(exclude=...)"
-        )
-    shares = {}
-    for g in groups:
-        stay = np.isin(g.kept, kept[g.name])
-        shares[g.name] = float(importances[g.name][stay].sum() / max(importances[g.name].sum(), math.ulp(0.0)))
-    if means:
-        fold_means(model, tied, kept, means)
-    slim(model, tied, kept, optimizers)
-    took_out(model, plan, kept)
-    after = _outputs(model, inputs)
-    return CutResult(
-        errors={g.name: off for g in groups},
-        max_abs_diff=_largest_difference(before, after),
-        kept={g.name: kept[g.name] for g in groups},
-        shares=shares,
-    )
-
-
-@torch.no_grad()
-def fold_means(model: nn.Module, groups: Sequence[Group], kept: dict[str, list[int]], means: dict[str, Tensor]) -> None:
-    """Add what units put out on the average, before they go, to the biases of the layers that read them.
-
-    Where a consumer has no bias, its mean is left to the norm behind it; at the border of a zero-padded convolution it is
-    an approximation, as the removal itself is.
-    """
-    for group in groups:
-        for end in group.consumers:
-            module: Layer = model.get_submodule(end.path)
-            pair = hasattr(module, MARK)
-            last = module[1] if pair else module
-            if last.bias is None or end.path not in means or isinstance(last, TRANSPOSED_CONVS) or getattr(last, "groups", 1) > 1:
-                continue
-            gone = np.isin(channels_kept(module, "in"), np.delete(end.index, kept[group.name], axis=0).ravel())
-            flow = torch.where(torch.from_numpy(gone), means[end.path], 0.0)
-            for layer in module if pair else (module,):
-                matrix = layer.weight.T if is_hf_conv1d(layer) else layer.weight
-                matrix = matrix.double().cpu().flatten(2).sum(2) if matrix.ndim > 2 else matrix.double().cpu()
-                flow = matrix @ flow
-            last.bias.add_(flow.to(last.bias.device, last.bias.dtype))
-
-
-@contextlib.contextmanager
-def all_or_nothing(model: nn.Module, plan: Plan, optimizers: Sequence[Any] = ()) -> Iterator[None]:
-    """On an error inside, model, plan and optimizers are as they were: the same objects with the same values."""
-    modules = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in model.modules()]
-    values = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers())]
-    sites = [(s, s.unfolding, s.times, s.rank, s.modules) for s in plan.sites]
-    layers = [(x, x.out, x.taken) for x in plan.layers]
-    neurons = [(g, g.kept) for g in plan.neurons]
-    held = [(o, [list(g["params"]) for g in o.param_groups], dict(getattr(o, "state", {}))) for o in optimizers]
-    try:
-        yield
-    except BaseException:
-        for module, attributes, parameters, buffers, children in modules:
-            module.__dict__.clear()
-            module.__dict__.update(attributes | {"_parameters": parameters, "_buffers": buffers, "_modules": children})
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
-        for site, unfolding, times, rank, of_site in sites:
-            site.unfolding, site.times, site.rank, site.modules = unfolding, times, rank, of_site
-        for layer, out, taken in layers:
-            layer.out, layer.taken = out, taken
-        for group, kept in neurons:
-            group.kept = kept
-        for optimizer, groups, state in held:
-            for group, params in zip(optimizer.param_groups, groups, strict=True):
-                group["params"][:] = params
-            if hasattr(optimizer, "state"):
-                optimizer.state.clear()
-                optimizer.state.update(state)
-        raise
-
-
-def took_out(model: nn.Module, plan: Plan, kept: dict[str, list[int]]) -> None:
-    """The units are out of the model: the plan has its layers as they are now."""
-    for group in plan.neurons:
-        if group.name in kept:
-            group.kept = np.array(sorted(kept[group.name]), dtype=np.int64)
-    for layer in plan.layers:
-        module = model.get_submodule(layer.path)
-        layer.out = width(module, "out")
-        layer.taken = width(module, "in") if layer.site is not None or layer.weight else layer.out
-        if layer.site is not None and layer.site.unfolding.sides != (layer.out, layer.taken):
-            layer.site.resize(layer.out, layer.taken)
-
-
-def check_in_place(model: nn.Module, site: Site) -> None:
-    """A layer that the user has replaced or removed in mid-run must not be overwritten."""
-    for module, paths in zip(site.modules, site.paths, strict=True):
-        for path in paths:
-            try:
-                same = model.get_submodule(path) is module
-            except AttributeError:
-                same = False
-            if not same:
-                raise SurgeryError(
-                    f"{path} is no longer the layer that was planned (replaced or removed since): build a new Compressor after changing the model"
-                )
 
 
 def accept(site: Site, rank: int, pairs: Sequence[nn.Sequential], optimizers: Sequence[Any]) -> None:
@@ -454,20 +264,6 @@ def probe_shape(layers: Iterable[Layer]) -> tuple[int, ...]:
     return (2, first.in_channels, *sides)
 
 
-def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    with evaluating(model):
-        return [x.detach().clone() for x in tree_leaves(_plain(model(*inputs))) if isinstance(x, Tensor)]
-
-
-def _plain(output: Any) -> Any:
-    """Mappings and dataclass-like model outputs as plain containers that can be walked."""
-    return dict(output) if hasattr(output, "keys") else output
-
-
-def _largest_difference(before: list[Tensor], after: list[Tensor]) -> float:
-    return max((float((a.double() - b.double()).abs().max()) for a, b in zip(before, after, strict=True) if a.numel()), default=0.0)
-
-
 def make_report(model: nn.Module, plan: Plan, cuts: CutResult, example_inputs: Any, **extra: Any) -> CompactReport:
     """The report on everything that was cut so far."""
     layers = []
@@ -530,26 +326,6 @@ def make_report(model: nn.Module, plan: Plan, cuts: CutResult, example_inputs: A
         ),
         **{"notes": tuple(cuts.notes), **extra},
     )
-
-
-def importances_of(plan: Plan, moments: dict[str, Moments]) -> dict[str, Floats]:
-    """Shares of the units of each group, from what the consumers were seen to take in, or else from the weights alone."""
-    variances = {path: m.variance for path, m in moments.items()}
-    return {g.name: g.structure.importance(g, variances) for g in plan.neurons}
-
-
-def watch_inputs(model: nn.Module, plan: Plan, batches: Iterable[Any]) -> dict[str, Moments]:
-    """Moments of what the consumers of all groups take in, in eval mode."""
-    watch = InputMoments(consumers(model, plan), training=False)
-    with evaluating(model):
-        for batch in batches:
-            model(*check_inputs(batch))
-    return watch.finish()
-
-
-def consumers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """The layers that read units of any group, by path."""
-    return {end.path: model.get_submodule(end.path) for g in plan.neurons for end in g.group.consumers}
 
 
 def compress(

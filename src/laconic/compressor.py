@@ -22,22 +22,9 @@ from torch import nn
 
 from .allocate import Floats, log_shares, numerical_rank
 from .budget import Budget, cost_weights, is_met, prepare, ranks_for_budget
-from .compaction import (
-    all_or_nothing,
-    choose_ranks,
-    consumers,
-    cut_sites,
-    energy_ranks,
-    guarded,
-    importances_of,
-    make_report,
-    not_carried,
-    replay_cuts,
-    slim_neurons,
-    spectra,
-    watch_inputs,
-)
+from .compaction import choose_ranks, cut_sites, energy_ranks, guarded, make_report, not_carried, replay_cuts, spectra
 from .costs import Ranks, present_costs
+from .cuts import all_or_nothing
 from .distributed import agreed, bare, is_sharded, load_whole, reshard, world_size
 from .errors import (
     CheckpointError,
@@ -68,6 +55,7 @@ from .penalties import check_share
 from .plan import check_structures, make_plan, use_unfoldings
 from .report import CompactReport, Snapshot
 from .schedule import Controller, Schedule
+from .slimming import consumers, importances_of, slim_neurons, watch_inputs
 from .state import VERSION, RunState
 from .structures import Channels, Entries, LowRank, Neurons, Site, Structure, Weight, shrink
 from .surgery.constants import dead_constants, fold, unread_units

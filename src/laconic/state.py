@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .allocate import Floats
-from .compaction import CutResult
+from .cuts import CutResult
 from .report import Snapshot
 from .schedule import Controller
 from .timing import RankTimes

@@ -1,0 +1,121 @@
+"""What all cuts have in common: the record of what they did, all or nothing, and what the model puts out before and after."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .allocate import Floats
+from .errors import SurgeryError
+from .measure import evaluating
+from .plan import Plan
+from .structures import Site
+
+
+@dataclasses.dataclass(slots=True)
+class CutResult:
+    """What the cuts of a run did so far, by site name.
+
+    Attributes:
+        ranks: of the sites that were cut.
+        values: singular values just before a site's last cut; of sites that stayed dense, where known.
+        energies: share of the squared singular values that a site's cuts have kept, multiplied up.
+        errors: largest `surgery_error` of a site's cuts.
+        timings: (dense ms, cut ms), where measured.
+        max_abs_diff: largest change of an output by a single round of cuts; None without example inputs.
+        kept: units that are left, by their numbers in the dense model, of the groups that lost some.
+        shares: what the consumers still receive of such a group, multiplied up.
+    """
+
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    values: dict[str, Floats] = dataclasses.field(default_factory=dict)
+    energies: dict[str, float] = dataclasses.field(default_factory=dict)
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    timings: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    max_abs_diff: float | None = None
+    kept: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, later: CutResult) -> None:
+        """Take in the next round of cuts."""
+        for name, energy in later.energies.items():
+            self.energies[name] = self.energies.get(name, 1.0) * energy
+        for name, error in later.errors.items():
+            self.errors[name] = max(self.errors.get(name, 0.0), error)
+        for name, share in later.shares.items():
+            self.shares[name] = self.shares.get(name, 1.0) * share
+        self.kept |= later.kept
+        self.ranks |= later.ranks
+        self.values |= {name: v for name, v in later.values.items() if name in later.ranks or name not in self.ranks}
+        self.timings |= later.timings
+        self.notes += [note for note in later.notes if note not in self.notes]
+        if later.max_abs_diff is not None:
+            self.max_abs_diff = max(later.max_abs_diff, self.max_abs_diff or 0.0)
+
+
+@contextlib.contextmanager
+def all_or_nothing(model: nn.Module, plan: Plan, optimizers: Sequence[Any] = ()) -> Iterator[None]:
+    """On an error inside, model, plan and optimizers are as they were: the same objects with the same values."""
+    modules = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in model.modules()]
+    values = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers())]
+    sites = [(s, s.unfolding, s.times, s.rank, s.modules) for s in plan.sites]
+    layers = [(x, x.out, x.taken) for x in plan.layers]
+    neurons = [(g, g.kept) for g in plan.neurons]
+    held = [(o, [list(g["params"]) for g in o.param_groups], dict(getattr(o, "state", {}))) for o in optimizers]
+    try:
+        yield
+    except BaseException:
+        for module, attributes, parameters, buffers, children in modules:
+            module.__dict__.clear()
+            module.__dict__.update(attributes | {"_parameters": parameters, "_buffers": buffers, "_modules": children})
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+        for site, unfolding, times, rank, of_site in sites:
+            site.unfolding, site.times, site.rank, site.modules = unfolding, times, rank, of_site
+        for layer, out, taken in layers:
+            layer.out, layer.taken = out, taken
+        for group, kept in neurons:
+            group.kept = kept
+        for optimizer, groups, state in held:
+            for group, params in zip(optimizer.param_groups, groups, strict=True):
+                group["params"][:] = params
+            if hasattr(optimizer, "state"):
+                optimizer.state.clear()
+                optimizer.state.update(state)
+        raise
+
+
+def check_in_place(model: nn.Module, site: Site) -> None:
+    """A layer that the user has replaced or removed in mid-run must not be overwritten."""
+    for module, paths in zip(site.modules, site.paths, strict=True):
+        for path in paths:
+            try:
+                same = model.get_submodule(path) is module
+            except AttributeError:
+                same = False
+            if not same:
+                raise SurgeryError(
+                    f"{path} is no longer the layer that was planned (replaced or removed since): build a new Compressor after changing the model"
+                )
+
+
+def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    with evaluating(model):
+        return [x.detach().clone() for x in tree_leaves(_plain(model(*inputs))) if isinstance(x, Tensor)]
+
+
+def _plain(output: Any) -> Any:
+    """Mappings and dataclass-like model outputs as plain containers that can be walked."""
+    return dict(output) if hasattr(output, "keys") else output
+
+
+def largest_difference(before: list[Tensor], after: list[Tensor]) -> float:
+    return max((float((a.double() - b.double()).abs().max()) for a, b in zip(before, after, strict=True) if a.numel()), default=0.0)

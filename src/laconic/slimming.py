@@ -1,0 +1,139 @@
+"""Take neurons out of a model: which are important, what they put out on the average, and the verified removal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .allocate import Floats
+from .cuts import CutResult, check_in_place, largest_difference, outputs
+from .errors import SurgeryError
+from .graph import unread
+from .matricize import TRANSPOSED_CONVS, Layer, is_hf_conv1d
+from .measure import check_inputs, evaluating
+from .moments import InputMoments, Moments
+from .plan import Plan
+from .surgery.channels import Group, channels_kept, slim, slimmed, width
+from .surgery.factorize import MARK
+
+
+def slim_neurons(
+    model: nn.Module,
+    plan: Plan,
+    importances: dict[str, Floats],
+    kept: dict[str, list[int]],
+    *,
+    example_inputs: Any,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
+    means: dict[str, Tensor] | None = None,
+) -> CutResult:
+    """Take units out of the groups that keep fewer than they have. On any failure model, plan and optimizers are as they were.
+
+    Args:
+        kept: units that stay, by group, by their numbers in the dense model.
+        means: of the consumers' inputs, by path and channel: what a unit put out on the average is added to their biases.
+
+    Raises:
+        SurgeryError: the model without the units differs, by more than rounding, from the one in which nothing reads them.
+    """
+    groups = [g for g in plan.neurons if len(kept.get(g.name, g.kept)) < len(g.kept)]
+    if not groups:
+        return CutResult()
+    kept = {g.name: list(kept[g.name]) for g in groups}
+    tied, inputs = [g.group for g in groups], check_inputs(example_inputs)
+    before = outputs(model, inputs)
+    for site in plan.sites:
+        check_in_place(model, site)
+    with unread(model, tied, kept):
+        wanted = outputs(model, inputs)
+    try:
+        with slimmed(model, tied, kept):
+            got = outputs(model, inputs)
+    except Exception as error:
+        names = ", ".join(kept)
+        raise SurgeryError(
+            f"the model no longer runs without units of {names} ({type(error).__name__}: {next(iter(str(error).splitlines()), '')}); it was left as it was; exclude them: Channels(exclude=...)"
+        ) from error
+    scale = max((float(y.abs().max()) for y in wanted if y.numel()), default=1.0) or 1.0
+    off = largest_difference(wanted, got) / scale
+    tolerance = 1e4 * max(torch.finfo(y.dtype).eps for y in wanted if y.is_floating_point())
+    if not off <= tolerance:
+        raise SurgeryError(
+            f"without units of {', '.join(kept)} the outputs differ by {off:.2g} (relative) from those of the model in which nothing reads them, more than rounding ({tolerance:.2g}); it was left as it was; exclude them: Channels(exclude=...)"
+        )
+    shares = {}
+    for g in groups:
+        stay = np.isin(g.kept, kept[g.name])
+        shares[g.name] = float(importances[g.name][stay].sum() / max(importances[g.name].sum(), math.ulp(0.0)))
+    if means:
+        fold_means(model, tied, kept, means)
+    slim(model, tied, kept, optimizers)
+    took_out(model, plan, kept)
+    after = outputs(model, inputs)
+    return CutResult(
+        errors={g.name: off for g in groups},
+        max_abs_diff=largest_difference(before, after),
+        kept={g.name: kept[g.name] for g in groups},
+        shares=shares,
+    )
+
+
+@torch.no_grad()
+def fold_means(model: nn.Module, groups: Sequence[Group], kept: dict[str, list[int]], means: dict[str, Tensor]) -> None:
+    """Add what units put out on the average, before they go, to the biases of the layers that read them.
+
+    Where a consumer has no bias, its mean is left to the norm behind it; at the border of a zero-padded convolution it is
+    an approximation, as the removal itself is.
+    """
+    for group in groups:
+        for end in group.consumers:
+            module: Layer = model.get_submodule(end.path)
+            pair = hasattr(module, MARK)
+            last = module[1] if pair else module
+            if last.bias is None or end.path not in means or isinstance(last, TRANSPOSED_CONVS) or getattr(last, "groups", 1) > 1:
+                continue
+            gone = np.isin(channels_kept(module, "in"), np.delete(end.index, kept[group.name], axis=0).ravel())
+            flow = torch.where(torch.from_numpy(gone), means[end.path], 0.0)
+            for layer in module if pair else (module,):
+                matrix = layer.weight.T if is_hf_conv1d(layer) else layer.weight
+                matrix = matrix.double().cpu().flatten(2).sum(2) if matrix.ndim > 2 else matrix.double().cpu()
+                flow = matrix @ flow
+            last.bias.add_(flow.to(last.bias.device, last.bias.dtype))
+
+
+def took_out(model: nn.Module, plan: Plan, kept: dict[str, list[int]]) -> None:
+    """The units are out of the model: the plan has its layers as they are now."""
+    for group in plan.neurons:
+        if group.name in kept:
+            group.kept = np.array(sorted(kept[group.name]), dtype=np.int64)
+    for layer in plan.layers:
+        module = model.get_submodule(layer.path)
+        layer.out = width(module, "out")
+        layer.taken = width(module, "in") if layer.site is not None or layer.weight else layer.out
+        if layer.site is not None and layer.site.unfolding.sides != (layer.out, layer.taken):
+            layer.site.resize(layer.out, layer.taken)
+
+
+def importances_of(plan: Plan, moments: dict[str, Moments]) -> dict[str, Floats]:
+    """Shares of the units of each group, from what the consumers were seen to take in, or else from the weights alone."""
+    variances = {path: m.variance for path, m in moments.items()}
+    return {g.name: g.structure.importance(g, variances) for g in plan.neurons}
+
+
+def watch_inputs(model: nn.Module, plan: Plan, batches: Iterable[Any]) -> dict[str, Moments]:
+    """Moments of what the consumers of all groups take in, in eval mode."""
+    watch = InputMoments(consumers(model, plan), training=False)
+    with evaluating(model):
+        for batch in batches:
+            model(*check_inputs(batch))
+    return watch.finish()
+
+
+def consumers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """The layers that read units of any group, by path."""
+    return {end.path: model.get_submodule(end.path) for g in plan.neurons for end in g.group.consumers}
