@@ -12,7 +12,7 @@ import torch
 import laconic.cli
 from laconic.cli import COMMANDS, main
 from laconic.data import load_dataset
-from laconic.methods import METHODS, build
+from laconic.methods import build
 from laconic.recipe import Recipe, load_recipe, shipped_recipes
 from laconic.training import accuracy
 
@@ -174,7 +174,3 @@ def test_training_starts_from_given_weights(recipe, capsys):
     run("train", recipe, "--method", "dense", "--init", "runs/small/dense-seed0/model", "--no-times", "--json", "--out", "again")
     second = json.loads(capsys.readouterr().out)
     assert second["curve"]["loss"][0] < first["curve"]["loss"][1]
-
-
-def test_every_method_has_a_name_to_show():
-    assert laconic.cli.NAMES.keys() == METHODS.keys()

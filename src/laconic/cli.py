@@ -30,7 +30,7 @@ from .console import console, progress_bar
 from .data import Dataset, load_dataset
 from .errors import CheckpointError, CheckpointNotFoundError, InvalidValueError, LaconicError, MissingExtraError, nearest
 from .measure import count_params
-from .methods import METHODS, Trained, build, compressor_for, example, svd
+from .methods import METHODS, Trained, build, compressor_for, cut_after_training, example
 from .recipe import Recipe, load_recipe
 from .report import CompactReport, comparison_table, layer_table, render
 from .results import evaluate, machine, make_result, result_path, versions, write_json
@@ -54,7 +54,7 @@ def demo(out: Path = Path("laconic-demo"), seed: int = 0, json: bool = False) ->
     rows: list[dict[str, Any]] = []
     for method in ("svd", "thin", "laconic"):
         for name, ours in runs(method, data, recipe, seed, out, show=not json):
-            rows.append({"method": NAMES[name], **evaluate(ours, data)})
+            rows.append({"method": METHODS[name].label, **evaluate(ours, data)})
     assert ours.report is not None
     folder = checkpoint.save(ours.model, out / "model", report=ours.report.to_json())
     page = write_page(out / "report.html", ours.report, "Handwritten digits", rows, context(recipe, seed))
@@ -70,19 +70,6 @@ def demo(out: Path = Path("laconic-demo"), seed: int = 0, json: bool = False) ->
     out_console.print(layer_table(ours.report))
     print(f"compact model: {folder}   (reloaded: accuracy {reloaded:.4f}, the same)")
     print(f"report: {page}" if page else "report: pip install 'laconic[plot]' for the HTML page")
-
-
-NAMES = {
-    "dense": "dense",
-    "svd": "dense, then SVD",
-    "thin": "thin dense",
-    "thin-long": "thin dense, longer",
-    "torch-pruning": "Torch-Pruning",
-    "late": "ranks alone, cut last",
-    "low-rank": "laconic, ranks alone",
-    "channels": "laconic, neurons alone",
-    "laconic": "laconic",
-}
 
 
 def train(
@@ -107,8 +94,9 @@ def train(
     Args:
         recipe: file or name.
         out: the model, the report and the result go to OUT/<recipe>/<method>-seed<seed>/.
-        method: laconic, dense, svd (dense, then cut; gives both), thin (a smaller dense network), thin-long (for longer),
-            low-rank, channels (laconic with one structure), late (cut last), torch-pruning (needs the extra `rivals`).
+        method: laconic, low-rank, channels (laconic with one structure), late (cut last); or a rival: dense, svd (dense, then cut;
+            gives both), svd-tuned (trained on), thin (a smaller dense network), thin-long (for longer), distilled, found (laconic's
+            shape from scratch), pufferfish, spectral-init, torch-pruning (needs the extra `rivals`).
         seed: of initialisation and batches.
         data: folder of the data sets; default: $LACONIC_DATA, data/, ../shared/data.
         params: budget as a fraction of the dense parameters, instead of the recipe's.
@@ -142,7 +130,7 @@ def train(
         if results is not None:
             write_json(result_path(results, chosen, name, seed), result)
         shutil.rmtree(folder / RUNNING, ignore_errors=True)  # the run is over, and written
-        rows.append({"method": NAMES[name], **result["metrics"]})
+        rows.append({"method": METHODS[name].label, **result["metrics"]})
     page = write_page(folder / "report.html", trained.report, chosen.name, rows, context(chosen, seed)) if trained.report else None
     if json:
         show_json(result)
@@ -258,7 +246,7 @@ def runs(
             )
         restart = Restart(folder / RUNNING, every, resume, {"recipe": dataclasses.asdict(recipe), "method": name, "seed": seed})
         with progress_bar(name, show and name != "svd") as report, interruptible(folder), told():
-            base = svd(data, recipe, seed, trained=base) if name == "svd" else METHODS[name](data, recipe, seed, report, restart)
+            base = cut_after_training(base, data, recipe) if base else METHODS[name].train(data, recipe, seed, report, restart)
         yield name, base
 
 

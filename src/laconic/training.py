@@ -49,6 +49,7 @@ class Curve:
 
 
 Report = Callable[[Progress], None]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -137,8 +138,11 @@ def fit(
     report: Report | None = None,
     compressor: Compressor | None = None,
     restart: Restart | None = None,
+    loss: Loss | None = None,
 ) -> Curve:
     """Train for the recipe's epochs (or `epochs`); the time of evaluations and of saving is not counted.
+
+    `loss` of the outputs, the inputs and the labels; None: cross-entropy with the recipe's label smoothing.
 
     Raises:
         TrainingInterrupted: on Ctrl-C.
@@ -177,14 +181,14 @@ def fit(
                 x, y = batch(data, at.order[at.done : at.done + recipe.batch_size], generator)
                 start = time.perf_counter()
                 optimizer.zero_grad(set_to_none=True)
-                loss = F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
-                loss.backward()
+                value = loss(model(x), x, y) if loss else F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
+                value.backward()
                 optimizer.step()
                 scheduler.step()
                 at.seconds += time.perf_counter() - start
                 at.step += 1
                 at.done += recipe.batch_size
-                at.losses.append(float(loss.detach()))
+                at.losses.append(float(value.detach()))
                 if report is not None:
                     last = curve.accuracy[-1] if curve.accuracy else None
                     report(Progress(at.step, total, at.epoch, at.losses[-1], last, count_params(model), at.seconds))

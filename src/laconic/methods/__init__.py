@@ -1,0 +1,47 @@
+"""Everything that the demo and the experiments compare: the same data, steps, and optimizer; one file for each idea.
+
+To add a method: write a function of (data, recipe, seed, report, restart) that returns a `Trained` model within
+`recipe.params`, in a file of its own, and give it a line in `METHODS`. `laconic train RECIPE --method NAME` then runs it,
+`experiments/run.py` takes it into the grid.
+"""
+
+from .base import Method, Trained, build, calibration, example, thin_network
+from .dense import DENSE
+from .distilled import DISTILLED
+from .fixed_rank import PUFFERFISH, SPECTRAL_INIT
+from .found import FOUND
+from .ours import CHANNELS, LACONIC, LATE, LOW_RANK, compressor_for
+from .svd import SVD
+from .svd import cut as cut_after_training
+from .svd_tuned import SVD_TUNED
+from .thin import THIN, THIN_LONG
+from .torch_pruning import TORCH_PRUNING
+
+METHODS: dict[str, Method] = {
+    "dense": DENSE,
+    "svd": SVD,
+    "svd-tuned": SVD_TUNED,
+    "thin": THIN,
+    "thin-long": THIN_LONG,
+    "distilled": DISTILLED,
+    "found": FOUND,
+    "pufferfish": PUFFERFISH,
+    "spectral-init": SPECTRAL_INIT,
+    "late": LATE,
+    "torch-pruning": TORCH_PRUNING,
+    "low-rank": LOW_RANK,
+    "channels": CHANNELS,
+    "laconic": LACONIC,
+}
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "Trained",
+    "build",
+    "calibration",
+    "compressor_for",
+    "cut_after_training",
+    "example",
+    "thin_network",
+]

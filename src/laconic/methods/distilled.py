@@ -1,0 +1,36 @@
+"""Knowledge distillation (Hinton et al. 2015) from the dense network into the thin one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data import Dataset
+from ..recipe import Recipe
+from ..training import Report, Restart, fit, make_optimizer
+from . import dense
+from .base import Method, Trained, thin_network
+
+TEMPERATURE, SHARE = 4.0, 0.9  # of the teacher's soft targets in the loss
+
+
+def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
+    """The teacher is trained first: its time is in the curve. It cannot resume: the run starts afresh."""
+    del restart
+    teacher = dense.train(data, recipe, seed)
+    teacher.model.eval()
+    model = thin_network(data, recipe, seed)
+
+    def loss(outputs: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            soft = F.softmax(teacher.model(x) / TEMPERATURE, 1)
+        hard = F.cross_entropy(outputs, y, label_smoothing=recipe.label_smoothing)
+        return SHARE * TEMPERATURE**2 * F.cross_entropy(outputs / TEMPERATURE, soft) + (1 - SHARE) * hard
+
+    curve = fit(model, data, recipe, seed, make_optimizer(model, recipe), report=report, loss=loss)
+    curve.seconds = [teacher.curve.seconds[-1] + s for s in curve.seconds]
+    return Trained(model, curve, notes=[f"widths {model.widths}, teacher: the dense network of this seed"])
+
+
+DISTILLED = Method("thin dense, distilled", train)

@@ -1,0 +1,77 @@
+"""laconic: the network shrinks towards the budget while it trains; with both structures, with one, cut last, and as published."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..budget import Budget
+from ..compressor import Compressor
+from ..data import Dataset
+from ..errors import RecipeError, nearest
+from ..penalties import LogSum
+from ..recipe import Recipe
+from ..schedule import Schedule
+from ..structures import Channels, LowRank, Structure
+from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
+from .base import Method, Trained, build, calibration, example
+
+
+def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
+    """Pressure towards the budget while training, cut in mid-run or at the end."""
+    model = build(data, recipe, seed)
+    optimizer = make_optimizer(model, recipe)
+    compressor = compressor_for(model, optimizer, data, recipe)
+    curve = fit(model, data, recipe, seed, optimizer, report=report, compressor=compressor, restart=restart)
+    late = recipe.settle >= 1
+    done = compressor.compact(calibration=calibration(data) if late else None, only_faster=recipe.only_faster and late)
+    return Trained(model, curve, done, total_steps=compressor.total_steps)
+
+
+def compressor_for(
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, recipe: Recipe, budget: Budget | None = None
+) -> Compressor:
+    """The compressor that the recipe describes, for its budget or another one."""
+    return Compressor(
+        model,
+        optimizer,
+        structures_of(recipe),
+        budget=budget or Budget(params=recipe.params, macs=recipe.macs or None),
+        total_steps=recipe.epochs * steps_per_epoch(data, recipe),
+        example_inputs=example(data),
+        cut="early" if recipe.settle < 1 else "end",
+        schedule=Schedule(warmup=recipe.warmup, settle=recipe.settle),
+    )
+
+
+def structures_of(recipe: Recipe) -> list[Structure]:
+    """What the recipe lets laconic use."""
+    options: dict[str, Any] = {"penalty": LogSum(recipe.penalty_epsilon), "strength": recipe.strength or None}
+    known: dict[str, Callable[[], Structure]] = {
+        "low-rank": lambda: LowRank(matricization=recipe.matricization, **options),
+        "channels": lambda: Channels(**options),
+    }
+    for name in recipe.structures:
+        if name not in known:
+            raise RecipeError(f"recipe: structures = {name!r} is unknown{nearest(name, known)}")
+    return [known[name]() for name in recipe.structures]
+
+
+def with_recipe(label: str, **changes: Any) -> Method:
+    """The same with other entries of the recipe."""
+
+    def changed(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
+        return train(data, dataclasses.replace(recipe, **changes), seed, report, restart)
+
+    return Method(label, changed)
+
+
+LACONIC = Method("laconic", train)
+LOW_RANK = with_recipe("laconic, ranks alone", structures=("low-rank",))
+CHANNELS = with_recipe("laconic, neurons alone", structures=("channels",))
+# Ranks alone: neurons that go at the end are not repaired by any training. BatchNorm is re-estimated.
+LATE = with_recipe("ranks alone, cut last", structures=("low-rank",), settle=1.0)

@@ -1,0 +1,29 @@
+"""Train dense, cut once by the same global rule, train on: laconic without any pressure, and without cuts on the way."""
+
+from __future__ import annotations
+
+from ..budget import Budget
+from ..compressor import Compressor
+from ..data import Dataset
+from ..recipe import Recipe
+from ..schedule import Schedule
+from ..structures import LowRank
+from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
+from .base import Method, Trained, build, example
+
+CUT = 0.5  # share of the run that is dense
+
+
+def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
+    model = build(data, recipe, seed)
+    optimizer = make_optimizer(model, recipe)
+    total = recipe.epochs * steps_per_epoch(data, recipe)
+    compressor = Compressor(
+        model, optimizer, LowRank(strength=0.0, matricization=recipe.matricization), budget=Budget(params=recipe.params), total_steps=total,
+        example_inputs=example(data), every=total, schedule=Schedule(warmup=0.0, settle=CUT),
+    )  # fmt: skip
+    curve = fit(model, data, recipe, seed, optimizer, report=report, compressor=compressor, restart=restart)
+    return Trained(model, curve, compressor.compact(), total_steps=total)
+
+
+SVD_TUNED = Method("dense, cut by SVD at half, trained on", train)

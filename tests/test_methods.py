@@ -1,0 +1,86 @@
+"""The rivals: each ends within its budget, learns, and is what its name says."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from laconic.data import load_dataset
+from laconic.measure import count_params
+from laconic.methods import METHODS, build, fixed_rank, svd_tuned
+from laconic.recipe import Recipe
+from laconic.surgery.factorize import MARK, pair_matrices
+from laconic.surgery.factorize import weights as pair_parameters
+from laconic.training import accuracy
+
+RECIPE = Recipe(name="small", task="digits", widths=(8, 16, 16), pools=(0,), epochs=3, params=0.5, lr=4e-3)
+FREE = {"dense"}  # of the budget
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_dataset("digits")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("LACONIC_CACHE", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_within_its_budget(name, data):
+    if name == "torch-pruning":
+        pytest.importorskip("torch_pruning")
+    trained = METHODS[name].train(data, RECIPE, 0, None, None)
+    whole = count_params(build(data, RECIPE, 0))
+    assert count_params(trained.model) <= (1.0 if name in FREE else RECIPE.params) * whole
+    assert accuracy(trained.model, data.test_x, data.test_y) > 0.25
+    assert len(trained.curve.seconds) == len(trained.curve.loss) >= RECIPE.epochs
+
+
+def test_fixed_rank_takes_one_share_of_the_full_rank_and_fills_the_budget(data):
+    model = build(data, RECIPE, 0)
+    limit = int(RECIPE.params * count_params(model))
+    pairs = fixed_rank.factorise_all(model, RECIPE)
+    assert isinstance(model.features[0], nn.Conv2d)  # the first layer and the last stay dense
+    assert isinstance(model.head, nn.Linear)
+    shares = [getattr(pair, MARK)["rank"] / u.full_rank for pair, u in pairs]
+    assert max(shares) - min(shares) <= 1 / min(u.full_rank for _, u in pairs)
+    assert limit - sum(u.unit_params for _, u in pairs) < count_params(model) <= limit
+
+
+def test_frobenius_decay_is_the_gradient_of_the_norm_of_the_product(data, monkeypatch):
+    """One step with a loss that does not depend on the weights: all that moves the factors is the decay."""
+    seen = {}
+
+    def fit(model, data, recipe, seed, optimizer, **_):
+        pairs = [m for m in model.modules() if hasattr(m, MARK)]
+        seen["before"] = [[p.detach().clone() for p in pair_parameters(m)] for m in pairs]
+        optimizer.zero_grad()
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        seen["after"] = [[p.detach().clone() for p in pair_parameters(m)] for m in pairs]
+
+    monkeypatch.setattr(fixed_rank, "fit", fit)
+    trained = fixed_rank.spectral_init(data, RECIPE, 0)
+    from laconic.matricize import unfolding_named
+
+    for module, before, after in zip([m for m in trained.model.modules() if hasattr(m, MARK)], seen["before"], seen["after"], strict=True):
+        mark = getattr(module, MARK)
+        unfolding = unfolding_named(mark["unfolding"], tuple(mark["shape"]))
+        leaves = [p.clone().requires_grad_() for p in before]
+        a, b = pair_matrices(unfolding, *leaves)
+        (0.5 * (a @ b).square().sum()).backward()
+        for old, new, leaf in zip(before, after, leaves, strict=True):
+            torch.testing.assert_close(new, old - RECIPE.lr * RECIPE.weight_decay * leaf.grad)
+
+
+def test_without_pressure_there_is_one_cut(data):
+    trained = svd_tuned.train(data, RECIPE, 0)
+    assert trained.report is not None
+    cuts = [h for h in trained.report.history if any(r is not None for r in h.ranks.values())]
+    steps = RECIPE.epochs * (len(data.train_x) // RECIPE.batch_size)
+    assert {h.step for h in cuts} == {math.ceil(svd_tuned.CUT * steps)}
+    assert trained.curve.params[0] > trained.curve.params[-1]
