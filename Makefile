@@ -39,7 +39,7 @@ sabotage: $(VENV)/.installed
 
 # The committed results, one after the other, hours on two cores; finished ones are kept.
 results: $(VENV)/.installed
-	$(BIN)/python experiments/run.py
+	$(BIN)/laconic bench --results experiments/results
 
 constraints:
 	rm -rf $(VENV) && $(PYTHON) -m venv $(VENV)

@@ -24,14 +24,15 @@ from torch import nn
 from tyro.conf import Positional
 
 from . import checkpoint
+from .bench import claimed, execute, grid, summary
 from .budget import Budget
 from .compaction import compress as compress_model
-from .console import console, progress_bar
+from .console import console, progress_bar, queue_bar
 from .data import Dataset, load_dataset
 from .errors import CheckpointError, CheckpointNotFoundError, InvalidValueError, LaconicError, MissingExtraError, nearest
 from .measure import count_params
 from .methods import METHODS, Trained, build, compressor_for, cut_after_training, example
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, load_recipe, shipped_recipes
 from .report import CompactReport, comparison_table, layer_table, render
 from .results import evaluate, machine, make_result, result_path, versions, write_json
 from .search import Trial, smallest
@@ -114,8 +115,7 @@ def train(
         chosen = dataclasses.replace(chosen, params=params)
     if init is not None:
         chosen = dataclasses.replace(chosen, init=str(init))
-    if method not in METHODS:
-        raise InvalidValueError(f"method = {method!r} is unknown{nearest(method, METHODS)}")
+    check_method(method)
     if checkpoint_every < 0:
         raise InvalidValueError(f"checkpoint_every = {checkpoint_every}: must be at least 1, or 0 for once per epoch")
     if threads:
@@ -225,6 +225,58 @@ def search(
         f"parameters {count_params(dense):,} -> {count_params(found.model):,}; test accuracy {right['dense']:.4f} -> {right['found']:.4f}"
     )
     print(f"model: {folder / 'model'}   result: {folder / 'result.json'}")
+
+
+def bench(
+    recipes: Positional[tuple[str, ...]] = (),
+    methods: tuple[str, ...] = ("svd", "thin", "thin-long", "laconic"),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    results: Path = Path("results"),
+    data: Path | None = None,
+    threads: int = 0,
+    times: bool = True,
+    json: bool = False,
+) -> None:
+    """Run what is missing of a grid, recipe x method x seed; one result file each. Stop it and start it again at any moment.
+
+    Example: laconic bench scene cifar10 --methods thin-long laconic --seeds 0 1 2 --threads 1 --no-times
+
+    Args:
+        recipes: files or names; none: all that are shipped.
+        methods: as of `laconic train`; svd gives dense, too.
+        seeds: of initialisation and batches.
+        results: folder of the result files: RESULTS/<recipe>/<method>-seed<seed>.json. Several commands may share it.
+        data: folder of the data sets; default: $LACONIC_DATA, data/, ../shared/data.
+        threads: of PyTorch in each run; 0: as many as there are cores.
+        times: measure latency; leave it out for runs that do not have the machine to themselves.
+        json: print the means as JSON.
+    """
+    for method in methods:
+        check_method(method)
+    names = recipes or tuple(shipped_recipes())
+    queue = grid(names, methods, seeds)
+    options = ["--threads", str(threads), "--times" if times else "--no-times", *(["--data", str(data)] if data else [])]
+    failed = []
+    with queue_bar(len(queue), show=not json) as advance:
+        for run in queue:
+            with claimed(run.path(results)) as ours:
+                done = execute(run, results, options) if ours else None
+            advance(f"{run.recipe} {run.method} {run.seed}", done is not None)
+            if done is not None and done.returncode:
+                failed.append(f"{run.recipe} {run.method} seed {run.seed}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    rows = {recipe: summary(results, recipe) for recipe in names}
+    if json:
+        show_json({"rows": rows, "failed": failed})
+    for recipe in () if json else [name for name in names if rows[name]]:
+        print(recipe)
+        Console().print(comparison_table(rows[recipe]))
+    if failed:
+        raise LaconicError(f"{len(failed)} of {len(queue)} runs failed, the others are there: {'; '.join(failed)}")
+
+
+def check_method(method: str) -> None:
+    if method not in METHODS:
+        raise InvalidValueError(f"method = {method!r} is unknown{nearest(method, METHODS)}")
 
 
 RUNNING = "running"  # the folder of a run's checkpoints
@@ -386,7 +438,9 @@ def show_json(content: Any) -> None:
     print(jsonlib.dumps(content))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "train": train, "search": search, "compress": compress, "report": report}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo, "train": train, "search": search, "compress": compress, "report": report, "bench": bench,
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:

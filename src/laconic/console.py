@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -43,3 +44,22 @@ def progress_bar(title: str, show: bool = True) -> Iterator[Report]:
             )
 
         yield report
+
+
+@contextmanager
+def queue_bar(total: int, show: bool = True) -> Iterator[Callable[[str, bool], None]]:
+    """A bar over runs, with the time that those left would take; call it after each with its name, and whether it took time."""
+    if not show:
+        yield lambda name, ran: None
+        return
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+    with Bar(*columns, console=console) as bar:
+        task, start, ran_so_far, done = bar.add_task("", total=total, state=""), monotonic(), 0, 0
+
+        def advance(name: str, ran: bool) -> None:
+            nonlocal ran_so_far, done
+            ran_so_far, done = ran_so_far + ran, done + 1
+            each = (monotonic() - start) / max(ran_so_far, 1)
+            bar.update(task, completed=done, state=f"{name}  about {duration(each * (total - done))} left")
+
+        yield advance

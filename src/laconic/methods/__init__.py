@@ -2,7 +2,7 @@
 
 To add a method: write a function of (data, recipe, seed, report, restart) that returns a `Trained` model within
 `recipe.params`, in a file of its own, and give it a line in `METHODS`. `laconic train RECIPE --method NAME` then runs it,
-`experiments/run.py` takes it into the grid.
+`laconic bench RECIPES --methods NAMES` takes it into a grid.
 """
 
 from .base import Method, Trained, build, calibration, example, thin_network

@@ -1,0 +1,103 @@
+"""A grid of runs, recipe x method x seed: one result file each, written when it is whole.
+
+The queue is the set of result files that are missing. So it can be stopped and started again at any moment, which loses at most the
+run in hand, and several of them may work on one grid side by side (one core each): a run that is being worked on is claimed
+by a file with the number of its process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .methods import METHODS
+from .recipe import load_recipe
+from .results import result_path
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One result to come."""
+
+    recipe: str
+    method: str
+    seed: int
+
+    def path(self, results: Path) -> Path:
+        return result_path(results, load_recipe(self.recipe), self.method, self.seed)
+
+
+def grid(recipes: Iterable[str], methods: Iterable[str], seeds: Iterable[int]) -> list[Run]:
+    """All runs, seed by seed: whenever it is stopped, what is there can be compared. `svd` gives dense, too."""
+    methods = [m for m in methods if m != "dense" or "svd" not in methods]
+    return [Run(recipe, method, seed) for seed, recipe, method in itertools.product(seeds, recipes, methods)]
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this result is ours to make: False where it is there, or where a process that is alive is making it."""
+    claim = path.with_name(f".{path.name}.claim")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while not path.exists():
+        try:
+            with claim.open("x") as file:
+                file.write(str(os.getpid()))
+            break
+        except FileExistsError:
+            if _alive(claim):
+                yield False
+                return
+            claim.unlink(missing_ok=True)  # left behind by a process that was killed
+    else:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+def _alive(claim: Path) -> bool:
+    try:
+        os.kill(int(claim.read_text()), 0)
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    except ValueError:  # being written at this moment
+        return True
+    except PermissionError:  # somebody else's process
+        return True
+    return True
+
+
+def execute(run: Run, results: Path, options: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, so that threads and memory are as fresh as those of every other run."""
+    command = [sys.executable, "-m", "laconic", "train", run.recipe, "--method", run.method, "--seed", str(run.seed)]
+    return subprocess.run(
+        [*command, "--results", str(results), "--json", *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+    )
+
+
+def summary(results: Path, recipe: str) -> list[dict[str, Any]]:
+    """A row for each method with results: means over its seeds, and the sample standard deviation of the accuracy."""
+    rows = []
+    folder = results / load_recipe(recipe).name
+    for name, method in METHODS.items():
+        found = [json.loads(p.read_text())["metrics"] for p in sorted(folder.glob(f"{name}-seed*.json"))]
+        if not found:
+            continue
+        keys = [k for k in found[0] if all(isinstance(m.get(k), (int, float)) for m in found)]
+        row: dict[str, Any] = {key: statistics.mean(m[key] for m in found) for key in keys}
+        row |= {key: round(row[key]) for key in ("params", "macs", "file_bytes") if key in row}
+        row["method"] = f"{method.label}, {len(found)} seeds" if len(found) > 1 else method.label
+        row["accuracy_spread"] = statistics.stdev(m["accuracy"] for m in found) if len(found) > 1 else None
+        rows.append(row)
+    return rows
