@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError, nearest
+from .models import MODELS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +19,7 @@ class Recipe:
     name: of the recipe; where its results go.
     task: data set: `digits`, `scene`, `cifar10`.
     train_limit: use only a prefix of the training images; 0: all.
-    widths, pools: of the `ConvNet`.
+    model: one of `laconic.models.MODELS`; widths, pools, depth, kernel: of it, as far as it has them.
     epochs, batch_size, lr, weight_decay, label_smoothing, lr_warmup: of the training with AdamW; the learning rate
         rises over the share `lr_warmup` of the steps, then falls to zero as a cosine.
     init: weights to start from instead of random ones (a file or a saved model); "": none.
@@ -36,8 +37,11 @@ class Recipe:
     name: str
     task: str
     train_limit: int = 0
+    model: str = "convnet"
     widths: tuple[int, ...]
-    pools: tuple[int, ...]
+    pools: tuple[int, ...] = ()
+    depth: int = 20
+    kernel: int = 3
     epochs: int
     batch_size: int = 64
     lr: float = 2e-3
@@ -72,6 +76,8 @@ class Recipe:
                 fine = type(value).__name__ == kind
             if not fine:
                 raise RecipeError(f"recipe: {field.name} = {value!r} should be a {kind}")
+        if self.model not in MODELS:
+            raise RecipeError(f"recipe: model = {self.model!r} is unknown{nearest(self.model, MODELS)}")
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"recipe: {name} = {getattr(self, name)} must be at least 1")

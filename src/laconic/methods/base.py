@@ -12,7 +12,7 @@ from torch import nn
 from ..checkpoint import load_weights
 from ..data import Dataset
 from ..measure import count_params
-from ..models import ConvNet, thin_widths
+from ..models import MODELS, Shape, thin_widths
 from ..recipe import Recipe
 from ..report import CompactReport
 from ..training import Curve, Report, Restart
@@ -46,21 +46,21 @@ class Method:
     train: Train
 
 
-def build(data: Dataset, recipe: Recipe, seed: int, widths: tuple[int, ...] | None = None) -> ConvNet:
+def build(data: Dataset, recipe: Recipe, seed: int, widths: tuple[int, ...] | None = None) -> nn.Module:
     """The recipe's network, initialised from the seed or (unless other widths are asked for) from the recipe's weights."""
     torch.manual_seed(seed)
-    model = ConvNet(data.train_x.shape[1], data.classes, widths or recipe.widths, recipe.pools)
+    shape = Shape(widths=widths or recipe.widths, pools=recipe.pools, depth=recipe.depth, kernel=recipe.kernel)
+    model = MODELS[recipe.model](data.train_x.shape[1:], data.classes, shape)
     if recipe.init and widths is None:
         load_weights(model, Path(recipe.init))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPU
     return model
 
 
-def thin_network(data: Dataset, recipe: Recipe, seed: int) -> ConvNet:
+def thin_network(data: Dataset, recipe: Recipe, seed: int) -> nn.Module:
     """The recipe's network with all widths scaled down to its budget."""
     limit = int(recipe.params * count_params(build(data, recipe, seed)))
-    widths = thin_widths(data.train_x.shape[1], data.classes, recipe.widths, limit)
-    return build(data, recipe, seed, tuple(widths))
+    return build(data, recipe, seed, thin_widths(lambda widths: build(data, recipe, seed, widths), recipe.widths, limit))
 
 
 def example(data: Dataset) -> tuple[torch.Tensor]:

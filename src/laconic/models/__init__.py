@@ -1,6 +1,59 @@
-"""Networks that the demo, the experiments and the benchmarks train."""
+"""Networks that the demo, the experiments and the benchmarks train.
 
-from .convnet import ConvNet, thin_widths
+A recipe names one of `MODELS`; each is built from the shape of an image, the number of classes, and a `Shape` of the recipe, so
+that all widths can be scaled by one factor (`thin_widths`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .convnet import ConvNet
+from .decomposeme import DecomposeMe
 from .gpt import GPT
+from .lenet import LeNet5, LeNet300100
+from .resnet import ResNet
 
-__all__ = ["GPT", "ConvNet", "thin_widths"]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """What a recipe says about its network; each network reads what it has."""
+
+    widths: tuple[int, ...]
+    pools: tuple[int, ...] = ()
+    depth: int = 20
+    kernel: int = 3
+
+
+Builder = Callable[[Sequence[int], int, Shape], nn.Module]
+MODELS: dict[str, Builder] = {
+    "convnet": lambda image, classes, s: ConvNet(image[0], classes, s.widths, s.pools),
+    "decomposeme": lambda image, classes, s: DecomposeMe(image[0], classes, s.widths, s.pools, s.kernel),
+    "lenet-300-100": lambda image, classes, s: LeNet300100(torch.Size(image).numel(), classes, s.widths),
+    "lenet-5": lambda image, classes, s: LeNet5(image, classes, s.widths),
+    "resnet": lambda image, classes, s: ResNet(image[0], classes, s.widths, s.depth),
+}
+
+
+def thin_widths(build: Callable[[tuple[int, ...]], nn.Module], widths: Sequence[int], limit: int) -> tuple[int, ...]:
+    """Widths scaled by one factor (in thousandths) so that the network has as many parameters as fit into `limit`; at least 1 each."""
+
+    def scaled(step: int) -> tuple[int, ...]:
+        return tuple(max(1, round(w * step / 1000)) for w in widths)
+
+    def params(step: int) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in build(scaled(step)).parameters())
+
+    low, high = 0, 1000  # the largest step that fits lies at `low` or above, below `high` + 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if params(middle) <= limit else (low, middle - 1)
+    return scaled(low)
+
+
+__all__ = ["GPT", "MODELS", "ConvNet", "DecomposeMe", "LeNet5", "LeNet300100", "ResNet", "Shape", "thin_widths"]

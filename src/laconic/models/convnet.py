@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 
 class ConvNet(nn.Module):
-    """Args:
-    widths: output channels of each convolution.
-    pools: after which convolutions (counted from 0) to halve the resolution.
+    """With 13 widths from 64 to 512 it is VGG-16 with BatchNorm for CIFAR (14.7 million parameters), but for biases before a norm.
+
+    Args:
+        widths: output channels of each convolution.
+        pools: after which convolutions (counted from 0) to halve the resolution.
     """
 
     def __init__(self, in_channels: int, classes: int, widths: Sequence[int], pools: Sequence[int]):
@@ -30,23 +32,3 @@ class ConvNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.features(x).mean((2, 3)))
         return out
-
-
-def convnet_params(in_channels: int, classes: int, widths: Sequence[int]) -> int:
-    """Number of parameters of a `ConvNet`, without building it."""
-    total, channels = 0, in_channels
-    for width in widths:
-        total += 9 * channels * width + 2 * width
-        channels = width
-    return total + channels * classes + classes
-
-
-def thin_widths(in_channels: int, classes: int, widths: Sequence[int], limit: int) -> list[int]:
-    """Widths scaled by one factor so that the network has as many parameters as fit into `limit`."""
-    best = [1] * len(widths)
-    for step in range(1, 1001):
-        scaled = [max(1, round(w * step / 1000)) for w in widths]
-        if convnet_params(in_channels, classes, scaled) > limit:
-            break
-        best = scaled
-    return best
