@@ -74,7 +74,7 @@ def training(model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, 
 
 def time_recipe(name: str, options: Options) -> dict[str, Any]:
     recipe = load_recipe(name)
-    data = load_dataset(recipe.task, options.data, recipe.train_limit or None)
+    data = load_dataset(recipe.task, options.data, recipe.train_limit or None, recipe.image_size)
     recipe = dataclasses.replace(recipe, epochs=max(2, math.ceil(options.part * recipe.epochs)))
     models = {"dense": build(data, recipe, 0), "thin": thin_network(data, recipe, 0)} | {k: build(data, recipe, 0) for k in STRUCTURES}
     optimizers = {k: make_optimizer(m, recipe) for k, m in models.items()}

@@ -44,7 +44,7 @@ def test_a_depth_that_no_residual_network_has_is_refused(depth):
 
 
 def test_an_unknown_model_is_refused():
-    with pytest.raises(RecipeError, match="model = 'resnett' is unknown.*resnet"):
+    with pytest.raises(RecipeError, match=r"model = 'resnett' is unknown.*resnet"):
         Recipe(name="x", task="digits", model="resnett", widths=(8,), epochs=1)
 
 

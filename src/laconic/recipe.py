@@ -17,7 +17,7 @@ from .models import MODELS
 class Recipe:
     """Attributes:
     name: of the recipe; where its results go.
-    task: data set: `digits`, `scene`, `cifar10`.
+    task: data set: one of `laconic.data.DATASETS`, an .npz file, or a folder of images; image_size: of the latter, in pixels.
     train_limit: use only a prefix of the training images; 0: all.
     model: one of `laconic.models.MODELS`; widths, pools, depth, kernel: of it, as far as it has them.
     epochs, batch_size, lr, weight_decay, label_smoothing, lr_warmup: of the training with AdamW; the learning rate
@@ -36,6 +36,7 @@ class Recipe:
 
     name: str
     task: str
+    image_size: int = 32
     train_limit: int = 0
     model: str = "convnet"
     widths: tuple[int, ...]

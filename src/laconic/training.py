@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compressor import Compressor
-from .data import Dataset
+from .data import Dataset, Images
 from .measure import count_params
 from .recipe import Recipe
 from .running import RunCheckpoints
@@ -76,7 +76,7 @@ def batch(data: Dataset, index: Tensor, generator: torch.Generator) -> tuple[Ten
     return data.augment(data.train_x[index], generator), data.train_y[index]
 
 
-def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 500) -> float:
+def accuracy(model: nn.Module, x: Images, y: Tensor, batch_size: int = 500) -> float:
     """Share of right answers, in eval mode."""
     training = model.training
     model.eval()

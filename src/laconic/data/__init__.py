@@ -1,10 +1,10 @@
-"""Data sets for the demo, the recipes and the experiments: loaded whole, as tensors.
+"""Data sets for the demo, the recipes and the experiments: loaded whole, as tensors; folders of images batch by batch.
 
 `digits` ships inside scikit-learn. The others are read from a folder: `--data`, else the environment variable
-LACONIC_DATA, else `data/` or `../shared/data`.
+LACONIC_DATA, else `data/` or `../shared/data`. An .npz file or a folder of images is named by its path.
 """
 
 from .augment import crop, crop_and_flip, keep
-from .sets import DATASETS, Dataset, load_dataset
+from .sets import DATASETS, Dataset, Images, load_dataset
 
-__all__ = ["DATASETS", "Dataset", "crop", "crop_and_flip", "keep", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "Images", "crop", "crop_and_flip", "keep", "load_dataset"]

@@ -16,16 +16,20 @@ from torch import Tensor
 
 from ..errors import DataNotFoundError, InvalidValueError, missing_extra, nearest
 from .augment import crop, crop_and_flip, keep
+from .files import LazyImages, folder_set, idx_set, npz_set, python_batches
+
+Images = Tensor | LazyImages
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Images as float32 `[n, c, h, w]`, channels last in memory, normalised with mean and deviation of the training images."""
+    """Images as float32 `[n, c, h, w]`, channels last in memory, normalised with mean and deviation of the training images;
+    in memory, or (folders of images) decoded when they are asked for."""
 
     name: str
-    train_x: Tensor
+    train_x: Images
     train_y: Tensor
-    test_x: Tensor
+    test_x: Images
     test_y: Tensor
     classes: int
     augment: Callable[[Tensor, torch.Generator], Tensor] = keep
@@ -36,8 +40,13 @@ class Dataset:
         held = int(share * len(order))
         test, train = order[:held], order[held:]
         return Dataset(
-            self.name, self.train_x[train], self.train_y[train], self.train_x[test], self.train_y[test], self.classes, self.augment
-        )
+            self.name, _taken(self.train_x, train), self.train_y[train], _taken(self.train_x, test), self.train_y[test], self.classes,
+            self.augment,
+        )  # fmt: skip
+
+
+def _taken(x: Images, index: Any) -> Images:
+    return x.take(index) if isinstance(x, LazyImages) else x[index]
 
 
 def _prepared(
@@ -91,21 +100,62 @@ def cifar10(root: Path | None = None) -> Dataset:
     return _prepared("cifar10", decode("train"), z["train_y"], decode("test"), z["test_y"], crop_and_flip)
 
 
-DATASETS: dict[str, Callable[[Path | None], Dataset]] = {"digits": digits, "scene": scene, "cifar10": cifar10}
+def mnist(root: Path | None = None) -> Dataset:
+    """60,000 and 10,000 handwritten digits, 28 x 28, grey, in the idx files of MNIST."""
+    return _prepared("mnist", *idx_set(_file("mnist", root)), crop)
 
 
-def load_dataset(name: str, root: str | Path | None = None, train_limit: int | None = None) -> Dataset:
-    """Load a data set by name; `train_limit` takes a prefix of the training images.
+def fashion_mnist(root: Path | None = None) -> Dataset:
+    """60,000 and 10,000 pieces of clothing, 28 x 28, grey, in idx files like MNIST's."""
+    return _prepared("fashion-mnist", *idx_set(_file("fashion-mnist", root)), crop_and_flip)
+
+
+def cifar10_original(root: Path | None = None) -> Dataset:
+    """CIFAR-10, its python version."""
+    parts = [f"data_batch_{i}" for i in range(1, 6)]
+    return _prepared("cifar10-original", *python_batches(_file("cifar-10-batches-py", root), parts, "test_batch", "labels"), crop_and_flip)
+
+
+def cifar100(root: Path | None = None) -> Dataset:
+    """CIFAR-100, its python version, with the 100 fine labels."""
+    return _prepared("cifar100", *python_batches(_file("cifar-100-python", root), ["train"], "test", "fine_labels"), crop_and_flip)
+
+
+DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
+    "digits": digits,
+    "scene": scene,
+    "cifar10": cifar10,
+    "mnist": mnist,
+    "fashion-mnist": fashion_mnist,
+    "cifar10-original": cifar10_original,
+    "cifar100": cifar100,
+}
+
+
+def load_dataset(name: str, root: str | Path | None = None, train_limit: int | None = None, size: int = 32) -> Dataset:
+    """Load a data set by name, an .npz file (see `npz_set`), or a folder of images (see `folder_set`).
+
+    Args:
+        root: the folder in which the data sets of a name are.
+        train_limit: take a prefix of the training images.
+        size: of the images of a folder, in pixels.
 
     Raises:
         InvalidValueError: unknown name. DataNotFoundError: not there, with the way to get it.
     """
-    if name not in DATASETS:
-        raise InvalidValueError(f"task = {name!r} is unknown{nearest(name, DATASETS)}")
-    data = DATASETS[name](Path(root) if root is not None else None)
+    if name in DATASETS:
+        data = DATASETS[name](Path(root) if root is not None else None)
+    elif Path(name).suffix == ".npz" and Path(name).is_file():
+        data = _prepared(name, *npz_set(Path(name)), keep)
+    elif Path(name).is_dir():
+        train_x, train_y, test_x, test_y, classes = folder_set(Path(name), size)
+        data = Dataset(name, train_x, train_y, test_x, test_y, len(classes), crop_and_flip)
+    else:
+        raise InvalidValueError(f"task = {name!r} is unknown{nearest(name, DATASETS)}, and neither an .npz file nor a folder of images")
     if train_limit is None:
         return data
-    return Dataset(data.name, data.train_x[:train_limit], data.train_y[:train_limit], data.test_x, data.test_y, data.classes, data.augment)
+    some = slice(train_limit)
+    return Dataset(data.name, _taken(data.train_x, some), data.train_y[some], data.test_x, data.test_y, data.classes, data.augment)
 
 
 def _file(name: str, root: Path | None) -> Path:

@@ -1,0 +1,187 @@
+"""Image sets in the layouts in which they are distributed: idx files, CIFAR's batches, npz archives, folders of images."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import pickle
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataNotFoundError, InvalidValueError, missing_extra
+
+Arrays = tuple[Any, Any, Any, Any]  # train_x [n, c, h, w], train_y, test_x, test_y
+IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp"}
+
+
+def read_idx(path: Path) -> Any:
+    """An idx file of bytes (MNIST's format), packed with gzip or not."""
+    raw = path.read_bytes()
+    data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
+        raise InvalidValueError(f"{path}: not an idx file of unsigned bytes")
+    sides = np.frombuffer(data, ">u4", data[3], 4)
+    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+    if values.size != sides.prod():
+        raise InvalidValueError(f"{path}: {values.size} bytes, but its header says {' x '.join(map(str, sides))}")
+    return values.reshape(sides).copy()
+
+
+def idx_set(folder: Path) -> Arrays:
+    """MNIST, Fashion-MNIST: four files, `train-images-idx3-ubyte[.gz]` and so on."""
+
+    def read(name: str) -> Any:
+        found = next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None)
+        if found is None:
+            raise DataNotFoundError(f"{folder / name}[.gz] is not there: the four idx files of MNIST or Fashion-MNIST belong into {folder}")
+        return read_idx(found)
+
+    x = [read(f"{part}-images-idx3-ubyte")[:, None] for part in ("train", "t10k")]
+    y = [read(f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")]
+    return x[0], y[0], x[1], y[1]
+
+
+class _Plain(pickle.Unpickler):
+    """Nothing but arrays: a pickle could otherwise run anything."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module.removeprefix("numpy.").startswith(("core", "_core", "numpy")) and name in ("_reconstruct", "ndarray", "dtype")) or (
+            (module, name) == ("_codecs", "encode")
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not an array")
+
+
+def python_batches(folder: Path, train: Sequence[str], test: str, labels: str) -> Arrays:
+    """CIFAR-10 and CIFAR-100 as "python version": pickled dictionaries of `data` [n, 3072] and labels."""
+
+    def read(name: str) -> tuple[Any, Any]:
+        path = folder / name
+        if not path.exists():
+            raise DataNotFoundError(f"{path} is not there: unpack the python version of the data set, so that {folder} holds its batches")
+        with path.open("rb") as file:
+            try:
+                batch = _Plain(file, encoding="bytes").load()
+                return batch[b"data"].reshape(-1, 3, 32, 32), np.asarray(batch[labels.encode()])
+            except (pickle.UnpicklingError, KeyError, EOFError, AttributeError, ValueError) as error:
+                raise InvalidValueError(f"{path}: not a batch of CIFAR's python version ({error})") from None
+
+    parts = [read(name) for name in train]
+    x, y = read(test)
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), x, y
+
+
+def npz_set(path: Path) -> Arrays:
+    """An archive with `train_x`, `train_y`, `test_x`, `test_y`; images `[n, h, w]`, `[n, h, w, 1 or 3]` or `[n, c, h, w]`."""
+    with np.load(path, allow_pickle=False) as file:
+        archive = dict(file)
+    missing = [key for key in ("train_x", "train_y", "test_x", "test_y") if key not in archive]
+    if missing:
+        raise InvalidValueError(f"{path}: {', '.join(missing)} missing; it has {', '.join(archive)}")
+
+    def planes(x: Any) -> Any:
+        if x.ndim == 3:
+            return x[:, None]
+        return x.transpose(0, 3, 1, 2) if x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3) else x
+
+    return planes(archive["train_x"]), archive["train_y"], planes(archive["test_x"]), archive["test_y"]
+
+
+class LazyImages:
+    """Image files that look like a tensor `[n, 3, size, size]`: decoded, scaled and cut to the middle square when they are asked for.
+
+    Values are normalised with the mean and deviation of each channel, seen on a part of the training images.
+    """
+
+    def __init__(self, files: Sequence[Path], size: int, mean: Tensor | None = None, std: Tensor | None = None):
+        self.files, self.size = list(files), size
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        if mean is None or std is None:
+            some = self._decoded(range(0, len(self.files), max(1, len(self.files) // 512)))
+            mean, std = some.mean((0, 2, 3), keepdim=True), some.std((0, 2, 3), keepdim=True).clamp_min(1e-3)
+        self.mean, self.std = mean, std
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.files), 3, self.size, self.size))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def _decoded(self, index: Sequence[int]) -> Tensor:
+        images = list(self._pool.map(self._read, (self.files[i] for i in index)))
+        return torch.stack(images).contiguous(memory_format=torch.channels_last)
+
+    def _read(self, path: Path) -> Tensor:
+        try:
+            from PIL import Image, UnidentifiedImageError
+        except ImportError:
+            raise missing_extra("pillow", "images", "a folder of images") from None
+        try:
+            with Image.open(path) as image:
+                scale = self.size / min(image.size)
+                grown = image.convert("RGB").resize([max(self.size, round(s * scale)) for s in image.size], Image.Resampling.BILINEAR)
+        except (UnidentifiedImageError, OSError) as error:
+            raise InvalidValueError(f"{path}: not an image that can be read ({error})") from None
+        left, top = ((s - self.size) // 2 for s in grown.size)
+        square = np.asarray(grown.crop((left, top, left + self.size, top + self.size)), dtype=np.float32)
+        return torch.from_numpy(square.transpose(2, 0, 1).copy())
+
+    def __getitem__(self, index: Any) -> Tensor:
+        chosen = range(len(self))[index] if isinstance(index, slice) else torch.as_tensor(index).tolist()
+        x: Tensor = (self._decoded(chosen) - self.mean) / self.std
+        return x
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Batch by batch, decoded one after the other."""
+        return (self[i : i + size] for i in range(0, len(self), size))
+
+    def take(self, index: Any) -> LazyImages:
+        """These files, still not decoded."""
+        chosen = range(len(self))[index] if isinstance(index, slice) else torch.as_tensor(index).tolist()
+        return LazyImages([self.files[i] for i in chosen], self.size, self.mean, self.std)
+
+
+def listed(folder: Path) -> tuple[list[Path], list[str]]:
+    """Images and labels below a folder: a subfolder for each class (ImageNet), or a `gt.txt` with lines `file, "label"` (ICDAR)."""
+    truth = folder / "gt.txt"
+    if truth.exists():
+        lines = [line for line in truth.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        pairs = [re.fullmatch(r'\s*(.+?),\s*"(.*)"\s*', line) for line in lines]
+        wrong = next((line for line, pair in zip(lines, pairs, strict=True) if pair is None), None)
+        if wrong is not None:
+            raise InvalidValueError(f'{truth}: {wrong!r}: expected lines of the form word_1.png, "label"')
+        found = [(folder / p[1], p[2]) for p in pairs if p is not None]
+        absent = next((path for path, _ in found if not path.exists()), None)
+        if absent is not None:
+            raise DataNotFoundError(f"{truth} names {absent.name}, which is not in {folder}")
+    else:
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
+        found = [(p, p.relative_to(folder).parts[0]) for p in files if len(p.relative_to(folder).parts) > 1]
+    if not found:
+        raise DataNotFoundError(f"{folder}: no images in subfolders named by their class, and no gt.txt")
+    return [p for p, _ in found], [label for _, label in found]
+
+
+def folder_set(root: Path, size: int) -> tuple[LazyImages, Tensor, LazyImages, Tensor, list[str]]:
+    """`root/train` and `root/test` (or `root/val`); the classes are numbered in the order of their names."""
+    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if not (root / "train").is_dir() or test is None:
+        raise DataNotFoundError(f"{root}: expected a folder train and a folder test or val in it")
+    train_files, train_labels = listed(root / "train")
+    test_files, test_labels = listed(test)
+    classes = sorted(set(train_labels))
+    number = {label: i for i, label in enumerate(classes)}
+    unknown = sorted(set(test_labels) - set(classes))
+    if unknown:
+        raise InvalidValueError(f"{test}: {', '.join(unknown[:5])} not among the classes of {root / 'train'}")
+    train = LazyImages(train_files, size)
+    y = [torch.tensor([number[label] for label in labels]) for labels in (train_labels, test_labels)]
+    return train, y[0], LazyImages(test_files, size, train.mean, train.std), y[1], classes

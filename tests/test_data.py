@@ -1,0 +1,178 @@
+"""Image sets in the layouts in which they are distributed, made small here."""
+
+import gzip
+import json
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import laconic.errors as errors
+from laconic.cli import main
+from laconic.data import load_dataset
+from laconic.data.files import LazyImages, listed
+
+Image = pytest.importorskip("PIL.Image")
+RNG = np.random.default_rng(0)
+
+
+def write_idx(path: Path, values: np.ndarray, packed: bool) -> None:
+    raw = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
+    if packed:
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(raw))
+    else:
+        path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_idx_files(name, packed, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    images = {part: RNG.integers(0, 256, (n, 28, 28), dtype=np.uint8) for part, n in (("train", 20), ("t10k", 10))}
+    for part, x in images.items():
+        write_idx(folder / f"{part}-images-idx3-ubyte", x, packed)
+        write_idx(folder / f"{part}-labels-idx1-ubyte", np.arange(len(x), dtype=np.uint8) % 10, packed)
+    data = load_dataset(name, tmp_path)
+    assert data.train_x.shape == (20, 1, 28, 28)
+    assert data.classes == 10
+    train = images["train"].astype(np.float64)
+    wanted = (images["t10k"] - train.mean()) / train.std(ddof=1)
+    np.testing.assert_allclose(data.test_x[:, 0].numpy(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "folder", "files", "key", "classes"), [
+    ("cifar10-original", "cifar-10-batches-py", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], "labels", 10),
+    ("cifar100", "cifar-100-python", ["train", "test"], "fine_labels", 100),
+])  # fmt: skip
+def test_python_batches(name, folder, files, key, classes, tmp_path):
+    (tmp_path / folder).mkdir()
+    images = {}
+    for file in files:
+        images[file] = RNG.integers(0, 256, (classes, 3072), dtype=np.uint8)
+        batch = {b"data": images[file], key.encode(): list(range(classes))}
+        (tmp_path / folder / file).write_bytes(pickle.dumps(batch, protocol=2))
+    data = load_dataset(name, tmp_path)
+    assert data.classes == classes
+    assert len(data.train_x) == classes * (len(files) - 1)
+    train = np.concatenate([images[f] for f in files[:-1]]).reshape(-1, 3, 32, 32).astype(np.float64)
+    mean, std = train.mean((0, 2, 3)), train.std((0, 2, 3), ddof=1)
+    wanted = (images[files[-1]].reshape(-1, 3, 32, 32) - mean[:, None, None]) / std[:, None, None]
+    np.testing.assert_allclose(data.test_x.numpy(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pickle_that_would_run_something_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("ran",))
+
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    (folder / "train").write_bytes(pickle.dumps({b"data": Evil()}))
+    with pytest.raises(errors.InvalidValueError, match=r"not a batch of CIFAR's python version \(builtins\.print is not an array\)"):
+        load_dataset("cifar100", tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(12, 9, 9), (12, 9, 9, 3), (12, 3, 9, 9), (12, 9, 9, 1)])
+def test_npz(shape, tmp_path):
+    x = RNG.integers(0, 256, shape, dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", train_x=x, train_y=np.arange(12) % 4, test_x=x[:4], test_y=np.arange(4))
+    data = load_dataset(str(tmp_path / "own.npz"), train_limit=8)
+    assert data.train_x.shape == (8, 3 if 3 in shape else 1, 9, 9)
+    assert data.classes == 4
+
+
+def write_folder(root: Path, names: dict[str, list[str]]) -> None:
+    """Images of a grey that says their class, 20 x 30 pixels."""
+    for part, labels in names.items():
+        for i, label in enumerate(labels):
+            path = root / part / label / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((20, 30, 3), 40 * (ord(label[0]) - 96), dtype=np.uint8)).save(path)
+
+
+def test_a_folder_of_images_is_decoded_when_it_is_asked_for(tmp_path):
+    write_folder(tmp_path, {"train": ["a", "b", "c"] * 4, "val": ["c", "a"]})
+    data = load_dataset(str(tmp_path), size=16)
+    assert isinstance(data.train_x, LazyImages)
+    assert data.train_x.shape == (12, 3, 16, 16)
+    assert data.classes == 3
+    assert data.test_y.tolist() == [0, 2]
+    batch = data.train_x[torch.tensor([0, 11])]
+    assert batch.shape == (2, 3, 16, 16)
+    assert bool((batch[0] < batch[1]).all())  # a is darker than c
+    whole = data.train_x[:]
+    torch.testing.assert_close(whole.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(list(data.train_x.split(5))), whole)
+    held = data.validation(0.25)
+    assert isinstance(held.train_x, LazyImages)
+    assert len(held.train_x) == 9
+    assert len(held.test_x) == 3
+
+
+def test_a_list_of_words_as_in_the_robust_reading_competitions(tmp_path):
+    for name in ("word_1.png", "word_2.png"):
+        Image.new("RGB", (10, 8)).save(tmp_path / name)
+    (tmp_path / "gt.txt").write_text('\ufeffword_1.png, "Tiredness"\nword_2.png, "a, \\"b"\n', encoding="utf-8")
+    files, labels = listed(tmp_path)
+    assert [f.name for f in files] == ["word_1.png", "word_2.png"]
+    assert labels == ["Tiredness", 'a, \\"b']
+
+
+def test_a_network_trains_on_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "images", {"train": ["a", "b"] * 64, "test": ["a", "b"] * 4})
+    recipe = (
+        'task = "images"\nimage_size = 16\nmodel = "resnet"\ndepth = 8\nwidths = [4, 8, 8]\nepochs = 3\nbatch_size = 16\nparams = 0.5\n'
+    )
+    Path("own.toml").write_text(recipe)
+    main(["train", "own.toml", "--no-times", "--json", "--threads", "1"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["metrics"]["accuracy"] > 0.8
+    assert result["metrics"]["params"] <= 0.5 * 5000
+
+
+BAD = {
+    "no such folder": (lambda p: load_dataset("mnist", p), errors.DataNotFoundError, "mnist is not in"),
+    "idx missing": (lambda p: (p / "mnist").mkdir() or load_dataset("mnist", p), errors.DataNotFoundError, "train-images-idx3-ubyte"),
+    "idx cut short": (
+        lambda p: write_mnist(p, b"\x00\x00\x08\x01\x00\x00\x00\x09abc"), errors.InvalidValueError, "3 bytes, but its header says 9",
+    ),
+    "not idx": (lambda p: write_mnist(p, b"hello"), errors.InvalidValueError, "not an idx file"),
+    "npz without labels": (
+        lambda p: np.savez(p / "x.npz", train_x=np.zeros((1, 2, 2))) or load_dataset(str(p / "x.npz")), errors.InvalidValueError, "train_y, test_x",
+    ),
+    "empty folder": (lambda p: load_dataset(str(p)), errors.DataNotFoundError, "a folder train and a folder test or val"),
+    "no classes": (
+        lambda p: [(p / n).mkdir() for n in ("train", "test")] and load_dataset(str(p)), errors.DataNotFoundError, "no images in subfolders",
+    ),
+    "unknown class": (
+        lambda p: write_folder(p, {"train": ["a"], "test": ["b"]}) or load_dataset(str(p)), errors.InvalidValueError, "b not among the classes",
+    ),
+    "not an image": (lambda p: write_broken(p), errors.InvalidValueError, "not an image that can be read"),
+    "line of another form": (lambda p: (p / "gt.txt").write_text("word_1.png") and listed(p), errors.InvalidValueError, "word_1.png.*expected lines"),
+    "word missing": (lambda p: (p / "gt.txt").write_text('w.png, "x"') and listed(p), errors.DataNotFoundError, "names w.png"),
+}  # fmt: skip
+
+
+def write_mnist(root: Path, raw: bytes):
+    (root / "mnist").mkdir()
+    (root / "mnist" / "train-images-idx3-ubyte").write_bytes(raw)
+    return load_dataset("mnist", root)
+
+
+def write_broken(root: Path):
+    write_folder(root, {"train": ["a"], "test": ["a"]})
+    (root / "train" / "a" / "0.png").write_bytes(b"nothing")
+    return load_dataset(str(root))
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_gets_one_clear_line(case, tmp_path):
+    make, error, message = BAD[case]
+    with pytest.raises(error, match=message) as caught:
+        make(tmp_path)
+    assert "\n" not in str(caught.value)
