@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import nn
 
@@ -35,7 +34,7 @@ from laconic.measure import evaluating
 from laconic.methods import build, compressor_for, thin_network
 from laconic.recipe import Recipe, load_recipe, shipped_recipes
 from laconic.results import machine, repository_state, versions, write_json
-from laconic.training import batches, learning_rate_factor, make_optimizer, steps_per_epoch
+from laconic.training import batches, cross_entropy, learning_rate_factor, make_optimizer, steps_per_epoch
 
 BLOCK = 8
 STRUCTURES = {"laconic": ("low-rank", "channels"), "low-rank": ("low-rank",), "channels": ("channels",)}
@@ -62,7 +61,7 @@ def training(model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, 
         for x, y in batches(data, recipe.batch_size, generator):
             start = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing).backward()
+            cross_entropy(model(x), y, recipe.label_smoothing).backward()
             optimizer.step()
             schedule.step()
             seconds, step = seconds + time.perf_counter() - start, step + 1
@@ -74,7 +73,7 @@ def training(model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, 
 
 def time_recipe(name: str, options: Options) -> dict[str, Any]:
     recipe = load_recipe(name)
-    data = load_dataset(recipe.task, options.data, recipe.train_limit or None, recipe.image_size)
+    data = load_dataset(recipe.task, options.data, recipe.train_limit or None, recipe.size)
     recipe = dataclasses.replace(recipe, epochs=max(2, math.ceil(options.part * recipe.epochs)))
     models = {"dense": build(data, recipe, 0), "thin": thin_network(data, recipe, 0)} | {k: build(data, recipe, 0) for k in STRUCTURES}
     optimizers = {k: make_optimizer(m, recipe) for k, m in models.items()}

@@ -125,9 +125,7 @@ def test_a_list_of_words_as_in_the_robust_reading_competitions(tmp_path):
 def test_a_network_trains_on_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "images", {"train": ["a", "b"] * 64, "test": ["a", "b"] * 4})
-    recipe = (
-        'task = "images"\nimage_size = 16\nmodel = "resnet"\ndepth = 8\nwidths = [4, 8, 8]\nepochs = 3\nbatch_size = 16\nparams = 0.5\n'
-    )
+    recipe = 'task = "images"\nsize = 16\nmodel = "resnet"\ndepth = 8\nwidths = [4, 8, 8]\nepochs = 3\nbatch_size = 16\nparams = 0.5\n'
     Path("own.toml").write_text(recipe)
     main(["train", "own.toml", "--no-times", "--json", "--threads", "1"])
     result = json.loads(capsys.readouterr().out)
@@ -176,3 +174,29 @@ def test_bad_data_gets_one_clear_line(case, tmp_path):
     with pytest.raises(error, match=message) as caught:
         make(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_is_predicted_character_by_character(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "tinyshakespeare.txt").write_text("abcd" * 2000)
+    data = load_dataset("tiny-shakespeare", tmp_path, size=8)
+    assert data.train_x.shape == data.train_y.shape == (900, 8)  # 7,999 characters have a next one: 999 windows
+    assert torch.equal(data.train_x[:, 1:], data.train_y[:, :-1])
+    assert data.train_y[0, -1] == data.train_x[1, 0]
+    assert len(data.test_x) == 99
+    recipe = (
+        'task = "tiny-shakespeare"\nsize = 8\nmodel = "gpt"\ndepth = 1\nheads = 2\nwidths = [16]\nepochs = 6\nlr = 1e-2\nparams = 0.6\n'
+    )
+    Path("own.toml").write_text(recipe)
+    main(["train", "own.toml", "--data", ".", "--no-times", "--json", "--threads", "1"])
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert metrics["accuracy"] == 1.0  # each letter says the next one
+    assert metrics["bits"] < 0.1
+
+
+def test_a_text_that_is_too_short_is_refused(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "tinyshakespeare.txt").write_text("abc" * 30)
+    with pytest.raises(errors.InvalidValueError, match="90 characters are too few for ten windows of 32"):
+        load_dataset("tiny-shakespeare", tmp_path)

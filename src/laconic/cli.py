@@ -120,7 +120,7 @@ def train(
         raise InvalidValueError(f"checkpoint_every = {checkpoint_every}: must be at least 1, or 0 for once per epoch")
     if threads:
         torch.set_num_threads(threads)
-    dataset = load_dataset(chosen.task, data, chosen.train_limit or None, chosen.image_size)
+    dataset = load_dataset(chosen.task, data, chosen.train_limit or None, chosen.size)
     rows = []
     for name, trained in runs(method, dataset, chosen, seed, out, show=not json, every=checkpoint_every, resume=resume):
         folder = result_path(out, chosen, name, seed).with_suffix("")
@@ -179,7 +179,7 @@ def search(
     chosen = dataclasses.replace(chosen, epochs=epochs or max(1, chosen.epochs // 4))
     if threads:
         torch.set_num_threads(threads)
-    whole = load_dataset(chosen.task, data, chosen.train_limit or None, chosen.image_size)
+    whole = load_dataset(chosen.task, data, chosen.train_limit or None, chosen.size)
     held = whole.validation(seed=seed)
     dense = build(held, chosen, seed)
 

@@ -17,9 +17,10 @@ from .models import MODELS
 class Recipe:
     """Attributes:
     name: of the recipe; where its results go.
-    task: data set: one of `laconic.data.DATASETS`, an .npz file, or a folder of images; image_size: of the latter, in pixels.
+    task: data set: one of `laconic.data.DATASETS`, an .npz file, or a folder of images.
+    size: of the images of a folder in pixels, of the windows of a text in characters.
     train_limit: use only a prefix of the training images; 0: all.
-    model: one of `laconic.models.MODELS`; widths, pools, depth, kernel: of it, as far as it has them.
+    model: one of `laconic.models.MODELS`; widths, pools, depth, kernel, heads: of it, as far as it has them.
     epochs, batch_size, lr, weight_decay, label_smoothing, lr_warmup: of the training with AdamW; the learning rate
         rises over the share `lr_warmup` of the steps, then falls to zero as a cosine.
     init: weights to start from instead of random ones (a file or a saved model); "": none.
@@ -36,13 +37,14 @@ class Recipe:
 
     name: str
     task: str
-    image_size: int = 32
+    size: int = 32
     train_limit: int = 0
     model: str = "convnet"
     widths: tuple[int, ...]
     pools: tuple[int, ...] = ()
     depth: int = 20
     kernel: int = 3
+    heads: int = 4
     epochs: int
     batch_size: int = 64
     lr: float = 2e-3

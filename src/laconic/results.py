@@ -20,7 +20,7 @@ from .data import Dataset
 from .measure import count_macs, count_params, measure_latency
 from .methods import Trained, example
 from .recipe import Recipe
-from .training import accuracy
+from .training import accuracy, bits
 
 
 def evaluate(trained: Trained, data: Dataset, times: bool = True) -> dict[str, Any]:
@@ -30,6 +30,7 @@ def evaluate(trained: Trained, data: Dataset, times: bool = True) -> dict[str, A
         size = (save(model, Path(folder) / "model") / TENSORS).stat().st_size
     metrics: dict[str, Any] = {
         "accuracy": accuracy(model, data.test_x, data.test_y),
+        "bits": bits(model, data.test_x, data.test_y),
         "params": count_params(model),
         "macs": count_macs(model, example(data)),
         "file_bytes": size,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .compressor import Compressor
 from .data import Dataset, Images
-from .measure import count_params
+from .measure import count_params, evaluating
 from .recipe import Recipe
 from .running import RunCheckpoints
 
@@ -78,12 +78,22 @@ def batch(data: Dataset, index: Tensor, generator: torch.Generator) -> tuple[Ten
 
 def accuracy(model: nn.Module, x: Images, y: Tensor, batch_size: int = 500) -> float:
     """Share of right answers, in eval mode."""
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True))
-    model.train(training)
-    return right / len(y)
+    with evaluating(model):
+        right = sum(int((model(a).argmax(-1) == b).sum()) for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True))
+    return right / y.numel()
+
+
+def cross_entropy(outputs: Tensor, y: Tensor, label_smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
+    """Over all predictions: of an image one, of a text one for each character."""
+    return F.cross_entropy(outputs.flatten(0, -2), y.flatten(), label_smoothing=label_smoothing, reduction=reduction)
+
+
+def bits(model: nn.Module, x: Images, y: Tensor, batch_size: int = 500) -> float:
+    """Mean negative log-likelihood of the right answers in bits, in eval mode: of a text, bits per character."""
+    with evaluating(model):
+        parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
+        total = sum(float(cross_entropy(model(a), b, reduction="sum")) for a, b in parts)
+    return total / y.numel() / math.log(2)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
@@ -181,7 +191,7 @@ def fit(
                 x, y = batch(data, at.order[at.done : at.done + recipe.batch_size], generator)
                 start = time.perf_counter()
                 optimizer.zero_grad(set_to_none=True)
-                value = loss(model(x), x, y) if loss else F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
+                value = loss(model(x), x, y) if loss else cross_entropy(model(x), y, recipe.label_smoothing)
                 value.backward()
                 optimizer.step()
                 scheduler.step()

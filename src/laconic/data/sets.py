@@ -24,7 +24,7 @@ Images = Tensor | LazyImages
 @dataclass(frozen=True, slots=True)
 class Dataset:
     """Images as float32 `[n, c, h, w]`, channels last in memory, normalised with mean and deviation of the training images;
-    in memory, or (folders of images) decoded when they are asked for."""
+    in memory, or (folders of images) decoded when they are asked for. Texts as windows of tokens `[n, t]`, labels `[n, t]`."""
 
     name: str
     train_x: Images
@@ -60,9 +60,9 @@ def _prepared(
     return Dataset(name, train, labels[0], test, labels[1], int(labels[0].max()) + 1, augment)
 
 
-def digits(root: Path | None = None) -> Dataset:
+def digits(root: Path | None, size: int) -> Dataset:
     """1,797 handwritten digits, 8 x 8, from scikit-learn (extra `demo`); every fifth image is for testing."""
-    del root  # ships inside a package
+    del root, size  # ships inside a package
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -77,14 +77,14 @@ def _small_shift(x: Tensor, generator: torch.Generator) -> Tensor:
     return crop(x, generator, pad=1)
 
 
-def scene(root: Path | None = None) -> Dataset:
+def scene(root: Path | None, _: int) -> Dataset:
     """36 classes of characters cut from photographs (Chars74K), grey, 32 x 32, with the given split."""
     z = np.load(_file("chars74k_scene36.npz", root))
     x, y, test = z["x32"][:, None], z["y"], z["split"] == 1
     return _prepared("scene", x[~test], y[~test], x[test], y[test], crop)
 
 
-def cifar10(root: Path | None = None) -> Dataset:
+def cifar10(root: Path | None, _: int) -> Dataset:
     """CIFAR-10 as JPEG of quality 75: not comparable with results on the original files."""
     try:
         from PIL import Image
@@ -100,28 +100,47 @@ def cifar10(root: Path | None = None) -> Dataset:
     return _prepared("cifar10", decode("train"), z["train_y"], decode("test"), z["test_y"], crop_and_flip)
 
 
-def mnist(root: Path | None = None) -> Dataset:
+def mnist(root: Path | None, _: int) -> Dataset:
     """60,000 and 10,000 handwritten digits, 28 x 28, grey, in the idx files of MNIST."""
     return _prepared("mnist", *idx_set(_file("mnist", root)), crop)
 
 
-def fashion_mnist(root: Path | None = None) -> Dataset:
+def fashion_mnist(root: Path | None, _: int) -> Dataset:
     """60,000 and 10,000 pieces of clothing, 28 x 28, grey, in idx files like MNIST's."""
     return _prepared("fashion-mnist", *idx_set(_file("fashion-mnist", root)), crop_and_flip)
 
 
-def cifar10_original(root: Path | None = None) -> Dataset:
+def cifar10_original(root: Path | None, _: int) -> Dataset:
     """CIFAR-10, its python version."""
     parts = [f"data_batch_{i}" for i in range(1, 6)]
     return _prepared("cifar10-original", *python_batches(_file("cifar-10-batches-py", root), parts, "test_batch", "labels"), crop_and_flip)
 
 
-def cifar100(root: Path | None = None) -> Dataset:
+def cifar100(root: Path | None, _: int) -> Dataset:
     """CIFAR-100, its python version, with the 100 fine labels."""
     return _prepared("cifar100", *python_batches(_file("cifar-100-python", root), ["train"], "test", "fine_labels"), crop_and_flip)
 
 
-DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
+def tiny_shakespeare(root: Path | None, size: int) -> Dataset:
+    """1.1 million characters of Shakespeare: predict each next one from those before it in a window; the last tenth is for testing."""
+    return text_set("tiny-shakespeare", _file("text/tinyshakespeare.txt", root), size)
+
+
+def text_set(name: str, path: Path, size: int) -> Dataset:
+    """A text in windows of `size` characters side by side, labelled by the characters that follow."""
+    text = path.read_text()
+    letters = sorted(set(text))
+    number = {letter: i for i, letter in enumerate(letters)}
+    tokens = torch.tensor([number[letter] for letter in text])
+    count = (len(tokens) - 1) // size
+    if count < 10:
+        raise InvalidValueError(f"{path}: {len(tokens)} characters are too few for ten windows of {size}")
+    x, y = (tokens[start : start + count * size].reshape(count, size) for start in (0, 1))
+    test = count - count // 10
+    return Dataset(name, x[:test], y[:test], x[test:], y[test:], len(letters))
+
+
+DATASETS: dict[str, Callable[[Path | None, int], Dataset]] = {
     "digits": digits,
     "scene": scene,
     "cifar10": cifar10,
@@ -129,6 +148,7 @@ DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
     "fashion-mnist": fashion_mnist,
     "cifar10-original": cifar10_original,
     "cifar100": cifar100,
+    "tiny-shakespeare": tiny_shakespeare,
 }
 
 
@@ -138,13 +158,13 @@ def load_dataset(name: str, root: str | Path | None = None, train_limit: int | N
     Args:
         root: the folder in which the data sets of a name are.
         train_limit: take a prefix of the training images.
-        size: of the images of a folder, in pixels.
+        size: of the images of a folder in pixels, of the windows of a text in characters; others have their own.
 
     Raises:
         InvalidValueError: unknown name. DataNotFoundError: not there, with the way to get it.
     """
     if name in DATASETS:
-        data = DATASETS[name](Path(root) if root is not None else None)
+        data = DATASETS[name](Path(root) if root is not None else None, size)
     elif Path(name).suffix == ".npz" and Path(name).is_file():
         data = _prepared(name, *npz_set(Path(name)), keep)
     elif Path(name).is_dir():

@@ -49,7 +49,7 @@ class Method:
 def build(data: Dataset, recipe: Recipe, seed: int, widths: tuple[int, ...] | None = None) -> nn.Module:
     """The recipe's network, initialised from the seed or (unless other widths are asked for) from the recipe's weights."""
     torch.manual_seed(seed)
-    shape = Shape(widths=widths or recipe.widths, pools=recipe.pools, depth=recipe.depth, kernel=recipe.kernel)
+    shape = Shape(widths=widths or recipe.widths, pools=recipe.pools, depth=recipe.depth, kernel=recipe.kernel, heads=recipe.heads)
     model = MODELS[recipe.model](data.train_x.shape[1:], data.classes, shape)
     if recipe.init and widths is None:
         load_weights(model, Path(recipe.init))

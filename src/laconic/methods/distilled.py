@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..data import Dataset
 from ..recipe import Recipe
-from ..training import Report, Restart, fit, make_optimizer
+from ..training import Report, Restart, cross_entropy, fit, make_optimizer
 from . import dense
 from .base import Method, Trained, thin_network
 
@@ -24,9 +24,9 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
 
     def loss(outputs: Tensor, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
-            soft = F.softmax(teacher.model(x) / TEMPERATURE, 1)
-        hard = F.cross_entropy(outputs, y, label_smoothing=recipe.label_smoothing)
-        return SHARE * TEMPERATURE**2 * F.cross_entropy(outputs / TEMPERATURE, soft) + (1 - SHARE) * hard
+            soft = F.softmax(teacher.model(x) / TEMPERATURE, -1).flatten(0, -2)
+        hard = cross_entropy(outputs, y, recipe.label_smoothing)
+        return SHARE * TEMPERATURE**2 * F.cross_entropy(outputs.flatten(0, -2) / TEMPERATURE, soft) + (1 - SHARE) * hard
 
     curve = fit(model, data, recipe, seed, make_optimizer(model, recipe), report=report, loss=loss)
     curve.seconds = [teacher.curve.seconds[-1] + s for s in curve.seconds]

@@ -1,6 +1,6 @@
 """Networks that the demo, the experiments and the benchmarks train.
 
-A recipe names one of `MODELS`; each is built from the shape of an image, the number of classes, and a `Shape` of the recipe, so
+A recipe names one of `MODELS`; each is built from the shape of an input, the number of classes, and a `Shape` of the recipe, so
 that all widths can be scaled by one factor (`thin_widths`).
 """
 
@@ -27,6 +27,7 @@ class Shape:
     pools: tuple[int, ...] = ()
     depth: int = 20
     kernel: int = 3
+    heads: int = 4
 
 
 Builder = Callable[[Sequence[int], int, Shape], nn.Module]
@@ -35,6 +36,7 @@ MODELS: dict[str, Builder] = {
     "decomposeme": lambda image, classes, s: DecomposeMe(image[0], classes, s.widths, s.pools, s.kernel),
     "lenet-300-100": lambda image, classes, s: LeNet300100(torch.Size(image).numel(), classes, s.widths),
     "lenet-5": lambda image, classes, s: LeNet5(image, classes, s.widths),
+    "gpt": lambda text, classes, s: GPT(classes, text[0], s.depth, max(1, s.widths[0] // s.heads) * s.heads, s.heads),
     "resnet": lambda image, classes, s: ResNet(image[0], classes, s.widths, s.depth),
 }
 
