@@ -63,8 +63,8 @@ class Recipe:
     structures: tuple[str, ...] = ("low-rank", "channels")
     only_faster: bool = False
     torch_pruning_reg: float = 1e-4
-    torch_pruning_at: float = 0.5
-    torch_pruning_global: bool = True
+    torch_pruning_at: float = 0.35
+    torch_pruning_global: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
