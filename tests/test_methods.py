@@ -1,5 +1,6 @@
 """The rivals: each ends within its budget, learns, and is what its name says."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from laconic.data import load_dataset
 from laconic.measure import count_params
-from laconic.methods import METHODS, build, fixed_rank, svd_tuned
+from laconic.methods import METHODS, build, fixed_rank, spectral_penalties, svd_tuned
 from laconic.recipe import Recipe
 from laconic.surgery.factorize import MARK, pair_matrices
 from laconic.surgery.factorize import weights as pair_parameters
@@ -84,3 +85,34 @@ def test_without_pressure_there_is_one_cut(data):
     steps = RECIPE.epochs * (len(data.train_x) // RECIPE.batch_size)
     assert {h.step for h in cuts} == {math.ceil(svd_tuned.CUT * steps)}
     assert trained.curve.params[0] > trained.curve.params[-1]
+
+
+def test_the_polar_factor_is_near():
+    x = torch.randn(12, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for matrix in (x, x.mT):
+        values = torch.linalg.svdvals(spectral_penalties.polar(matrix))
+        assert float(values.min()) > 0.6
+        assert float(values.max()) < 1.3
+        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+        torch.testing.assert_close(spectral_penalties.polar(matrix, 5), u @ (u.mT @ spectral_penalties.polar(matrix) @ vh.mT) @ vh)
+
+
+def test_the_directions_are_the_gradients_of_their_norms():
+    x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    (gradient,) = torch.autograd.grad(s.sum(), x, retain_graph=True)
+    torch.testing.assert_close(spectral_penalties.nuclear(x, u @ vh).detach(), gradient)
+    (gradient,) = torch.autograd.grad((s.sum() / s.norm()) ** 2, x)
+    torch.testing.assert_close(spectral_penalties.hoyer(x.detach(), (u @ vh).detach()), gradient)
+
+
+@pytest.mark.parametrize("name", ["trp", "lc", "as-published", "spectral-decay"])
+def test_pressure_moves_energy_into_the_ranks_that_stay(name, data, monkeypatch):
+    """Before the cut, a pressed network has more of its energy within the budget than one that was trained without."""
+    shares = {}
+    recipe = dataclasses.replace(RECIPE, params=0.3)
+    for method in ("svd", name):
+        trained = METHODS[method].train(data, recipe, 0, None, None)
+        assert trained.report is not None
+        shares[method] = min(x.energy for x in trained.report.layers)
+    assert shares[name] > shares["svd"]

@@ -97,7 +97,8 @@ def train(
         out: the model, the report and the result go to OUT/<recipe>/<method>-seed<seed>/.
         method: laconic, low-rank, channels (laconic with one structure), late (cut last); or a rival: dense, svd (dense, then cut;
             gives both), svd-tuned (trained on), thin (a smaller dense network), thin-long (for longer), distilled, found (laconic's
-            shape from scratch), pufferfish, spectral-init, torch-pruning (needs the extra `rivals`).
+            shape from scratch), as-published, trp, lc, spectral-decay, slorr-hoyer, pufferfish, spectral-init, torch-pruning (needs
+            the extra `rivals`).
         seed: of initialisation and batches.
         data: folder of the data sets; default: $LACONIC_DATA, data/, ../shared/data.
         params: budget as a fraction of the dense parameters, instead of the recipe's.

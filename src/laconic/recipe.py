@@ -27,7 +27,7 @@ class Recipe:
     thin_epochs: of the rival that is given laconic's training time instead of its steps; 0: twice the epochs.
     params: the budget as a fraction of the dense parameters; macs: of the dense MACs too; 0: no bound.
     warmup, settle: `laconic.Schedule`; `settle = 1.0` cuts at the end, without training afterwards.
-    penalty_epsilon: of `LogSum`; strength: 0 lets the budget steer it.
+    penalty_epsilon: of `LogSum`; strength: 0 lets the budget steer it (a rival takes its own).
     matricization: of the convolutions.
     structures: what laconic may use: `low-rank`, `channels`.
     torch_pruning_reg, torch_pruning_at, torch_pruning_global: of the rival: strength of its regularizer; the share of the run

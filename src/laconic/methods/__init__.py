@@ -5,17 +5,21 @@ To add a method: write a function of (data, recipe, seed, report, restart) that 
 `laconic bench RECIPES --methods NAMES` takes it into a grid.
 """
 
+from .as_published import AS_PUBLISHED
 from .base import Method, Trained, build, calibration, example, thin_network
 from .dense import DENSE
 from .distilled import DISTILLED
 from .fixed_rank import PUFFERFISH, SPECTRAL_INIT
 from .found import FOUND
+from .learning_compression import LC
 from .ours import CHANNELS, LACONIC, LATE, LOW_RANK, compressor_for
+from .spectral_penalties import SLORR_HOYER, SPECTRAL_WEIGHT_DECAY
 from .svd import SVD
 from .svd import cut as cut_after_training
 from .svd_tuned import SVD_TUNED
 from .thin import THIN, THIN_LONG
 from .torch_pruning import TORCH_PRUNING
+from .trp import TRP
 
 METHODS: dict[str, Method] = {
     "dense": DENSE,
@@ -27,6 +31,11 @@ METHODS: dict[str, Method] = {
     "found": FOUND,
     "pufferfish": PUFFERFISH,
     "spectral-init": SPECTRAL_INIT,
+    "as-published": AS_PUBLISHED,
+    "trp": TRP,
+    "lc": LC,
+    "spectral-decay": SPECTRAL_WEIGHT_DECAY,
+    "slorr-hoyer": SLORR_HOYER,
     "late": LATE,
     "torch-pruning": TORCH_PRUNING,
     "low-rank": LOW_RANK,
