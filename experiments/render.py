@@ -20,10 +20,20 @@ MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
 LABELS = {
     "dense": "dense",
     "svd": "dense, then SVD to the budget",
+    "svd-tuned": "dense, cut by SVD at half, trained on",
     "thin": "thin dense, same steps",
     "thin-long": "thin dense, for longer",
-    "late": "ranks alone, cut last",
+    "distilled": "thin dense, distilled from dense",
+    "found": "laconic's shape, from scratch",
+    "as-published": "Alvarez & Salzmann 2017, as published",
+    "trp": "TRP, then SVD",
+    "lc": "LC rank learning",
+    "spectral-decay": "spectral weight decay, then SVD",
+    "slorr-hoyer": "SLORR-Hoyer, then SVD",
+    "pufferfish": "Pufferfish",
+    "spectral-init": "spectral initialisation, Frobenius decay",
     "torch-pruning": "Torch-Pruning",
+    "late": "ranks alone, cut last",
     "low-rank": "ranks alone",
     "channels": "neurons alone",
     "laconic": "**laconic**",
@@ -31,7 +41,8 @@ LABELS = {
 DENSE_OF = {
     f"{task}-{part}": task for task in ("cifar10", "cifar10-full", "scene") for part in ("tenth", "twentieth")
 }  # recipes that differ in their budget alone share the dense runs
-SAME_NETWORK = {"svd": "laconic", "thin-long": "thin"}  # as good as the same shapes: not timed twice
+SAME_NETWORK = {"svd": "low-rank", "thin-long": "thin", "distilled": "thin", "found": "laconic", "late": "low-rank"}  # not timed twice
+TIMES_OF = {f"cifar10-full{part}": f"cifar10{part}" for part in ("", "-tenth")}  # the same network, in the same shares of a run
 
 
 def load(recipe: str) -> dict[str, list[dict[str, Any]]]:
@@ -58,19 +69,29 @@ def percent(runs: list[dict[str, Any]]) -> str:
     return f"{100 * (mean(runs, 'accuracy') or 0):.2f}" + (f" ± {100 * spread(runs):.2f}" if len(runs) > 1 else "")
 
 
+def times_of(recipe: str) -> dict[str, dict[str, float]]:
+    """From the timing pass: training times relative to dense (thin for longer: by its epochs in this recipe), and latencies."""
+    path = RESULTS / TIMES_OF.get(recipe, recipe) / "times.json"
+    if not path.exists():
+        return {"train": {}, "b64": {}}
+    found = json.loads(path.read_text())
+    train = {method: seconds / found["train_seconds"]["dense"] for method, seconds in found["train_seconds"].items()}
+    for runs in load(recipe).get("thin-long", [])[:1]:
+        train["thin-long"] = train["thin"] * runs["metrics"]["epochs"] / runs["recipe"]["epochs"]
+    return {"train": train, "b64": found["latency_b64_ms"]}
+
+
 def comparison(recipe: str) -> str:
     """Method, accuracy with its spread over seeds, parameters, MACs; from the timing pass: training time, latency."""
-    results = load(recipe)
-    if "dense" not in results or not (RESULTS / recipe / "times.json").exists():
+    results, times = load(recipe), times_of(recipe)
+    if "dense" not in results:
         return "(no results yet)\n"
-    times = json.loads((RESULTS / recipe / "times.json").read_text())
     lines = ["| method | test accuracy, % | parameters | MACs | training time | batch of 64 | seeds |", "|---|---|---|---|---|---|---|"]
     base = results["dense"]
     for method, runs in results.items():
-        if method not in times["train_seconds"]:  # has a table of its own
-            continue
-        relative = f"{times['train_seconds'][method] / times['train_seconds']['dense']:.2f}"
-        latency = f"{times['latency_b64_ms'][SAME_NETWORK.get(method, method)]:.2f} ms"
+        relative = f"{times['train'][method]:.2f}" if method in times["train"] else "-"
+        network = SAME_NETWORK.get(method, method)
+        latency = f"{times['b64'][network]:.2f} ms" if network in times["b64"] else "-"
         params, macs = mean(runs, "params") or 0, mean(runs, "macs") or 0
         whole, all_macs = mean(base, "params") or 1, mean(base, "macs") or 1
         lines.append(
@@ -167,12 +188,11 @@ def structures(task: str) -> str:
     methods = ("thin", "thin-long", "torch-pruning", "channels", "low-rank", "laconic")
     lines = ["| parameters | " + " | ".join(LABELS[m] for m in methods) + " |", "|---" * (len(methods) + 1) + "|"]
     for recipe in (task, f"{task}-fast", f"{task}-tenth", f"{task}-twentieth"):
-        runs, path = load(recipe), RESULTS / recipe / "times.json"
+        runs, times = load(recipe), times_of(recipe)["train"]
         if "laconic" not in runs:
             continue
         if recipe.endswith("-fast"):  # its thin networks are the same
             runs |= {m: r for m, r in load(task).items() if m.startswith("thin")}
-        times = json.loads(path.read_text())["train_seconds"] if path.exists() else {}
         cells = []
         for method in methods:
             found = runs.get(method, [])
@@ -181,17 +201,18 @@ def structures(task: str) -> str:
                 if found
                 else "-"
             )
-            cells.append(text + (f" (time {times[method] / times['dense']:.2f})" if found and method in times else ""))
+            cells.append(text + (f" (time {times[method]:.2f})" if found and method in times else ""))
         budget = runs["laconic"][0]["budget"]
         lines.append(f"| {budget['params']}{', and of MACs' * ('macs' in budget)} | {' | '.join(cells)} |")
     dense = load(task).get("dense", [])
-    if len(lines) == 2 or not dense:
+    if len(lines) == 2:
         return "(no results yet)\n"
-    return "\n".join([*lines, "", f"Dense: {100 * (mean(dense, 'accuracy') or 0):.2f} ± {100 * spread(dense):.2f}."]) + "\n"
+    return "\n".join([*lines, *(["", f"Dense: {percent(dense)}."] if dense else [])]) + "\n"
 
 
 TABLES = {
     "structures-cifar10": lambda _: structures("cifar10"),
+    "structures-cifar10-full": lambda _: structures("cifar10-full"),
     "structures-scene": lambda _: structures("scene"),
     "inference": inference,
     "training": training,
