@@ -11,6 +11,7 @@ from laconic.data import load_dataset
 from laconic.measure import count_params
 from laconic.methods import METHODS, build, fixed_rank, spectral_penalties, svd_tuned
 from laconic.recipe import Recipe
+from laconic.results import make_result
 from laconic.surgery.factorize import MARK, pair_matrices
 from laconic.surgery.factorize import weights as pair_parameters
 from laconic.training import accuracy
@@ -116,3 +117,11 @@ def test_pressure_moves_energy_into_the_ranks_that_stay(name, data, monkeypatch)
         assert trained.report is not None
         shares[method] = min(x.energy for x in trained.report.layers)
     assert shares[name] > shares["svd"]
+
+
+def test_a_recipe_can_ask_for_milliseconds(data):
+    recipe = dataclasses.replace(RECIPE, params=1.0, latency=0.9, epochs=1)
+    trained = METHODS["laconic"].train(data, recipe, 0, None, None)
+    assert trained.report is not None
+    assert trained.report.latency_before is not None
+    assert make_result(recipe, "laconic", 0, {}, trained)["budget"] == {"params": 1.0, "latency": 0.9}

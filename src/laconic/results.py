@@ -51,7 +51,7 @@ def make_result(recipe: Recipe, method: str, seed: int, metrics: dict[str, Any],
     return {
         "task": recipe.task,
         "method": method,
-        "budget": {} if method == "dense" else {"params": recipe.params} | ({"macs": recipe.macs} if recipe.macs else {}),
+        "budget": {} if method == "dense" else {k: v for k in ("params", "macs", "latency") if (v := getattr(recipe, k))},
         "seed": seed,
         "metrics": metrics,
         "curve": dataclasses.asdict(trained.curve),

@@ -63,9 +63,9 @@ def thin_network(data: Dataset, recipe: Recipe, seed: int) -> nn.Module:
     return build(data, recipe, seed, thin_widths(lambda widths: build(data, recipe, seed, widths), recipe.widths, limit))
 
 
-def example(data: Dataset) -> tuple[torch.Tensor]:
-    """One image: MACs are then those of one image."""
-    return (data.test_x[:1],)
+def example(data: Dataset, batch: int = 1) -> tuple[torch.Tensor]:
+    """One image, or a batch: MACs and milliseconds are then those of it."""
+    return (data.train_x[:batch],)
 
 
 def calibration(data: Dataset) -> list[torch.Tensor]:

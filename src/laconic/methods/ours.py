@@ -40,9 +40,9 @@ def compressor_for(
         model,
         optimizer,
         structures_of(recipe),
-        budget=budget or Budget(params=recipe.params, macs=recipe.macs or None),
+        budget=budget or Budget(params=recipe.params, macs=recipe.macs or None, latency=recipe.latency or None),
         total_steps=recipe.epochs * steps_per_epoch(data, recipe),
-        example_inputs=example(data),
+        example_inputs=example(data, 64 if recipe.latency else 1),
         cut="early" if recipe.settle < 1 else "end",
         schedule=Schedule(warmup=recipe.warmup, settle=recipe.settle),
     )
