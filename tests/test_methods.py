@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+from laconic.budget import Budget
 from laconic.data import load_dataset
 from laconic.measure import count_params
-from laconic.methods import METHODS, build, fixed_rank, spectral_penalties, svd_tuned
+from laconic.methods import METHODS, Trained, build, fixed_rank, ours, spectral_penalties, svd_tuned
 from laconic.recipe import Recipe
 from laconic.results import make_result
 from laconic.surgery.factorize import MARK, pair_matrices
 from laconic.surgery.factorize import weights as pair_parameters
-from laconic.training import accuracy
+from laconic.training import Curve, accuracy
 
 RECIPE = Recipe(name="small", task="digits", widths=(8, 16, 16), pools=(0,), epochs=3, params=0.5, lr=4e-3)
 FREE = {"dense"}  # of the budget
@@ -119,9 +120,13 @@ def test_pressure_moves_energy_into_the_ranks_that_stay(name, data, monkeypatch)
     assert shares[name] > shares["svd"]
 
 
-def test_a_recipe_can_ask_for_milliseconds(data):
-    recipe = dataclasses.replace(RECIPE, params=1.0, latency=0.9, epochs=1)
-    trained = METHODS["laconic"].train(data, recipe, 0, None, None)
-    assert trained.report is not None
-    assert trained.report.latency_before is not None
-    assert make_result(recipe, "laconic", 0, {}, trained)["budget"] == {"params": 1.0, "latency": 0.9}
+def test_a_recipe_can_ask_for_milliseconds(data, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(ours, "Compressor", lambda *args, **options: seen.update(options))
+    recipe = dataclasses.replace(RECIPE, params=1.0, latency=0.5)
+    model = build(data, recipe, 0)
+    ours.compressor_for(model, torch.optim.SGD(model.parameters(), 0.1), data, recipe)
+    assert seen["budget"] == Budget(params=1.0, latency=0.5)
+    assert len(seen["example_inputs"][0]) == 64  # milliseconds of a batch
+    trained = Trained(model, Curve())
+    assert make_result(recipe, "laconic", 0, {}, trained)["budget"] == {"params": 1.0, "latency": 0.5}
