@@ -2,7 +2,9 @@
 
 Runs that share the machine store no times (`--no-times`). This script trains the networks of a recipe again at a part of
 its epochs (ratios of training times hardly depend on it): dense, thin and laconic (with one structure or both) take turns in blocks of a few steps,
-so that the machine's noise hits all of them; everything that laconic does is in its time. Then it times inference of the
+so that the machine's noise hits all of them; everything that laconic does is in its time. Times are those of a whole run: the steps'
+scaled by the epochs, what is done once (construction, compaction) as it is; laconic's proximal steps, as many in the short run as in
+the whole one, are scaled too, which is to its disadvantage. Then it times inference of the
 networks that came out. It writes `results/<recipe>/times.json`.
 
     python experiments/times.py [--recipes scene ...]
@@ -74,14 +76,15 @@ def training(model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, 
 def time_recipe(name: str, options: Options) -> dict[str, Any]:
     recipe = load_recipe(name)
     data = load_dataset(recipe.task, options.data, recipe.train_limit or None, recipe.size)
+    whole = recipe.epochs
     recipe = dataclasses.replace(recipe, epochs=max(2, math.ceil(options.part * recipe.epochs)))
     models = {"dense": build(data, recipe, 0), "thin": thin_network(data, recipe, 0)} | {k: build(data, recipe, 0) for k in STRUCTURES}
     optimizers = {k: make_optimizer(m, recipe) for k, m in models.items()}
-    seconds, compressors = dict.fromkeys(models, 0.0), {}
+    seconds, once, compressors = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0), {}
     for name, structures in STRUCTURES.items():
         start = time.perf_counter()
         compressors[name] = compressor_for(models[name], optimizers[name], data, dataclasses.replace(recipe, structures=structures))
-        seconds[name] += time.perf_counter() - start
+        once[name] += time.perf_counter() - start
     loops = {k: training(m, optimizers[k], data, recipe) for k, m in models.items()}
     for blocks in zip(*loops.values(), strict=True):
         for k, spent in zip(loops, blocks, strict=True):
@@ -89,9 +92,9 @@ def time_recipe(name: str, options: Options) -> dict[str, Any]:
     for k, compressor in compressors.items():
         start = time.perf_counter()
         compressor.compact()
-        seconds[k] += time.perf_counter() - start
-    longer = load_recipe(recipe.name)
-    seconds |= {"svd": seconds["dense"], "thin-long": seconds["thin"] * (longer.thin_epochs or 2 * longer.epochs) / longer.epochs}
+        once[k] += time.perf_counter() - start
+    seconds = {k: spent * whole / recipe.epochs + once[k] for k, spent in seconds.items()}  # of a whole run
+    seconds |= {"svd": seconds["dense"], "thin-long": seconds["thin"] * (recipe.thin_epochs or 2 * whole) / whole}
     latencies = {}
     for batch in (1, 64):
         with contextlib.ExitStack() as stack:
@@ -104,6 +107,7 @@ def time_recipe(name: str, options: Options) -> dict[str, Any]:
     return {
         "epochs": recipe.epochs,
         "train_seconds": seconds,
+        "once_seconds": once,
         **latencies,
         "versions": versions(),
         "commit": commit,
