@@ -143,8 +143,8 @@ def profile(_: str) -> str:
 
 def cut_last(_: str) -> str:
     """Cut on the way against cut last, from the seeds that all have, at the budgets that have any."""
-    methods = ("laconic", "low-rank", "late", "dense")
-    lines = ["| budget | laconic, % | ranks alone, % | cut last, % | dense, % | seeds |", "|---|---|---|---|---|---|"]
+    methods = ("laconic", "late", "dense")
+    lines = ["| budget | laconic, % | cut last, % | dense, % | seeds |", "|---|---|---|---|---|"]
     for recipe in ("cifar10", "cifar10-tenth"):
         runs = load(recipe)
         seeds = set.intersection(*({r["seed"] for r in runs.get(m, [])} for m in methods))
