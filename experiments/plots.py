@@ -101,7 +101,7 @@ def phases(axes: Any, run: dict[str, Any]) -> None:
 def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     run = result(options.recipe, "laconic")
-    labels = {"dense": "dense", "thin-long": "thin dense, twice the steps", "laconic": "laconic, a quarter of the parameters"}
+    labels = {"dense": "dense", "thin-long": "thin dense, for as long", "laconic": "laconic, a quarter of the parameters"}
     times = json.loads((RESULTS / options.recipe / "times.json").read_text())["train_seconds"]
     pictures = {
         "ranks": ranks(run),
