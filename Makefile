@@ -33,7 +33,7 @@ test: lint
 docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict --quiet
 
-# Break the code on purpose in 50 places, and require red: minutes.
+# Break the code on purpose, one small edit at a time, and require red: minutes.
 sabotage: $(VENV)/.installed
 	$(BIN)/python tests/sabotage.py
 

@@ -582,10 +582,12 @@ def test_neurons_go_by_default_only_where_training_repairs_it(case):
     plan = make(model, (inputs_for(model),))
     assert plan.sites
     assert bool(plan.neurons) is neurons
+    assert any("whole neurons stay" in note for note in plan.notes) is not neurons
 
 
 def test_post_hoc_the_default_is_ranks_alone():
     model = mlp()
     report = laconic.compress(model, budget=laconic.Budget(params=0.4), example_inputs=(inputs_for(model),))
     assert not report.groups
+    assert any("whole neurons stay: no training follows" in note for note in report.notes)
     assert any(layer.rank is not None for layer in report.layers)

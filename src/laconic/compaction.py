@@ -22,7 +22,7 @@ from .errors import InfeasibleBudgetError, InvalidValueError, NonFiniteError, Su
 from .matricize import Layer
 from .measure import check_inputs, count_macs, count_params, input_shapes, measure_latency
 from .penalties import check_share
-from .plan import Plan, check_structures, make_plan
+from .plan import Plan, check_structures, make_plan, stays_whole
 from .report import CompactReport, GroupReport, LayerReport
 from .slimming import importances_of, slim_neurons, took_out, watch_inputs
 from .structures import Entries, Site, Structure
@@ -354,6 +354,7 @@ def compress(
     """
     if (budget is None) == (energy is None):
         raise InvalidValueError("compress needs exactly one of budget=laconic.Budget(...) and energy=0.99")
+    unasked = stays_whole(structures, example_inputs, trains_on=False)
     structures = check_structures(structures, example_inputs, trains_on=False)
     if any(isinstance(s, Entries) for s in structures):
         raise InvalidValueError("Entries acts in training only: leave it out of compress")
@@ -381,5 +382,5 @@ def compress(
         ranks, times, notes = choose_ranks(model, plan, values, choose, only_faster, example_inputs)
         result.add(cut_sites(model, plan, values, ranks, example_inputs=example_inputs, calibration=batches))
     result.timings = times
-    result.notes[:0] = notes
+    result.notes[:0] = [*unasked, *notes]
     return make_report(model, plan, result, example_inputs)

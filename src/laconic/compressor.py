@@ -52,7 +52,7 @@ from .optimizers import (
 )
 from .pace import Scales, gradient_scales, scale_gradients, scale_moments
 from .penalties import check_share
-from .plan import check_structures, make_plan, use_unfoldings
+from .plan import check_structures, make_plan, stays_whole, use_unfoldings
 from .report import CompactReport, Snapshot
 from .schedule import Controller, Schedule
 from .slimming import consumers, importances_of, slim_neurons, watch_inputs
@@ -125,7 +125,9 @@ class Compressor:
         if not isinstance(model, nn.Module):
             raise InvalidTypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.sharded = any(is_sharded(p) for p in model.parameters())
-        structures = check_structures(structures, example_inputs, trains_on=cut == "early" and not self.sharded)
+        trains_on = cut == "early" and not self.sharded
+        unasked = stays_whole(structures, example_inputs, trains_on)
+        structures = check_structures(structures, example_inputs, trains_on)
         _check_arguments(structures, budget, total_steps, every, cut, schedule)
         model = bare(model)
         optimizers = check_optimizers(optimizer)
@@ -145,6 +147,7 @@ class Compressor:
         self.cut_early = cut == "early" and budget is not None
         _check_processes(structures, self.sharded, self.cut_early, budget, rebuild)
         self.plan = make_plan(model, structures, example_inputs, trained)
+        self.plan.notes += unasked
         reshard(model)  # counting ran it forward
         for site in self._pressed:
             if not site.finite:

@@ -128,6 +128,13 @@ def check_structures(structures: Any, example_inputs: Any, trains_on: bool) -> l
     return structures
 
 
+def stays_whole(structures: Any, example_inputs: Any, trains_on: bool) -> list[str]:
+    """What to say where the default leaves the neurons alone although they could be found."""
+    if structures is not None or trains_on or example_inputs is None:
+        return []
+    return ["whole neurons stay: no training follows that would repair what they leave; structures=[LowRank(), Channels()] takes them too"]
+
+
 def make_plan(
     model: nn.Module,
     structures: Sequence[Structure],

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from .convnet import ConvNet
-from .decomposeme import DecomposeMe
+from .decomposeme import decomposed
 from .gpt import GPT
 from .lenet import LeNet5, LeNet300100
 from .resnet import ResNet
@@ -33,7 +34,7 @@ class Shape:
 Builder = Callable[[Sequence[int], int, Shape], nn.Module]
 MODELS: dict[str, Builder] = {
     "convnet": lambda image, classes, s: ConvNet(image[0], classes, s.widths, s.pools),
-    "decomposeme": lambda image, classes, s: DecomposeMe(image[0], classes, s.widths, s.pools, s.kernel),
+    "decomposeme": lambda image, classes, s: ConvNet(image[0], classes, s.widths, s.pools, partial(decomposed, kernel=s.kernel)),
     "lenet-300-100": lambda image, classes, s: LeNet300100(torch.Size(image).numel(), classes, s.widths),
     "lenet-5": lambda image, classes, s: LeNet5(image, classes, s.widths),
     "gpt": lambda text, classes, s: GPT(classes, text[0], s.depth, max(1, s.widths[0] // s.heads) * s.heads, s.heads),
@@ -58,4 +59,4 @@ def thin_widths(build: Callable[[tuple[int, ...]], nn.Module], widths: Sequence[
     return scaled(low)
 
 
-__all__ = ["GPT", "MODELS", "ConvNet", "DecomposeMe", "LeNet5", "LeNet300100", "ResNet", "Shape", "thin_widths"]
+__all__ = ["GPT", "MODELS", "ConvNet", "LeNet5", "LeNet300100", "ResNet", "Shape", "thin_widths"]

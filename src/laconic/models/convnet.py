@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
+
+
+def square(channels: int, width: int) -> list[nn.Module]:
+    """A 3 x 3 convolution."""
+    return [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
 
 
 class ConvNet(nn.Module):
@@ -13,15 +18,23 @@ class ConvNet(nn.Module):
     Args:
         widths: output channels of each convolution.
         pools: after which convolutions (counted from 0) to halve the resolution.
+        convolution: what a convolution is made of, from its input and output channels.
     """
 
-    def __init__(self, in_channels: int, classes: int, widths: Sequence[int], pools: Sequence[int]):
+    def __init__(
+        self,
+        in_channels: int,
+        classes: int,
+        widths: Sequence[int],
+        pools: Sequence[int],
+        convolution: Callable[[int, int], list[nn.Module]] = square,
+    ):
         super().__init__()
         self.widths = tuple(widths)
         layers: list[nn.Module] = []
         channels = in_channels
         for i, width in enumerate(widths):
-            layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=False))
+            layers += convolution(channels, width)
             if i in pools:  # before the norm: a quarter of its work, and of the activation's
                 layers.append(nn.MaxPool2d(2))
             layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
