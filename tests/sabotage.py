@@ -31,6 +31,52 @@ class Edit(NamedTuple):
 
 EDITS = [
     Edit(
+        "unread neurons stay",
+        "surgery/constants.py",
+        "zip(here, read, strict=True) if not r]",
+        "zip(here, read, strict=True) if False]",
+        "test_neurons",
+    ),
+    Edit("slices one by one", "structures/entries.py", "if d < weight.ndim}", "if d > weight.ndim}", "test_neurons"),
+    Edit(
+        "neurons go by default at the end",
+        "plan.py",
+        "if trains_on and example_inputs is not None else",
+        "if example_inputs is not None else",
+        "test_neurons",
+    ),
+    Edit("a run made twice", "bench.py", "if _alive(claim):", "if False:", "test_bench"),
+    Edit("LC without a pull", "methods/learning_compression.py", "weight.lerp_(target, share)", "pass", "test_methods"),
+    Edit(
+        "TRP without truncation",
+        "methods/trp.py",
+        "module.weight.copy_(unfolding.fold((u * s[..., None, :]) @ vh))",
+        "pass",
+        "test_methods",
+    ),
+    Edit(
+        "Hoyer without its second term",
+        "methods/spectral_penalties.py",
+        "factor / norm - ratio * x / norm.square()",
+        "factor / norm",
+        "test_methods",
+    ),
+    Edit(
+        "pickles may run anything",
+        "data/files.py",
+        "raise pickle.UnpicklingError(",
+        "return super().find_class(module, name) or str(",
+        "test_data",
+    ),
+    Edit(
+        "thin widths too wide",
+        "models/__init__.py",
+        "if params(middle) <= limit else",
+        "if params(middle) <= 2 * limit else",
+        "test_models",
+    ),
+    Edit("text labels not shifted", "data/sets.py", "for start in (0, 1))", "for start in (0, 0))", "test_data"),
+    Edit(
         "threshold without lr",
         "compressor.py",
         "state.owed[site.name] += learning_rate(optimizer, weight)",

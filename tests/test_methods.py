@@ -10,7 +10,7 @@ from torch import nn
 from laconic.budget import Budget
 from laconic.data import load_dataset
 from laconic.measure import count_params
-from laconic.methods import METHODS, Trained, build, fixed_rank, ours, spectral_penalties, svd_tuned
+from laconic.methods import METHODS, Trained, build, fixed_rank, ours, spectral_penalties, svd_tuned, trp
 from laconic.recipe import Recipe
 from laconic.results import make_result
 from laconic.surgery.factorize import MARK, pair_matrices
@@ -130,3 +130,18 @@ def test_a_recipe_can_ask_for_milliseconds(data, monkeypatch):
     assert len(seen["example_inputs"][0]) == 64  # milliseconds of a batch
     trained = Trained(model, Curve())
     assert make_result(recipe, "laconic", 0, {}, trained)["budget"] == {"params": 1.0, "latency": 0.5}
+
+
+def test_trp_goes_on_from_weights_of_low_rank(data, monkeypatch):
+    """At its last truncation, the weights between the first layer and the last lose the tail of their spectra; no subgradient is needed for it."""
+    monkeypatch.setattr(trp, "NUCLEAR", 0.0)
+    steps = RECIPE.epochs * (len(data.train_x) // RECIPE.batch_size)
+    monkeypatch.setattr(trp, "EVERY", steps)  # once, after the last step
+    monkeypatch.setattr(trp.svd, "cut", lambda trained, *_: trained)
+    model = METHODS["trp"].train(data, RECIPE, 0, None, None).model
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    ranks = [int(torch.linalg.matrix_rank(m.weight.detach().double().flatten(1), rtol=1e-6)) for m in layers]
+    full = [min(m.weight.flatten(1).shape) for m in layers]
+    assert ranks[0] == full[0]
+    assert ranks[-1] == full[-1]
+    assert all(r < f for r, f in zip(ranks[1:-1], full[1:-1], strict=True))
