@@ -9,8 +9,25 @@ from torch import nn
 
 from laconic.budget import Budget
 from laconic.data import load_dataset
+from laconic.matricize import choose_unfolding
 from laconic.measure import count_params
-from laconic.methods import METHODS, Trained, build, fixed_rank, ours, spectral_penalties, svd_tuned, trp
+from laconic.methods import (
+    METHODS,
+    Trained,
+    activation_aware,
+    build,
+    cuttlefish,
+    fixed_rank,
+    magnitude,
+    ours,
+    pat,
+    spectral_penalties,
+    svd,
+    svd_training,
+    svd_tuned,
+    tensor_decompositions,
+    trp,
+)
 from laconic.recipe import Recipe
 from laconic.results import make_result
 from laconic.surgery.factorize import MARK, pair_matrices
@@ -33,11 +50,10 @@ def own_cache(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_learns_within_its_budget(name, data):
-    if name == "torch-pruning":
-        pytest.importorskip("torch_pruning")
     trained = METHODS[name].train(data, RECIPE, 0, None, None)
     whole = count_params(build(data, RECIPE, 0))
-    assert count_params(trained.model) <= (1.0 if name in FREE else RECIPE.params) * whole
+    size = sum(int(p.count_nonzero()) for p in trained.model.parameters()) if name == "magnitude" else count_params(trained.model)
+    assert size <= (1.0 if name in FREE else RECIPE.params) * whole
     assert accuracy(trained.model, data.test_x, data.test_y) > 0.25
     assert len(trained.curve.seconds) == len(trained.curve.loss) >= RECIPE.epochs
 
@@ -45,7 +61,7 @@ def test_every_method_learns_within_its_budget(name, data):
 def test_fixed_rank_takes_one_share_of_the_full_rank_and_fills_the_budget(data):
     model = build(data, RECIPE, 0)
     limit = int(RECIPE.params * count_params(model))
-    pairs = fixed_rank.factorise_all(model, RECIPE)
+    pairs = fixed_rank.factorise_all(model, fixed_rank.shares_of_rank(model, RECIPE))
     assert isinstance(model.features[0], nn.Conv2d)  # the first layer and the last stay dense
     assert isinstance(model.head, nn.Linear)
     shares = [getattr(pair, MARK)["rank"] / u.full_rank for pair, u in pairs]
@@ -77,7 +93,7 @@ def test_frobenius_decay_is_the_gradient_of_the_norm_of_the_product(data, monkey
         a, b = pair_matrices(unfolding, *leaves)
         (0.5 * (a @ b).square().sum()).backward()
         for old, new, leaf in zip(before, after, leaves, strict=True):
-            torch.testing.assert_close(new, old - RECIPE.lr * RECIPE.weight_decay * leaf.grad)
+            torch.testing.assert_close(new, old - RECIPE.lr * fixed_rank.FROBENIUS_DECAY * leaf.grad)
 
 
 def test_without_pressure_there_is_one_cut(data):
@@ -145,3 +161,105 @@ def test_trp_goes_on_from_weights_of_low_rank(data, monkeypatch):
     assert ranks[0] == full[0]
     assert ranks[-1] == full[-1]
     assert all(r < f for r, f in zip(ranks[1:-1], full[1:-1], strict=True))
+
+
+def strided_convolution(weight):
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), stride=(2, 1), padding=(1, 2))
+    with torch.no_grad():
+        conv.weight.copy_(weight)
+    return conv
+
+
+def test_tucker_at_full_rank_and_cp_of_a_sum_of_products_are_the_convolution():
+    import tensorly
+
+    tensorly.set_backend("pytorch")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 9, 9, generator=generator)
+    conv = strided_convolution(torch.randn(5, 6, 3, 3, generator=generator))
+    small = tensor_decompositions.tucker(conv)
+    whole = small.make(1.0)
+    torch.testing.assert_close(whole(x), conv(x), atol=1e-4, rtol=1e-4)
+    assert count_params(whole) == small.cost(1.0) + 5
+    a, b, c, d = (torch.randn(n, 2, generator=generator) for n in (5, 6, 3, 3))
+    conv = strided_convolution(torch.einsum("or,ir,kr,lr->oikl", a, b, c, d))
+    small = tensor_decompositions.cp(conv)
+    share = 2 * (5 + 6 + 3 + 3) / conv.weight.numel()
+    two = small.make(share)
+    torch.testing.assert_close(two(x), conv(x), atol=1e-2, rtol=1e-2)
+    assert count_params(two) == small.cost(share) + 5 == 2 * (5 + 6 + 3 + 3) + 5
+
+
+def test_activation_aware_truncation_loses_the_tail_of_the_spectrum_of_what_the_layer_puts_out(data, monkeypatch):
+    monkeypatch.setattr(activation_aware, "RIDGE", 0.0)
+    model = build(data, RECIPE, 0)
+    layer = model.features[4]
+    images = torch.cat(activation_aware.calibration(data))
+    inputs = []
+    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model.eval()(images)
+    handle.remove()
+    x = activation_aware.patches(layer, inputs[0]).double()
+    before = layer.weight.detach().flatten(1).double()
+    root = activation_aware.roots({"a": layer}, model, data)["a"]
+    torch.testing.assert_close(root @ root.mT, x.mT @ x / len(x), rtol=1e-4, atol=1e-6)
+    activation_aware.by_outputs(model, data, dataclasses.replace(RECIPE, params=0.3))
+    pair = model.features[4]
+    rank = getattr(pair, MARK)["rank"]
+    with torch.no_grad():
+        after = (pair[1].weight.flatten(1) @ pair[0].weight.flatten(1)).double()
+    lost = (x @ (before - after).mT).square().sum() / len(x)
+    tail = torch.linalg.svdvals(before @ root)[rank:].square().sum()
+    torch.testing.assert_close(lost, tail, rtol=1e-3, atol=1e-8)
+    u, s, vh = torch.linalg.svd(before, full_matrices=False)
+    plain = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    assert lost < (x @ (before - plain).mT).square().sum() / len(x)
+
+
+def test_every_layer_keeps_the_largest_share_of_its_energy_that_fits(data):
+    recipe = dataclasses.replace(RECIPE, params=0.6)
+    model = build(data, recipe, 0)
+    whole = count_params(model)
+    report, share = svd.by_energy(model, data, recipe)
+    assert all(layer.energy >= share for layer in report.layers)
+    more = build(data, recipe, 0)
+    svd.compress(more, svd.LowRank(matricization=recipe.matricization), energy=share + 0.001, example_inputs=svd.example(data))
+    assert count_params(model) <= 0.6 * whole < count_params(more)
+
+
+def test_stable_rank():
+    flat = torch.eye(6)[None]
+    assert cuttlefish.stable_rank(flat) == pytest.approx(6)
+    assert cuttlefish.stable_rank(torch.diag(torch.tensor([2.0, 1.0, 1.0]))[None]) == pytest.approx(1.5)
+    assert not cuttlefish.stands_still([8.0] * cuttlefish.SMOOTH, 0.1)  # too few looks
+    assert cuttlefish.stands_still([8.0] * (cuttlefish.SMOOTH + 1), 0.1)
+    assert not cuttlefish.stands_still([8.0 - k for k in range(cuttlefish.SMOOTH + 1)], 0.1)  # 1 each look: 0.2 each of the paper's epochs
+
+
+def test_three_factors_are_the_weight_and_their_penalty_that_of_the_paper():
+    layer = nn.Conv2d(3, 8, 3)
+    unfolding = choose_unfolding(layer, "out,in*kh*kw")
+    three = svd_training.ThreeFactors(unfolding)
+    u, s, vh = three.right_inverse(layer.weight.detach())
+    torch.testing.assert_close(three(u, s, vh), layer.weight.detach())
+    value = float(svd_training.penalty(u, s, vh, hoyer=0.5))
+    assert value == pytest.approx(0.5 * float(s.sum() / s.norm()), rel=1e-4)  # orthogonal: only Hoyer's
+    skew = 2 * (8 * (4 - 1) ** 2) / 64  # of twice U and twice V: 2^2 instead of 1 on both diagonals
+    assert float(svd_training.penalty(2 * u, s, 2 * vh, hoyer=0.0)) == pytest.approx(skew, rel=1e-4)
+
+
+def test_magnitude_pruning_leaves_as_many_weights_as_the_budget_has(data):
+    trained = magnitude.train(data, RECIPE, 0)
+    left = sum(int(p.count_nonzero()) for p in trained.model.parameters())
+    whole = count_params(trained.model)
+    assert abs(left - int(RECIPE.params * whole)) <= 2  # but for what is zero by itself
+
+
+def test_pat_holds_the_ranks_that_fit_while_training_goes_on(data, monkeypatch):
+    monkeypatch.setattr(pat, "EVERY", 1)
+    monkeypatch.setattr(pat, "factorise_all", lambda *_: None)
+    model = pat.train(data, RECIPE, 0).model
+    for name, (unfolding, rank) in fixed_rank.shares_of_rank(build(data, RECIPE, 0), RECIPE).items():
+        matrix = unfolding.unfold(model.get_submodule(name).weight.detach()).double()
+        assert int(torch.linalg.matrix_rank(matrix, rtol=1e-5)) == rank

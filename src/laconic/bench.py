@@ -8,6 +8,7 @@ by a file with the number of its process.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -26,20 +27,30 @@ from .results import result_path
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One result to come."""
+    """One result to come. With a setting it is a trial: measured on held-out training images."""
 
     recipe: str
     method: str
     seed: int
+    setting: float = 0.0
 
     def path(self, results: Path) -> Path:
-        return result_path(results, load_recipe(self.recipe), self.method, self.seed)
+        return result_path(results, dataclasses.replace(load_recipe(self.recipe), setting=self.setting), self.method, self.seed)
 
 
 def grid(recipes: Iterable[str], methods: Iterable[str], seeds: Iterable[int]) -> list[Run]:
     """All runs, seed by seed: whenever it is stopped, what is there can be compared. `svd` gives dense, too."""
     methods = [m for m in methods if m != "dense" or "svd" not in methods]
     return [Run(recipe, method, seed) for seed, recipe, method in itertools.product(seeds, recipes, methods)]
+
+
+def trials(recipes: Iterable[str], methods: Iterable[str], seeds: Iterable[int]) -> list[Run]:
+    """As many for every method that has something to set."""
+    return [
+        Run(recipe, method, seed, setting)
+        for seed, recipe, method in itertools.product(seeds, recipes, methods)
+        for setting in METHODS[method].settings
+    ]
 
 
 @contextlib.contextmanager
@@ -81,23 +92,29 @@ def _alive(claim: Path) -> bool:
 def execute(run: Run, results: Path, options: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """In a process of its own, so that threads and memory are as fresh as those of every other run."""
     command = [sys.executable, "-m", "laconic", "train", run.recipe, "--method", run.method, "--seed", str(run.seed)]
+    if run.setting:
+        command += ["--setting", str(run.setting), "--validation"]
     return subprocess.run(
         [*command, "--results", str(results), "--json", *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
     )
 
 
 def summary(results: Path, recipe: str) -> list[dict[str, Any]]:
-    """A row for each method with results: means over its seeds, and the sample standard deviation of the accuracy."""
+    """A row for each method (and setting that was tried) with results: means over its seeds, and the sample standard deviation of the accuracy."""
     rows = []
     folder = results / load_recipe(recipe).name
     for name, method in METHODS.items():
-        found = [json.loads(p.read_text())["metrics"] for p in sorted(folder.glob(f"{name}-seed*.json"))]
-        if not found:
-            continue
-        keys = [k for k in found[0] if all(isinstance(m.get(k), (int, float)) for m in found)]
-        row: dict[str, Any] = {key: statistics.mean(m[key] for m in found) for key in keys}
-        row |= {key: round(row[key]) for key in ("params", "macs", "file_bytes") if key in row}
-        row["method"] = f"{method.label}, {len(found)} seeds" if len(found) > 1 else method.label
-        row["accuracy_spread"] = statistics.stdev(m["accuracy"] for m in found) if len(found) > 1 else None
-        rows.append(row)
+        for setting in ("", *(f"-{s:g}" for s in method.settings)):
+            found = [json.loads(p.read_text())["metrics"] for p in sorted(folder.glob(f"{name}{setting}-seed*.json"))]
+            if found:
+                rows.append(_means(f"{method.label} {setting[1:]}".strip(), found))
     return rows
+
+
+def _means(label: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+    keys = [k for k in found[0] if all(isinstance(m.get(k), (int, float)) for m in found)]
+    row: dict[str, Any] = {key: statistics.mean(m[key] for m in found) for key in keys}
+    row |= {key: round(row[key]) for key in ("params", "macs", "file_bytes") if key in row}
+    row["method"] = f"{label}, {len(found)} seeds" if len(found) > 1 else label
+    row["accuracy_spread"] = statistics.stdev(m["accuracy"] for m in found) if len(found) > 1 else None
+    return row

@@ -24,7 +24,7 @@ from torch import nn
 from tyro.conf import Positional
 
 from . import checkpoint
-from .bench import claimed, execute, grid, summary
+from .bench import claimed, execute, grid, summary, trials
 from .budget import Budget
 from .compaction import compress as compress_model
 from .console import console, progress_bar, queue_bar
@@ -81,6 +81,8 @@ def train(
     data: Path | None = None,
     params: float | None = None,
     init: Path | None = None,
+    setting: float = 0.0,
+    validation: bool = False,
     results: Path | None = None,
     resume: bool = False,
     checkpoint_every: int = 0,
@@ -96,13 +98,16 @@ def train(
         recipe: file or name.
         out: the model, the report and the result go to OUT/<recipe>/<method>-seed<seed>/.
         method: laconic, low-rank, channels (laconic with one structure), late (cut last); or a rival: dense, svd (dense, then cut;
-            gives both), svd-tuned (trained on), thin (a smaller dense network), thin-long (for longer), distilled, found (laconic's
-            shape from scratch), as-published, trp, lc, spectral-decay, slorr-hoyer, pufferfish, spectral-init, torch-pruning (needs
-            the extra `rivals`).
+            gives both), svd-energy and svd-activation (other ranks), svd-tuned, svd-energy-tuned, svd-activation-tuned (cut at
+            half, trained on), thin (a smaller dense network), thin-long (for longer), distilled, found (laconic's shape from
+            scratch), as-published, trp, lc, svd-training, spectral-decay, slorr-hoyer, pufferfish, cuttlefish, spectral-init,
+            magnitude, tucker, cp, pat, torch-pruning, torch-pruning-taylor (the last five need the extra `rivals`).
         seed: of initialisation and batches.
         data: folder of the data sets; default: $LACONIC_DATA, data/, ../shared/data.
         params: budget as a fraction of the dense parameters, instead of the recipe's.
         init: start from these weights: a .safetensors or .pt file, or a saved model.
+        setting: of a rival, instead of its tuned one: what its file names first.
+        validation: for tuning: test on a part of the training set, and train on the rest.
         results: also write the result's JSON below this folder.
         resume: go on from the running checkpoints of this very run, after a Ctrl-C or a crash.
         checkpoint_every: steps between running checkpoints; 0: one per epoch.
@@ -116,16 +121,20 @@ def train(
         chosen = dataclasses.replace(chosen, params=params)
     if init is not None:
         chosen = dataclasses.replace(chosen, init=str(init))
+    if setting:
+        chosen = dataclasses.replace(chosen, setting=setting)
     check_method(method)
     if checkpoint_every < 0:
         raise InvalidValueError(f"checkpoint_every = {checkpoint_every}: must be at least 1, or 0 for once per epoch")
     if threads:
         torch.set_num_threads(threads)
     dataset = load_dataset(chosen.task, data, chosen.train_limit or None, chosen.size)
+    if validation:
+        dataset = dataset.validation()
     rows = []
     for name, trained in runs(method, dataset, chosen, seed, out, show=not json, every=checkpoint_every, resume=resume):
         folder = result_path(out, chosen, name, seed).with_suffix("")
-        result = make_result(chosen, name, seed, evaluate(trained, dataset, times), trained)
+        result = make_result(chosen, name, seed, evaluate(trained, dataset, times), trained) | {"validation": validation}
         checkpoint.save(trained.model, folder / "model", report=trained.report.to_json() if trained.report else None)
         write_json(folder / "result.json", result)
         if results is not None:
@@ -232,6 +241,7 @@ def bench(
     recipes: Positional[tuple[str, ...]] = (),
     methods: tuple[str, ...] = ("svd", "thin", "thin-long", "laconic"),
     seeds: tuple[int, ...] = (0, 1, 2),
+    tune: bool = False,
     results: Path = Path("results"),
     data: Path | None = None,
     threads: int = 0,
@@ -246,6 +256,7 @@ def bench(
         recipes: files or names; none: all that are shipped.
         methods: as of `laconic train`; svd gives dense, too.
         seeds: of initialisation and batches.
+        tune: instead, every method at each of its settings, measured on held-out training images.
         results: folder of the result files: RESULTS/<recipe>/<method>-seed<seed>.json. Several commands may share it.
         data: folder of the data sets; default: $LACONIC_DATA, data/, ../shared/data.
         threads: of PyTorch in each run; 0: as many as there are cores.
@@ -255,7 +266,9 @@ def bench(
     for method in methods:
         check_method(method)
     names = recipes or tuple(shipped_recipes())
-    queue = grid(names, methods, seeds)
+    queue = (trials if tune else grid)(names, methods, seeds)
+    if not queue:
+        raise InvalidValueError(f"tune: nothing can be set of {', '.join(methods)}")
     options = ["--threads", str(threads), "--times" if times else "--no-times", *(["--data", str(data)] if data else [])]
     failed = []
     with queue_bar(len(queue), show=not json) as advance:

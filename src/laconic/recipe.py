@@ -28,7 +28,8 @@ class Recipe:
     params: the budget as a fraction of the dense parameters (1: no bound); macs, latency: of the dense MACs, and of the
         milliseconds for a batch of 64 on this machine, too; 0: no bound.
     warmup, settle: `laconic.Schedule`; `settle = 1.0` cuts at the end, without training afterwards.
-    penalty_epsilon: of `LogSum`; strength: 0 lets the budget steer it (a rival takes its own).
+    penalty_epsilon: of `LogSum`; strength: 0 lets the budget steer it.
+    setting: of a rival, what its file names first; 0: what was best in tuning.
     matricization: of the convolutions.
     structures: what laconic may use: `low-rank`, `channels`.
     torch_pruning_reg, torch_pruning_at, torch_pruning_global: of the rival: strength of its regularizer; the share of the run
@@ -61,6 +62,7 @@ class Recipe:
     settle: float = 0.35
     penalty_epsilon: float = 0.1
     strength: float = 0.0
+    setting: float = 0.0
     matricization: str = "out,in*kh*kw"
     structures: tuple[str, ...] = ("low-rank", "channels")
     only_faster: bool = False

@@ -68,7 +68,8 @@ def make_result(recipe: Recipe, method: str, seed: int, metrics: dict[str, Any],
 
 
 def result_path(root: Path, recipe: Recipe, method: str, seed: int) -> Path:
-    return root / recipe.name / f"{method}-seed{seed}.json"
+    setting = f"-{recipe.setting:g}" if recipe.setting else ""
+    return root / recipe.name / f"{method}{setting}-seed{seed}.json"
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -5,39 +5,56 @@ To add a method: write a function of (data, recipe, seed, report, restart) that 
 `laconic bench RECIPES --methods NAMES` takes it into a grid.
 """
 
+from .activation_aware import SVD_ACTIVATION, SVD_ACTIVATION_TUNED
 from .as_published import AS_PUBLISHED
 from .base import Method, Trained, build, calibration, example, thin_network
+from .cuttlefish import CUTTLEFISH
 from .dense import DENSE
 from .distilled import DISTILLED
 from .fixed_rank import PUFFERFISH, SPECTRAL_INIT
 from .found import FOUND
 from .learning_compression import LC
+from .magnitude import MAGNITUDE
 from .ours import CHANNELS, LACONIC, LATE, LOW_RANK, compressor_for
+from .pat import PAT
 from .spectral_penalties import SLORR_HOYER, SPECTRAL_WEIGHT_DECAY
-from .svd import SVD
+from .svd import SVD, SVD_ENERGY, SVD_ENERGY_TUNED
 from .svd import cut as cut_after_training
+from .svd_training import SVD_TRAINING
 from .svd_tuned import SVD_TUNED
+from .tensor_decompositions import CP, TUCKER
 from .thin import THIN, THIN_LONG
-from .torch_pruning import TORCH_PRUNING
+from .torch_pruning import TORCH_PRUNING, TORCH_PRUNING_TAYLOR
 from .trp import TRP
 
 METHODS: dict[str, Method] = {
     "dense": DENSE,
     "svd": SVD,
+    "svd-energy": SVD_ENERGY,
+    "svd-activation": SVD_ACTIVATION,
     "svd-tuned": SVD_TUNED,
+    "svd-energy-tuned": SVD_ENERGY_TUNED,
+    "svd-activation-tuned": SVD_ACTIVATION_TUNED,
+    "tucker": TUCKER,
+    "cp": CP,
     "thin": THIN,
     "thin-long": THIN_LONG,
     "distilled": DISTILLED,
     "found": FOUND,
     "pufferfish": PUFFERFISH,
+    "cuttlefish": CUTTLEFISH,
     "spectral-init": SPECTRAL_INIT,
     "as-published": AS_PUBLISHED,
     "trp": TRP,
     "lc": LC,
+    "svd-training": SVD_TRAINING,
     "spectral-decay": SPECTRAL_WEIGHT_DECAY,
     "slorr-hoyer": SLORR_HOYER,
-    "late": LATE,
+    "pat": PAT,
+    "magnitude": MAGNITUDE,
     "torch-pruning": TORCH_PRUNING,
+    "torch-pruning-taylor": TORCH_PRUNING_TAYLOR,
+    "late": LATE,
     "low-rank": LOW_RANK,
     "channels": CHANNELS,
     "laconic": LACONIC,

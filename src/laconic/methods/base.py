@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..checkpoint import load_weights
 from ..data import Dataset
+from ..errors import InfeasibleBudgetError
 from ..measure import count_params
 from ..models import MODELS, Shape, thin_widths
 from ..recipe import Recipe
 from ..report import CompactReport
-from ..training import Curve, Report, Restart
+from ..training import Curve, Report, Restart, make_optimizer
 
 
 @dataclass(slots=True)
@@ -40,10 +43,13 @@ class Method:
         label: how progress bars and tables call it.
         train: from data, recipe, and seed to a model within the recipe's budget; reports progress where asked, and goes on
             from running checkpoints where it can. It must never look at the test images.
+        settings: what `recipe.setting` may be, to be tried on held-out training images (`laconic bench --tune`); the first is the
+            one that is taken where the recipe has none. What is set: the first constant of the method's file.
     """
 
     label: str
     train: Train
+    settings: Sequence[float] = ()
 
 
 def build(data: Dataset, recipe: Recipe, seed: int, widths: tuple[int, ...] | None = None) -> nn.Module:
@@ -71,3 +77,35 @@ def example(data: Dataset, batch: int = 1) -> tuple[torch.Tensor]:
 def calibration(data: Dataset) -> list[torch.Tensor]:
     """Inputs for BatchNorm re-estimation: 2,048 training images, without augmentation."""
     return list(data.train_x[:2048].split(256))
+
+
+def after_step(optimizer: torch.optim.Optimizer, step: int, act: Callable[[], None]) -> None:
+    """Once, when the optimizer has made this many steps."""
+    done = itertools.count(1)
+
+    def hook(*_: Any) -> None:
+        if next(done) == step:
+            act()
+
+    optimizer.register_step_post_hook(hook)
+
+
+def start_afresh(optimizer: torch.optim.Optimizer, model: nn.Module, recipe: Recipe) -> None:
+    """Where layers were replaced: the optimizer takes the new parameters and goes on without a state, at the learning rate where it is."""
+    optimizer.state.clear()
+    for group, fresh in zip(optimizer.param_groups, make_optimizer(model, recipe).param_groups, strict=True):
+        group["params"] = fresh["params"]
+
+
+def one_share(recipe: Recipe, limit: int, fixed: int, costs: Sequence[Callable[[float], int]]) -> float:
+    """The largest share, in thousandths, whose costs (parameters of each layer at this share) fit beside what is fixed.
+
+    Raises:
+        InfeasibleBudgetError: not even the smallest one does.
+    """
+    fitting = [k / 1000 for k in range(1, 1001) if fixed + sum(cost(k / 1000) for cost in costs) <= limit]
+    if not fitting:
+        raise InfeasibleBudgetError(
+            f"params = {recipe.params}: out of reach with the same share of every layer but the first and the last", 1.0
+        )
+    return fitting[-1]

@@ -12,7 +12,7 @@ from ..training import Report, Restart, cross_entropy, fit, make_optimizer
 from . import dense
 from .base import Method, Trained, thin_network
 
-TEMPERATURE, SHARE = 4.0, 0.9  # of the teacher's soft targets in the loss
+SHARE, TEMPERATURE = 0.9, 4.0  # setting: share of the teacher's soft targets in the loss; their temperature
 
 
 def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
@@ -21,16 +21,17 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     teacher = dense.train(data, recipe, seed)
     teacher.model.eval()
     model = thin_network(data, recipe, seed)
+    share = recipe.setting or SHARE
 
     def loss(outputs: Tensor, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
             soft = F.softmax(teacher.model(x) / TEMPERATURE, -1).flatten(0, -2)
         hard = cross_entropy(outputs, y, recipe.label_smoothing)
-        return SHARE * TEMPERATURE**2 * F.cross_entropy(outputs.flatten(0, -2) / TEMPERATURE, soft) + (1 - SHARE) * hard
+        return share * TEMPERATURE**2 * F.cross_entropy(outputs.flatten(0, -2) / TEMPERATURE, soft) + (1 - share) * hard
 
     curve = fit(model, data, recipe, seed, make_optimizer(model, recipe), report=report, loss=loss)
     curve.seconds = [teacher.curve.seconds[-1] + s for s in curve.seconds]
     return Trained(model, curve, notes=[f"widths {model.widths}, teacher: the dense network of this seed"])
 
 
-DISTILLED = Method("thin dense, distilled", train)
+DISTILLED = Method("thin dense, distilled", train, (SHARE, 0.5, 0.7))

@@ -11,80 +11,69 @@ r"""Networks of fixed rank, one share of the full rank for all layers but the fi
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..data import Dataset
-from ..errors import InfeasibleBudgetError
-from ..matricize import choose_unfolding, unfoldings
+from ..matricize import Unfolding, choose_unfolding, unfoldings
 from ..measure import count_params
 from ..recipe import Recipe
 from ..surgery.factorize import factorize, pair_matrices, pair_weights
 from ..surgery.factorize import weights as pair_parameters
 from ..surgery.record import put
 from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
-from .base import Method, Trained, build
+from .base import Method, Trained, after_step, build, one_share, start_afresh
 
-WARM_UP = 0.25  # share of the run that Pufferfish trains dense; the paper's 80 of 300 epochs on CIFAR-10
+WARM_UP = 0.25  # setting of Pufferfish: share of the run that it trains dense; the paper's 80 of 300 epochs on CIFAR-10
+FROBENIUS_DECAY = 0.05  # setting of the other: the strength lambda, on the scale of a weight decay
+Pair = tuple[nn.Sequential, Unfolding]
 
 
-def factorise_all(model: nn.Module, recipe: Recipe) -> list[tuple[nn.Sequential, Any]]:
-    """Replace the layers in place, at the largest share of the full rank that fits the budget; the pairs with their unfoldings."""
-    layers: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if unfoldings(m)][1:-1]
-    options = [(name, m, choose_unfolding(m, recipe.matricization)) for name, m in layers]
-    fixed = count_params(model) - sum(u.dense_params for _, _, u in options)
-    limit = int(recipe.params * count_params(model))
-    chosen = None
-    for share in range(1, 1001):
-        ranks = [max(1, round(share / 1000 * u.full_rank)) for _, _, u in options]
-        if fixed + sum(r * u.unit_params for r, (_, _, u) in zip(ranks, options, strict=True)) > limit:
-            break
-        chosen = ranks
-    if chosen is None:
-        raise InfeasibleBudgetError(f"params = {recipe.params}: out of reach with rank 1 in all layers but the first and the last", 1.0)
+def inner_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """All layers but the first and the last, which papers of fixed ranks leave whole."""
+    return [(name, m) for name, m in model.named_modules() if unfoldings(m)][1:-1]
+
+
+def shares_of_rank(model: nn.Module, recipe: Recipe) -> dict[str, tuple[Unfolding, int]]:
+    """The layers between the first and the last with their ranks: the largest share of the full rank that fits the budget."""
+    options = {name: choose_unfolding(m, recipe.matricization) for name, m in inner_layers(model)}
+
+    def rank(unfolding: Unfolding, share: float) -> int:
+        return max(1, round(share * unfolding.full_rank))
+
+    def cost(unfolding: Unfolding) -> Callable[[float], int]:
+        return lambda share: rank(unfolding, share) * unfolding.unit_params
+
+    whole = count_params(model)
+    fixed = whole - sum(u.dense_params for u in options.values())
+    share = one_share(recipe, int(recipe.params * whole), fixed, [cost(u) for u in options.values()])
+    return {name: (u, rank(u, share)) for name, u in options.items()}
+
+
+def factorise_all(model: nn.Module, ranks: dict[str, tuple[Unfolding, int]]) -> list[Pair]:
+    """Replace these layers in place by pairs of these ranks."""
     pairs = []
-    for rank, (name, module, unfolding) in zip(chosen, options, strict=True):
-        pair = factorize(module, unfolding, rank)
+    for name, (unfolding, rank) in ranks.items():
+        layer: Any = model.get_submodule(name)
+        pair = factorize(layer, unfolding, rank)
         put(model, name, pair)
         pairs.append((pair, unfolding))
     return pairs
 
 
-def pufferfish(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    """The optimizer starts afresh at the cut, as in the paper's code. It cannot resume: the run starts afresh."""
-    del restart
-    model = build(data, recipe, seed)
-    optimizer = make_optimizer(model, recipe)
-    last = round(WARM_UP * recipe.epochs * steps_per_epoch(data, recipe))
-    done = itertools.count(1)
-
-    def cut(*_: Any) -> None:
-        if next(done) == last:
-            factorise_all(model, recipe)
-            optimizer.state.clear()
-            for group, fresh in zip(optimizer.param_groups, make_optimizer(model, recipe).param_groups, strict=True):
-                group["params"] = fresh["params"]
-
-    optimizer.register_step_post_hook(cut)
-    return Trained(model, fit(model, data, recipe, seed, optimizer, report=report), notes=[f"factorised at step {last}"])
-
-
-def spectral_init(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    del restart
-    model = build(data, recipe, seed)
-    pairs = factorise_all(model, recipe)
-    optimizer = make_optimizer(model, recipe)
+def decay_products(optimizer: torch.optim.Optimizer, pairs: list[Pair], strength: float) -> None:
+    """From now on Frobenius decay for these pairs, and no decay of their factors."""
     factors = {p for pair, _ in pairs for p in pair_parameters(pair)}
-    decayed = optimizer.param_groups[0]
+    decayed, free = optimizer.param_groups  # see `make_optimizer`; a scheduler would not know a new group
     decayed["params"] = [p for p in decayed["params"] if p not in factors]
-    optimizer.add_param_group({"params": list(factors), "weight_decay": 0.0})
+    free["params"] = [*free["params"], *factors]
 
     @torch.no_grad()
     def decay(*_: Any) -> None:
-        rate = optimizer.param_groups[-1]["lr"] * recipe.weight_decay
+        rate = free["lr"] * strength
         for pair, unfolding in pairs:
             a, b = pair_matrices(unfolding, *pair_parameters(pair))
             steps = pair_weights(unfolding, a @ (b @ b.mT), (a.mT @ a) @ b)
@@ -92,8 +81,32 @@ def spectral_init(data: Dataset, recipe: Recipe, seed: int, report: Report | Non
                 factor.sub_(rate * step)
 
     optimizer.register_step_post_hook(decay)
+
+
+def pufferfish(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
+    """The optimizer starts afresh at the cut, as in the paper's code. It cannot resume: the run starts afresh."""
+    del restart
+    model = build(data, recipe, seed)
+    optimizer = make_optimizer(model, recipe)
+    last = round((recipe.setting or WARM_UP) * recipe.epochs * steps_per_epoch(data, recipe))
+
+    def cut() -> None:
+        factorise_all(model, shares_of_rank(model, recipe))
+        start_afresh(optimizer, model, recipe)
+
+    after_step(optimizer, last, cut)
+    return Trained(model, fit(model, data, recipe, seed, optimizer, report=report), notes=[f"factorised at step {last}"])
+
+
+def spectral_init(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
+    """It cannot resume: the run starts afresh."""
+    del restart
+    model = build(data, recipe, seed)
+    pairs = factorise_all(model, shares_of_rank(model, recipe))
+    optimizer = make_optimizer(model, recipe)
+    decay_products(optimizer, pairs, recipe.setting or FROBENIUS_DECAY)
     return Trained(model, fit(model, data, recipe, seed, optimizer, report=report))
 
 
-PUFFERFISH = Method("Pufferfish", pufferfish)
-SPECTRAL_INIT = Method("spectral initialisation, Frobenius decay", spectral_init)
+PUFFERFISH = Method("Pufferfish", pufferfish, (WARM_UP, 0.1, 0.5))
+SPECTRAL_INIT = Method("spectral initialisation, Frobenius decay", spectral_init, (FROBENIUS_DECAY, 0.005, 0.5))

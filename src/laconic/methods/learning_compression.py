@@ -23,7 +23,7 @@ from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
 from . import svd
 from .base import Method, Trained, build, example
 
-ROUNDS, FIRST, GROWTH = 30, 1.0, 1.15  # C steps over the run; mu, on the scale of a weight decay, in the first of them; its growth
+FIRST, ROUNDS, GROWTH = 1.0, 30, 1.15  # setting: mu in the first C step, on the scale of a weight decay; C steps; growth of mu
 
 
 def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
@@ -36,7 +36,7 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     every = max(1, recipe.epochs * steps_per_epoch(data, recipe) // ROUNDS)
     targets: dict[Tensor, Tensor] = {}
     done = itertools.count(1)
-    mu = (recipe.strength or FIRST) / GROWTH
+    mu = (recipe.setting or FIRST) / GROWTH
 
     @torch.no_grad()
     def pull(*_: object) -> None:
@@ -58,4 +58,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return svd.cut(Trained(model, fit(model, data, recipe, seed, optimizer, report=report)), data, recipe)
 
 
-LC = Method("LC rank learning", train)
+LC = Method("LC rank learning", train, (FIRST, 0.2, 5.0))

@@ -9,7 +9,7 @@ With the polar factor :math:`P = U V^T` of a weight :math:`W = U S V^T`, from a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from .base import Method, Trained, build
 
 Direction = Callable[[Tensor, Tensor], Tensor]
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Muon: singular values end between 0.7 and 1.2
-SPECTRAL_DECAY, HOYER = 0.3, 0.1  # strengths, on the scale of a weight decay
+SPECTRAL_DECAY, HOYER = (0.3, 0.1, 1.0), (0.1, 0.03, 0.3)  # settings: the strength lambda, on the scale of a weight decay
 
 
 def polar(x: Tensor, iterations: int = 5) -> Tensor:
@@ -50,7 +50,7 @@ def hoyer(x: Tensor, factor: Tensor) -> Tensor:
     return 2 * ratio * (factor / norm - ratio * x / norm.square())
 
 
-def pressed(label: str, direction: Direction, strength: float) -> Method:
+def pressed(label: str, direction: Direction, strengths: Sequence[float]) -> Method:
     def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
         model = build(data, recipe, seed)
         optimizer = make_optimizer(model, recipe)
@@ -58,7 +58,7 @@ def pressed(label: str, direction: Direction, strength: float) -> Method:
 
         @torch.no_grad()
         def press(*_: object) -> None:
-            rate = optimizer.param_groups[0]["lr"] * (recipe.strength or strength)
+            rate = optimizer.param_groups[0]["lr"] * (recipe.setting or strengths[0])
             for module, unfolding in layers:
                 x = unfolding.unfold(module.weight)
                 module.weight.sub_(rate * unfolding.fold(direction(x, polar(x))))
@@ -67,7 +67,7 @@ def pressed(label: str, direction: Direction, strength: float) -> Method:
         curve = fit(model, data, recipe, seed, optimizer, report=report, restart=restart)
         return svd.cut(Trained(model, curve), data, recipe)
 
-    return Method(label, train)
+    return Method(label, train, strengths)
 
 
 SPECTRAL_WEIGHT_DECAY = pressed("spectral weight decay, then SVD", nuclear, SPECTRAL_DECAY)

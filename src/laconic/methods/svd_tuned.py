@@ -11,7 +11,7 @@ from ..structures import LowRank
 from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
 from .base import Method, Trained, build, example
 
-CUT = 0.5  # share of the run that is dense
+CUT = 0.5  # setting: the share of the run after which the network is cut
 
 
 def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
@@ -20,10 +20,10 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     total = recipe.epochs * steps_per_epoch(data, recipe)
     compressor = Compressor(
         model, optimizer, LowRank(strength=0.0, matricization=recipe.matricization), budget=Budget(params=recipe.params), total_steps=total,
-        example_inputs=example(data), every=total, schedule=Schedule(warmup=0.0, settle=CUT),
+        example_inputs=example(data), every=total, schedule=Schedule(warmup=0.0, settle=1 - (recipe.setting or CUT)),
     )  # fmt: skip
     curve = fit(model, data, recipe, seed, optimizer, report=report, compressor=compressor, restart=restart)
     return Trained(model, curve, compressor.compact(), total_steps=total)
 
 
-SVD_TUNED = Method("dense, cut by SVD at half, trained on", train)
+SVD_TUNED = Method("dense, cut by SVD, trained on", train, (CUT, 0.2, 0.35))

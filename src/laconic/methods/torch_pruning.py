@@ -1,4 +1,8 @@
-"""Torch-Pruning's GroupNormPruner (DepGraph, CVPR 2023): the package itself."""
+"""Torch-Pruning (DepGraph, CVPR 2023), the package itself: its group-norm pruner with sparse learning, and Taylor importances.
+
+Train (the group-norm pruner regularises the gradients meanwhile), prune to the budget at a share of the run, train on, as its examples do.
+A pruned parameter is a new one, so the optimizer goes on without a state. They cannot resume: the run starts afresh.
+"""
 
 from __future__ import annotations
 
@@ -8,54 +12,65 @@ from typing import Any
 import torch
 
 from ..data import Dataset
-from ..errors import missing_extra
+from ..errors import InfeasibleBudgetError, missing_extra
 from ..measure import count_params, evaluating
 from ..recipe import Recipe
-from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
-from .base import Method, Trained, build, example
+from ..training import Report, Restart, cross_entropy, fit, make_optimizer, steps_per_epoch
+from .base import Method, Trained, after_step, build, example, start_afresh
+
+SCORED = 512  # training images whose loss gives the gradients of the Taylor importances
 
 
-def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    """Torch-Pruning's GroupNormPruner (DepGraph, CVPR 2023), as its examples use it: sparse learning (regularised gradients),
-    then pruning to the budget by group norms, then fine-tuning for the rest of the run.
-
-    A pruned parameter is a new one, so the optimizer goes on without a state. It cannot resume: the run starts afresh.
-    """
+def train(
+    data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None, taylor: bool = False
+) -> Trained:
     try:
         import torch_pruning as tp
     except ImportError:
-        raise missing_extra("torch-pruning", "rivals", "the method torch-pruning") from None
+        raise missing_extra("torch-pruning", "rivals", "the methods torch-pruning and torch-pruning-taylor") from None
     del restart
     model = build(data, recipe, seed)
     optimizer = make_optimizer(model, recipe)
     limit = int(recipe.params * count_params(model))
-    last = round(recipe.torch_pruning_at * recipe.epochs * steps_per_epoch(data, recipe))  # step of sparse learning
+    last = round((recipe.setting or recipe.torch_pruning_at) * recipe.epochs * steps_per_epoch(data, recipe))
+    options: dict[str, Any] = {
+        "importance": tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance(p=2),
+        "global_pruning": recipe.torch_pruning_global, "pruning_ratio": 1.0, "max_pruning_ratio": 0.95, "iterative_steps": 400,
+        "ignored_layers": [model.head], "in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {},
+    }  # fmt: skip
     with evaluating(model), torch.enable_grad():
-        pruner = tp.pruner.GroupNormPruner(
-            model, example(data)[0], importance=tp.importance.GroupMagnitudeImportance(p=2), reg=recipe.torch_pruning_reg,
-            global_pruning=recipe.torch_pruning_global, pruning_ratio=1.0, max_pruning_ratio=0.95, iterative_steps=400, ignored_layers=[model.head],
-            in_channel_groups={}, out_channel_groups={}, num_heads={},
-        )  # fmt: skip
-    begun, done = itertools.count(1), itertools.count(1)
+        if taylor:
+            pruner = tp.pruner.BasePruner(model, example(data)[0], **options)
+        else:
+            pruner = tp.pruner.GroupNormPruner(model, example(data)[0], reg=recipe.torch_pruning_reg, **options)
+    begun = itertools.count(1)
 
     def press(*_: Any) -> None:
         if next(begun) <= last:
             pruner.regularize(model)
 
-    def prune(*_: Any) -> None:
-        if next(done) != last:
-            return
-        while count_params(model) > limit:
+    def prune() -> None:
+        if taylor:
+            optimizer.zero_grad()
+            cross_entropy(model(data.train_x[:SCORED]), data.train_y[:SCORED]).backward()
+        while (before := count_params(model)) > limit:
             pruner.step()
+            if count_params(model) == before and pruner.current_step >= pruner.iterative_steps:
+                raise InfeasibleBudgetError(f"params = {recipe.params}: Torch-Pruning stops at {before} parameters, above {limit}", 1.0)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer.state.clear()
-        for group, fresh in zip(optimizer.param_groups, make_optimizer(model, recipe).param_groups, strict=True):
-            group["params"] = fresh["params"]
+        start_afresh(optimizer, model, recipe)
 
-    optimizer.register_step_pre_hook(press)
-    optimizer.register_step_post_hook(prune)
+    if not taylor:
+        optimizer.register_step_pre_hook(press)
+    after_step(optimizer, last, prune)
     curve = fit(model, data, recipe, seed, optimizer, report=report)
-    return Trained(model, curve, notes=[f"torch-pruning {tp.__version__}, reg {recipe.torch_pruning_reg}, pruned at step {last}"])
+    how = "Taylor importances" if taylor else f"reg {recipe.torch_pruning_reg}"
+    return Trained(model, curve, notes=[f"torch-pruning {tp.__version__}, {how}, pruned at step {last}"])
 
 
-TORCH_PRUNING = Method("Torch-Pruning", train)
+def train_taylor(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
+    return train(data, recipe, seed, report, restart, taylor=True)
+
+
+TORCH_PRUNING = Method("Torch-Pruning", train, (0.35, 0.2, 0.5))
+TORCH_PRUNING_TAYLOR = Method("Torch-Pruning, Taylor", train_taylor, (0.35, 0.2, 0.5))

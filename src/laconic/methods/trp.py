@@ -19,7 +19,7 @@ from ..training import Report, Restart, fit, make_optimizer
 from . import svd
 from .base import Method, Trained, build
 
-EVERY, ENERGY, NUCLEAR = 20, 0.9, 3e-4  # steps between truncations (the paper's script: 5), kept energy, strength
+NUCLEAR, EVERY, ENERGY = 3e-4, 20, 0.9  # setting: strength lambda; steps between truncations (the paper's script: 5), kept energy
 
 
 def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
@@ -35,7 +35,7 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     def add_subgradients(*_: object) -> None:
         for weight, direction in directions.items():
             if weight.grad is not None:
-                weight.grad.add_(direction, alpha=recipe.strength or NUCLEAR)
+                weight.grad.add_(direction, alpha=recipe.setting or NUCLEAR)
 
     @torch.no_grad()
     def truncate(*_: object) -> None:
@@ -53,4 +53,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return svd.cut(Trained(model, fit(model, data, recipe, seed, optimizer, report=report)), data, recipe)
 
 
-TRP = Method("TRP, then SVD", train)
+TRP = Method("TRP, then SVD", train, (NUCLEAR, 1e-4, 1e-3))
