@@ -1,13 +1,17 @@
 """The networks of the experiments: as many parameters and MACs as published, and scaled to a budget."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from laconic import Budget, Compressor, load, save
 from laconic.errors import InvalidValueError, RecipeError
 from laconic.measure import count_macs, count_params
 from laconic.models import MODELS, Shape, thin_widths
 from laconic.recipe import Recipe
 
+IMAGENET = (3, 224, 224)
 VGG = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 CIFAR, MNIST = (3, 32, 32), (1, 28, 28)
 PUBLISHED = {
@@ -18,6 +22,11 @@ PUBLISHED = {
     "ResNet-20": ("resnet", CIFAR, Shape(widths=(16, 32, 64)), 269_722, 40_551_040),
     "ResNet-32": ("resnet", CIFAR, Shape(widths=(16, 32, 64), depth=32), 464_154, 68_862_592),
     "ResNet-56": ("resnet", CIFAR, Shape(widths=(16, 32, 64), depth=56), 853_018, 125_485_696),
+    "ResNet-18": ("resnet-imagenet", IMAGENET, Shape(widths=(64, 128, 256, 512), depth=18), 11_689_512, 1_814_073_344),
+    "ResNet-50": ("resnet-imagenet", IMAGENET, Shape(widths=(64, 128, 256, 512), depth=50), 25_557_032, 4_089_184_256),
+    "AlexNet": ("alexnet", IMAGENET, Shape(widths=(64, 192, 384, 256, 256, 4096)), 61_100_840, 714_188_480),
+    "VGG-B": ("vgg-b", IMAGENET, Shape(widths=(64, 64, 128, 128, 256, 256, 512, 512, 512, 512, 4096)), 133_047_848, 11_308_466_176),
+    "ViT-Ti/16": ("vit", IMAGENET, Shape(widths=(192,), depth=12, kernel=16, heads=3), 5_717_416, None),
     "VGG-16": ("convnet", CIFAR, Shape(widths=VGG, pools=(1, 3, 6, 9, 12)), 14_728_266 - 4_224, 313_201_664),
 }
 
@@ -25,9 +34,10 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_and_macs_are_the_published_ones(name):
     model, image, shape, params, macs = PUBLISHED[name]
-    network = MODELS[model](image, 10, shape)
-    assert count_params(network) == params
-    assert count_macs(network, (torch.randn(1, *image),)) == macs
+    with torch.device("meta"):
+        network = MODELS[model](image, 1000 if image == IMAGENET else 10, shape).eval()
+        assert count_params(network) == params
+        assert macs is None or count_macs(network, (torch.randn(1, *image),)) == macs
 
 
 def test_decomposeme_has_a_pair_of_filters_along_one_axis_each_for_each_layer():
@@ -52,9 +62,10 @@ def test_an_unknown_model_is_refused():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_thin_widths_are_the_widest_that_fit(name, share):
     model, image, shape, params, _ = PUBLISHED[name]
+    classes = 1000 if image == IMAGENET else 10
 
     def build(widths):
-        return MODELS[model](image, 10, Shape(widths=widths, pools=shape.pools, depth=shape.depth))
+        return MODELS[model](image, classes, dataclasses.replace(shape, widths=widths))
 
     limit = int(share * params)
     thin = thin_widths(build, shape.widths, limit)
@@ -62,3 +73,41 @@ def test_thin_widths_are_the_widest_that_fit(name, share):
     step = next(s for s in range(1001) if tuple(max(1, round(w * s / 1000)) for w in shape.widths) == thin)
     wider = next(w for s in range(step, 1001) if (w := tuple(max(1, round(w * s / 1000)) for w in shape.widths)) != thin)
     assert count_params(build(wider)) > limit
+
+
+TINY = {
+    "convnet": ((1, 16, 16), Shape(widths=(8, 16), pools=(0,))),
+    "decomposeme": ((1, 16, 16), Shape(widths=(8, 16), pools=(0,))),
+    "lenet-300-100": ((1, 8, 8), Shape(widths=(30, 10))),
+    "lenet-5": ((1, 20, 20), Shape(widths=(6, 10, 30))),
+    "gpt": ((12,), Shape(widths=(16,), depth=2, heads=2)),
+    "vit": ((1, 8, 8), Shape(widths=(16,), depth=2, heads=2, kernel=4)),
+    "resnet": ((3, 16, 16), Shape(widths=(8, 12, 16), depth=8)),
+    "resnet-imagenet": ((3, 40, 40), Shape(widths=(8, 12, 16, 20), depth=18)),
+    "alexnet": ((3, 70, 70), Shape(widths=(8, 12, 12, 12, 8, 40))),
+    "vgg-b": ((3, 32, 32), Shape(widths=(4, 4, 8, 8, 8, 8, 8, 8, 8, 8, 24))),
+    "charnet": ((1, 24, 24), Shape(widths=(6, 8, 12))),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_network_trains_and_shrinks_to_half_with_both_structures(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("LACONIC_CACHE", str(tmp_path))
+    torch.manual_seed(0)
+    image, shape = TINY[name]
+    x = torch.randint(0, 5, (8, *image)) if name == "gpt" else torch.randn(8, *image)
+    y = torch.randint(0, 5, tuple(x.shape) if name == "gpt" else (8,))
+    model = MODELS[name](image, 5, shape)
+    dense = count_params(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    compressor = Compressor(model, optimizer, budget=Budget(params=0.5), total_steps=20, example_inputs=(x[:1],))
+    for _ in range(20):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+        optimizer.step()
+    report = compressor.compact()
+    assert count_params(model) <= dense // 2
+    assert any(group.kept < group.units for group in report.groups)
+    save(model, tmp_path / "small")
+    model.eval()
+    torch.testing.assert_close(load(tmp_path / "small", MODELS[name](image, 5, shape)).eval()(x), model(x))

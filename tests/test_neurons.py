@@ -14,7 +14,7 @@ from laconic.budget import shapes_for_budget
 from laconic.compaction import spectra
 from laconic.costs import present_costs
 from laconic.measure import count_macs, count_params
-from laconic.models.gpt import GPT
+from laconic.models import GPT
 from laconic.plan import make_plan
 from laconic.slimming import importances_of, slim_neurons, watch_inputs
 from laconic.widths import choose_shapes, most_important

@@ -16,8 +16,8 @@ import laconic
 from laconic import timing
 from laconic.budget import useful_ranks
 from laconic.costs import present_costs
+from laconic.models import GPT
 from laconic.models.convnet import ConvNet
-from laconic.models.gpt import GPT
 from laconic.timing import RankTimes
 
 from .models import assert_same, backward, mlp, snapshot

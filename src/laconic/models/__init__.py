@@ -13,11 +13,13 @@ from functools import partial
 import torch
 from torch import nn
 
+from .alexnet import alexnet, vgg_b
+from .charnet import CharNet
 from .convnet import ConvNet
 from .decomposeme import decomposed
-from .gpt import GPT
 from .lenet import LeNet5, LeNet300100
-from .resnet import ResNet
+from .resnet import ImageNetResNet, ResNet
+from .transformers import GPT, ViT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +40,12 @@ MODELS: dict[str, Builder] = {
     "lenet-300-100": lambda image, classes, s: LeNet300100(torch.Size(image).numel(), classes, s.widths),
     "lenet-5": lambda image, classes, s: LeNet5(image, classes, s.widths),
     "gpt": lambda text, classes, s: GPT(classes, text[0], s.depth, max(1, s.widths[0] // s.heads) * s.heads, s.heads),
+    "vit": lambda image, classes, s: ViT(image, classes, s.kernel, s.depth, max(1, s.widths[0] // s.heads) * s.heads, s.heads),
     "resnet": lambda image, classes, s: ResNet(image[0], classes, s.widths, s.depth),
+    "resnet-imagenet": lambda image, classes, s: ImageNetResNet(image[0], classes, s.widths, s.depth),
+    "alexnet": lambda image, classes, s: alexnet(image[0], classes, s.widths),
+    "vgg-b": lambda image, classes, s: vgg_b(image[0], classes, s.widths),
+    "charnet": lambda image, classes, s: CharNet(image[0], classes, s.widths),
 }
 
 
@@ -59,4 +66,4 @@ def thin_widths(build: Callable[[tuple[int, ...]], nn.Module], widths: Sequence[
     return scaled(low)
 
 
-__all__ = ["GPT", "MODELS", "ConvNet", "LeNet5", "LeNet300100", "ResNet", "Shape", "thin_widths"]
+__all__ = ["GPT", "MODELS", "CharNet", "ConvNet", "ImageNetResNet", "LeNet5", "LeNet300100", "ResNet", "Shape", "ViT", "thin_widths"]
