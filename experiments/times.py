@@ -46,7 +46,7 @@ STRUCTURES = {"laconic": ("low-rank", "channels"), "low-rank": ("low-rank",), "c
 class Options:
     """What to time."""
 
-    recipes: tuple[str, ...] = tuple(shipped_recipes())
+    recipes: tuple[str, ...] = tuple(name for name in shipped_recipes() if load_recipe(name).tier == "cpu")
     results: Path = Path(__file__).parent / "results"
     data: Path | None = None
     part: float = 0.25

@@ -1,10 +1,14 @@
 """What only a CUDA device can show; skipped without one (`python -m pytest -m gpu`)."""
 
+import json
+
 import pytest
 import torch
 from torch import nn, optim
 
 import laconic
+from laconic.cli import main
+from laconic.methods import METHODS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -65,3 +69,12 @@ def test_a_budget_in_milliseconds_is_measured_on_the_device():
     compressor = laconic.Compressor(model, stepper, budget=laconic.Budget(latency=0.9), total_steps=10, example_inputs=(x,))
     assert compressor.plan.latency_ms is not None
     assert compressor.plan.latency_ms > 0
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("dense", "cp")])
+def test_every_method_trains_on_the_device(method, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LACONIC_CACHE", str(tmp_path))
+    recipe = tmp_path / "small.toml"
+    recipe.write_text('task = "digits"\nwidths = [8, 16, 16]\npools = [0]\nepochs = 2\nparams = 0.5\nlr = 4e-3\n')
+    main(["train", str(recipe), "--method", method, "--device", "cuda", "--out", str(tmp_path), "--json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]["accuracy"] > 0.2

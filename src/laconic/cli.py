@@ -29,6 +29,7 @@ from .budget import Budget
 from .compaction import compress as compress_model
 from .console import console, progress_bar, queue_bar
 from .data import Dataset, load_dataset
+from .distributed import rank, world_size
 from .errors import CheckpointError, CheckpointNotFoundError, InvalidValueError, LaconicError, MissingExtraError, nearest
 from .measure import count_params
 from .methods import METHODS, Trained, build, compressor_for, cut_after_training, example
@@ -37,7 +38,7 @@ from .report import CompactReport, comparison_table, layer_table, render
 from .results import evaluate, machine, make_result, result_path, versions, write_json
 from .search import Trial, smallest
 from .structures import LowRank
-from .training import Restart, TrainingInterrupted, accuracy, fit, make_optimizer
+from .training import Restart, TrainingInterrupted, accuracy, fit, join, make_optimizer
 
 
 def demo(out: Path = Path("laconic-demo"), seed: int = 0, json: bool = False) -> None:
@@ -86,6 +87,7 @@ def train(
     results: Path | None = None,
     resume: bool = False,
     checkpoint_every: int = 0,
+    device: str = "cpu",
     threads: int = 0,
     times: bool = True,
     json: bool = False,
@@ -93,6 +95,8 @@ def train(
     """Train by a recipe: a TOML file, or one of the shipped `digits`, `scene`, `cifar10`.
 
     Example: laconic train scene --data ../shared/data --params 0.25
+
+    Several processes: torchrun --nproc-per-node 8 -m laconic train imagenet-resnet50 --data path/to/data --device cuda
 
     Args:
         recipe: file or name.
@@ -111,8 +115,9 @@ def train(
         results: also write the result's JSON below this folder.
         resume: go on from the running checkpoints of this very run, after a Ctrl-C or a crash.
         checkpoint_every: steps between running checkpoints; 0: one per epoch.
+        device: cpu, cuda, cuda:1, mps.
         threads: of PyTorch; 0: as it is.
-        times: measure times; switch off when other things run on this machine.
+        times: measure times; switch off when other things run on this machine. Several processes measure none.
         json: print the result as JSON, show no progress.
     """
     chosen = load_recipe(recipe)
@@ -128,19 +133,26 @@ def train(
         raise InvalidValueError(f"checkpoint_every = {checkpoint_every}: must be at least 1, or 0 for once per epoch")
     if threads:
         torch.set_num_threads(threads)
-    dataset = load_dataset(chosen.task, data, chosen.train_limit or None, chosen.size)
+    place = join(device)
+    first, times = rank() == 0, times and world_size() == 1
+    console.quiet = not first
+    dataset = dataclasses.replace(load_dataset(chosen.task, data, chosen.train_limit or None, chosen.size), device=place)
     if validation:
         dataset = dataset.validation()
     rows = []
-    for name, trained in runs(method, dataset, chosen, seed, out, show=not json, every=checkpoint_every, resume=resume):
+    for name, trained in runs(method, dataset, chosen, seed, out, show=first and not json, every=checkpoint_every, resume=resume):
         folder = result_path(out, chosen, name, seed).with_suffix("")
         result = make_result(chosen, name, seed, evaluate(trained, dataset, times), trained) | {"validation": validation}
+        if not first:
+            continue
         checkpoint.save(trained.model, folder / "model", report=trained.report.to_json() if trained.report else None)
         write_json(folder / "result.json", result)
         if results is not None:
             write_json(result_path(results, chosen, name, seed), result)
         shutil.rmtree(folder / RUNNING, ignore_errors=True)  # the run is over, and written
         rows.append({"method": METHODS[name].label, **result["metrics"]})
+    if not first:
+        return
     page = write_page(folder / "report.html", trained.report, chosen.name, rows, context(chosen, seed)) if trained.report else None
     if json:
         show_json(result)
@@ -244,6 +256,8 @@ def bench(
     tune: bool = False,
     results: Path = Path("results"),
     data: Path | None = None,
+    tier: str = "cpu",
+    device: str = "",
     threads: int = 0,
     times: bool = True,
     json: bool = False,
@@ -253,23 +267,28 @@ def bench(
     Example: laconic bench scene cifar10 --methods thin-long laconic --seeds 0 1 2 --threads 1 --no-times
 
     Args:
-        recipes: files or names; none: all that are shipped.
+        recipes: files or names; none: all that are shipped for this tier.
         methods: as of `laconic train`; svd gives dense, too.
         seeds: of initialisation and batches.
         tune: instead, every method at each of its settings, measured on held-out training images.
         results: folder of the result files: RESULTS/<recipe>/<method>-seed<seed>.json. Several commands may share it.
         data: folder of the data sets; default: $LACONIC_DATA, data/, ../shared/data.
+        tier: cpu (minutes on a core), or gpu (full published schedules).
+        device: as of `laconic train`; default: cuda for the tier gpu, else cpu.
         threads: of PyTorch in each run; 0: as many as there are cores.
         times: measure latency; leave it out for runs that do not have the machine to themselves.
         json: print the means as JSON.
     """
     for method in methods:
         check_method(method)
-    names = recipes or tuple(shipped_recipes())
+    names = recipes or tuple(name for name in shipped_recipes() if load_recipe(name).tier == tier)
+    if not names:
+        raise InvalidValueError(f"tier = {tier!r}: no recipe is of this tier, only cpu and gpu have some")
     queue = (trials if tune else grid)(names, methods, seeds)
     if not queue:
         raise InvalidValueError(f"tune: nothing can be set of {', '.join(methods)}")
     options = ["--threads", str(threads), "--times" if times else "--no-times", *(["--data", str(data)] if data else [])]
+    options += ["--device", device or ("cuda" if tier == "gpu" else "cpu")]
     failed = []
     with queue_bar(len(queue), show=not json) as advance:
         for run in queue:

@@ -17,6 +17,7 @@ from .models import MODELS
 class Recipe:
     """Attributes:
     name: of the recipe; where its results go.
+    tier: "cpu": runs in minutes on a core; "gpu": full published schedules, which `laconic bench` runs only with --tier gpu.
     task: data set: one of `laconic.data.DATASETS`, an .npz file, or a folder of images.
     size: of the images of a folder in pixels, of the windows of a text in characters.
     train_limit: use only a prefix of the training images; 0: all.
@@ -39,6 +40,7 @@ class Recipe:
 
     name: str
     task: str
+    tier: str = "cpu"
     size: int = 32
     train_limit: int = 0
     model: str = "convnet"
@@ -83,6 +85,8 @@ class Recipe:
                 fine = type(value).__name__ == kind
             if not fine:
                 raise RecipeError(f"recipe: {field.name} = {value!r} should be a {kind}")
+        if self.tier not in ("cpu", "gpu"):
+            raise RecipeError(f"recipe: tier = {self.tier!r} must be 'cpu' or 'gpu'")
         if self.model not in MODELS:
             raise RecipeError(f"recipe: model = {self.model!r} is unknown{nearest(self.model, MODELS)}")
         for name in ("epochs", "batch_size"):

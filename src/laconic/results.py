@@ -38,7 +38,7 @@ def evaluate(trained: Trained, data: Dataset, times: bool = True) -> dict[str, A
     }
     if times:
         for batch in (1, 64):
-            latency = measure_latency(model, (data.test_x[:batch],))
+            latency = measure_latency(model, (data.test_x[:batch].to(data.device),))
             metrics[f"latency_b{batch}_ms"] = latency.median_ms
             metrics[f"latency_b{batch}_spread_ms"] = latency.spread_ms
         metrics["train_seconds"] = trained.curve.seconds[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compressor import Compressor
-from .data import Dataset, Images
+from .data import Dataset, Images, taken
+from .distributed import gathered, rank, world_size
+from .errors import InvalidValueError
 from .measure import count_params, evaluating
 from .recipe import Recipe
 from .running import RunCheckpoints
@@ -72,15 +76,20 @@ def batches(data: Dataset, batch_size: int, generator: torch.Generator) -> Itera
 
 
 def batch(data: Dataset, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """These training images, augmented, with their labels."""
-    return data.augment(data.train_x[index], generator), data.train_y[index]
+    """These training images, augmented, with their labels, where the model is. Of several processes each takes its share."""
+    index = index[rank() :: world_size()]
+    x, y = data.augment(data.train_x[index], generator), data.train_y[index]
+    return x.to(data.device, non_blocking=True), y.to(data.device, non_blocking=True)
 
 
 def accuracy(model: nn.Module, x: Images, y: Tensor, batch_size: int = 500) -> float:
-    """Share of right answers, in eval mode."""
+    """Share of right answers, in eval mode. Several processes divide the images, and all get the answer."""
+    device = next(model.parameters()).device
+    mine = slice(rank(), None, world_size())
+    parts = zip(taken(x, mine).split(batch_size), y[mine].split(batch_size), strict=True)
     with evaluating(model):
-        right = sum(int((model(a).argmax(-1) == b).sum()) for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True))
-    return right / y.numel()
+        right = sum(int((model(a.to(device)).argmax(-1) == b.to(device)).sum()) for a, b in parts)
+    return sum(gathered(right)) / y.numel()
 
 
 def cross_entropy(outputs: Tensor, y: Tensor, label_smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
@@ -90,9 +99,10 @@ def cross_entropy(outputs: Tensor, y: Tensor, label_smoothing: float = 0.0, redu
 
 def bits(model: nn.Module, x: Images, y: Tensor, batch_size: int = 500) -> float:
     """Mean negative log-likelihood of the right answers in bits, in eval mode: of a text, bits per character."""
+    device = next(model.parameters()).device
     with evaluating(model):
         parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
-        total = sum(float(cross_entropy(model(a), b, reduction="sum")) for a, b in parts)
+        total = sum(float(cross_entropy(model(a.to(device)), b.to(device), reduction="sum")) for a, b in parts)
     return total / y.numel() / math.log(2)
 
 
@@ -110,6 +120,34 @@ def learning_rate_factor(step: int, total: int, warmup: float) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def join(device: str) -> torch.device:
+    """The device to train on; under torchrun, become one of its processes (nccl on CUDA devices, one each; else gloo).
+
+    Raises:
+        InvalidValueError: there is no such device here.
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidValueError(f"device = {device!r}: {str(error).splitlines()[0]}") from None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if place.type == "cuda":
+            place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(place)
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    return place
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    """For several processes (torchrun): their gradients are averaged."""
+    return nn.parallel.DistributedDataParallel(model) if world_size() > 1 else model
+
+
+def parameters_of(model: nn.Module) -> list[tuple[int, torch.Size]]:
+    return [(id(p), p.shape) for p in model.parameters()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +190,15 @@ def fit(
 ) -> Curve:
     """Train for the recipe's epochs (or `epochs`); the time of evaluations and of saving is not counted.
 
+    Started in several processes, they train one model: each takes its share of every batch.
+
     `loss` of the outputs, the inputs and the labels; None: cross-entropy with the recipe's label smoothing.
 
     Raises:
         TrainingInterrupted: on Ctrl-C.
     """
+    if recipe.batch_size % world_size():
+        raise InvalidValueError(f"batch_size = {recipe.batch_size}: cannot be divided among {world_size()} processes")
     epochs = epochs or recipe.epochs
     total = epochs * steps_per_epoch(data, recipe)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -173,9 +215,9 @@ def fit(
         checkpoints = RunCheckpoints(
             restart.directory, model, compressor, settings=restart.settings, optimizer=optimizer, scheduler=scheduler
         )
-        if not restart.resume:
+        found = checkpoints.resume() if restart.resume else None
+        if not restart.resume and rank() == 0:
             checkpoints.clear()
-        found = checkpoints.resume()
         if found is not None:
             curve, at = Curve(**found[1]["curve"]), Position(**found[1]["position"])
             generator.set_state(found[1]["generator"])
@@ -183,6 +225,7 @@ def fit(
             save()  # what was measured when the compressor was built is kept from the first moment on
     every = restart.every if restart is not None and restart.every else steps_per_epoch(data, recipe)
     model.train()
+    net, held = wrapped(model), parameters_of(model)
     try:
         while at.epoch < epochs:
             if at.done == 0:
@@ -191,9 +234,11 @@ def fit(
                 x, y = batch(data, at.order[at.done : at.done + recipe.batch_size], generator)
                 start = time.perf_counter()
                 optimizer.zero_grad(set_to_none=True)
-                value = loss(model(x), x, y) if loss else cross_entropy(model(x), y, recipe.label_smoothing)
+                value = loss(net(x), x, y) if loss else cross_entropy(net(x), y, recipe.label_smoothing)
                 value.backward()
                 optimizer.step()
+                if net is not model and held != parameters_of(model):  # layers were cut
+                    net, held = wrapped(model), parameters_of(model)
                 scheduler.step()
                 at.seconds += time.perf_counter() - start
                 at.step += 1

@@ -4,7 +4,7 @@
 LACONIC_DATA, else `data/` or `../shared/data`. An .npz file or a folder of images is named by its path.
 """
 
-from .augment import crop, crop_and_flip, keep
-from .sets import DATASETS, Dataset, Images, load_dataset
+from .augment import crop, crop_and_flip, keep, zoom_and_flip
+from .sets import DATASETS, Dataset, Images, load_dataset, taken
 
-__all__ = ["DATASETS", "Dataset", "Images", "crop", "crop_and_flip", "keep", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "Images", "crop", "crop_and_flip", "keep", "load_dataset", "taken", "zoom_and_flip"]

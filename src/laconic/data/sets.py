@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import os
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..errors import DataNotFoundError, InvalidValueError, missing_extra, nearest
-from .augment import crop, crop_and_flip, keep
+from .augment import crop, crop_and_flip, keep, zoom_and_flip
 from .files import LazyImages, folder_set, idx_set, npz_set, python_batches
 
 Images = Tensor | LazyImages
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +35,24 @@ class Dataset:
     test_y: Tensor
     classes: int
     augment: Callable[[Tensor, torch.Generator], Tensor] = keep
+    device: torch.device = CPU  # of the model; the images wait in the CPU's memory
 
     def validation(self, share: float = 0.15, seed: int = 0) -> Dataset:
         """The same with a part of the training set in place of the test set: for tuning."""
         order = torch.randperm(len(self.train_x), generator=torch.Generator().manual_seed(seed))
         held = int(share * len(order))
         test, train = order[:held], order[held:]
-        return Dataset(
-            self.name, _taken(self.train_x, train), self.train_y[train], _taken(self.train_x, test), self.train_y[test], self.classes,
-            self.augment,
-        )  # fmt: skip
+        return dataclasses.replace(
+            self,
+            train_x=taken(self.train_x, train),
+            train_y=self.train_y[train],
+            test_x=taken(self.train_x, test),
+            test_y=self.train_y[test],
+        )
 
 
-def _taken(x: Images, index: Any) -> Images:
+def taken(x: Images, index: Any) -> Images:
+    """Some of the images."""
     return x.take(index) if isinstance(x, LazyImages) else x[index]
 
 
@@ -140,6 +147,23 @@ def text_set(name: str, path: Path, size: int) -> Dataset:
     return Dataset(name, x[:test], y[:test], x[test:], y[test:], len(letters))
 
 
+def folders(name: str, path: Path, size: int) -> Dataset:
+    """A folder of images, see `folder_set`. Characters and words (with a `gt.txt`) keep their sides; others are mirrored, large ones zoomed into."""
+    train_x, train_y, test_x, test_y, classes = folder_set(path, size)
+    augment = crop if (path / "train" / "gt.txt").exists() else crop_and_flip if size <= 64 else zoom_and_flip
+    return Dataset(name, train_x, train_y, test_x, test_y, len(classes), augment)
+
+
+def imagenet(root: Path | None, size: int) -> Dataset:
+    """ImageNet (ILSVRC 2012) as folders of classes in train and val."""
+    return folders("imagenet", _file("imagenet", root), size)
+
+
+def icdar(root: Path | None, size: int) -> Dataset:
+    """Characters of ICDAR 2003: train and test with a `gt.txt` each."""
+    return folders("icdar", _file("icdar", root), size)
+
+
 DATASETS: dict[str, Callable[[Path | None, int], Dataset]] = {
     "digits": digits,
     "scene": scene,
@@ -149,6 +173,8 @@ DATASETS: dict[str, Callable[[Path | None, int], Dataset]] = {
     "cifar10-original": cifar10_original,
     "cifar100": cifar100,
     "tiny-shakespeare": tiny_shakespeare,
+    "imagenet": imagenet,
+    "icdar": icdar,
 }
 
 
@@ -168,14 +194,13 @@ def load_dataset(name: str, root: str | Path | None = None, train_limit: int | N
     elif Path(name).suffix == ".npz" and Path(name).is_file():
         data = _prepared(name, *npz_set(Path(name)), keep)
     elif Path(name).is_dir():
-        train_x, train_y, test_x, test_y, classes = folder_set(Path(name), size)
-        data = Dataset(name, train_x, train_y, test_x, test_y, len(classes), crop_and_flip)
+        data = folders(name, Path(name), size)
     else:
         raise InvalidValueError(f"task = {name!r} is unknown{nearest(name, DATASETS)}, and neither an .npz file nor a folder of images")
     if train_limit is None:
         return data
     some = slice(train_limit)
-    return Dataset(data.name, _taken(data.train_x, some), data.train_y[some], data.test_x, data.test_y, data.classes, data.augment)
+    return dataclasses.replace(data, train_x=taken(data.train_x, some), train_y=data.train_y[some])
 
 
 def _file(name: str, root: Path | None) -> Path:

@@ -50,7 +50,7 @@ def roots(layers: dict[str, nn.Module], model: nn.Module, data: Dataset) -> dict
 
     def watch(name: str) -> Any:
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            count, total = sums.get(name, (0, torch.zeros(1)))
+            count, total = sums.get(name, (0, torch.zeros((), device=data.device)))
             if count < POSITIONS:
                 rows = patches(layer, args[0].detach())
                 sums[name] = count + len(rows), total + (rows.mT @ rows).double()

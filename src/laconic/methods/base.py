@@ -52,31 +52,36 @@ class Method:
     settings: Sequence[float] = ()
 
 
+def network(data: Dataset, recipe: Recipe, widths: tuple[int, ...]) -> nn.Module:
+    """The recipe's network with these widths, as PyTorch initialises it."""
+    shape = Shape(widths=widths, pools=recipe.pools, depth=recipe.depth, kernel=recipe.kernel, heads=recipe.heads)
+    return MODELS[recipe.model](data.train_x.shape[1:], data.classes, shape)
+
+
 def build(data: Dataset, recipe: Recipe, seed: int, widths: tuple[int, ...] | None = None) -> nn.Module:
     """The recipe's network, initialised from the seed or (unless other widths are asked for) from the recipe's weights."""
     torch.manual_seed(seed)
-    shape = Shape(widths=widths or recipe.widths, pools=recipe.pools, depth=recipe.depth, kernel=recipe.kernel, heads=recipe.heads)
-    model = MODELS[recipe.model](data.train_x.shape[1:], data.classes, shape)
+    model = network(data, recipe, widths or recipe.widths)
     if recipe.init and widths is None:
         load_weights(model, Path(recipe.init))
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPU
+    model.to(data.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPU
     return model
 
 
 def thin_network(data: Dataset, recipe: Recipe, seed: int) -> nn.Module:
     """The recipe's network with all widths scaled down to its budget."""
     limit = int(recipe.params * count_params(build(data, recipe, seed)))
-    return build(data, recipe, seed, thin_widths(lambda widths: build(data, recipe, seed, widths), recipe.widths, limit))
+    return build(data, recipe, seed, thin_widths(lambda widths: network(data, recipe, widths), recipe.widths, limit))
 
 
 def example(data: Dataset, batch: int = 1) -> tuple[torch.Tensor]:
     """One image, or a batch: MACs and milliseconds are then those of it."""
-    return (data.train_x[:batch],)
+    return (data.train_x[:batch].to(data.device),)
 
 
 def calibration(data: Dataset) -> list[torch.Tensor]:
     """Inputs for BatchNorm re-estimation: 2,048 training images, without augmentation."""
-    return list(data.train_x[:2048].split(256))
+    return list(data.train_x[:2048].to(data.device).split(256))
 
 
 def after_step(optimizer: torch.optim.Optimizer, step: int, act: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from ..budget import Budget
 from ..compressor import Compressor
 from ..data import Dataset
+from ..distributed import world_size
 from ..errors import RecipeError, nearest
 from ..penalties import LogSum
 from ..recipe import Recipe
@@ -45,6 +46,7 @@ def compressor_for(
         example_inputs=example(data, 64 if recipe.latency else 1),
         cut="early" if recipe.settle < 1 else "end",
         schedule=Schedule(warmup=recipe.warmup, settle=recipe.settle),
+        rebuild=(lambda _: None) if world_size() > 1 else None,  # the loop wraps the model anew
     )
 
 

@@ -40,7 +40,7 @@ class ThreeFactors(nn.Module):
 
 def penalty(u: Tensor, s: Tensor, vh: Tensor, hoyer: float) -> Tensor:
     """Of one weight."""
-    eye = torch.eye(s.shape[-1])
+    eye = torch.eye(s.shape[-1], device=s.device)
     skew = (u.mT @ u - eye).square().sum() + (vh @ vh.mT - eye).square().sum()
     value: Tensor = ORTHOGONAL * skew / s.shape[-1] ** 2 + hoyer * (s.abs().sum(-1) / s.norm(dim=-1).clamp_min(1e-12)).sum()
     return value

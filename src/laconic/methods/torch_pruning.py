@@ -52,7 +52,7 @@ def train(
     def prune() -> None:
         if taylor:
             optimizer.zero_grad()
-            cross_entropy(model(data.train_x[:SCORED]), data.train_y[:SCORED]).backward()
+            cross_entropy(model(example(data, SCORED)[0]), data.train_y[:SCORED].to(data.device)).backward()
         while (before := count_params(model)) > limit:
             pruner.step()
             if count_params(model) == before and pruner.current_step >= pruner.iterative_steps:
