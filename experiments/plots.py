@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import tyro
 from matplotlib.figure import Figure
+from render import load, spread, times_of
+
+from laconic.methods import METHODS
 
 mpl.use("Agg")
 mpl.rcParams["svg.hashsalt"] = "laconic"  # the same bytes for the same results
@@ -93,6 +98,58 @@ def accuracy(runs: dict[str, dict[str, Any]], seconds: dict[str, float]) -> Figu
     return figure
 
 
+def pareto(task: str) -> Figure:
+    """Test accuracy against the share of the parameters: mean and standard deviation over the seeds."""
+    figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    found = {share: load(recipe) for share, recipe in ((0.25, task), (0.1, f"{task}-tenth"), (0.05, f"{task}-twentieth"))}
+    for method in ("laconic", "thin-long", "thin", "torch-pruning", "low-rank", "channels"):
+        points = [(share, runs[method]) for share, runs in found.items() if method in runs]
+        shares, means, spreads = ([f(p) for p in points] for f in (itemgetter(0), lambda p: mean_of(p[1]), lambda p: spread_of(p[1])))
+        heavy = {"linewidth": 2.5, "color": "black"} if method == "laconic" else {}
+        axes.errorbar(shares, means, spreads, marker="o", capsize=3, label=METHODS[method].label, **heavy)
+    axes.axhline(mean_of(found[0.25]["dense"]), color="0.6", linestyle="--", label="dense")
+    axes.set(xscale="log", xlabel="parameters, share of dense", ylabel="test accuracy, %")
+    axes.set_xticks(list(found), [f"{share:g}" for share in found])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    return figure
+
+
+def curves(recipe: str) -> Figure:
+    """Test accuracy after every epoch against training time in units of the dense run's: mean, and a band of one standard deviation."""
+    figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    results, seconds = load(recipe), times_of(recipe)["train"]
+    for method, color in (("dense", "0.6"), ("thin-long", "C0"), ("laconic", "black")):
+        accuracies = [[100 * a for a in run["curve"]["accuracy"]] for run in results[method]]
+        # an epoch takes as long as its share of the run's own clock
+        shares = [
+            statistics.mean(run["curve"]["seconds"][k] / run["curve"]["seconds"][-1] for run in results[method])
+            for k in range(len(accuracies[0]))
+        ]
+        times = [share * seconds.get(method, 1.0) for share in shares]
+        means = [statistics.mean(column) for column in zip(*accuracies, strict=True)]
+        spreads = [statistics.stdev(column) for column in zip(*accuracies, strict=True)]
+        axes.plot(times, means, color=color, label=METHODS[method].label)
+        axes.fill_between(
+            times,
+            [m - s for m, s in zip(means, spreads, strict=True)],
+            [m + s for m, s in zip(means, spreads, strict=True)],
+            color=color,
+            alpha=0.2,
+        )
+    axes.set(xlabel="training time, dense = 1", ylabel="test accuracy, %", ylim=(max(0.0, means[0] - 5), None))
+    axes.legend(frameon=False)
+    return figure
+
+
+def mean_of(runs: list[dict[str, Any]]) -> float:
+    return 100 * statistics.mean(r["metrics"]["accuracy"] for r in runs)
+
+
+def spread_of(runs: list[dict[str, Any]]) -> float:
+    return 100 * spread(runs)
+
+
 def phases(axes: Any, run: dict[str, Any]) -> None:
     for name in ("warmup", "settle"):
         axes.axvline(run["recipe"][name], color="0.7", linewidth=1)
@@ -108,6 +165,8 @@ def main(options: Options) -> None:
         "controller": controller(run),
         "accuracy": accuracy({label: result(options.recipe, method) for method, label in labels.items()}, times),
     }
+    for task in ("cifar10", "scene"):
+        pictures |= {f"pareto-{task}": pareto(task), f"curves-{task}": curves(f"{task}-tenth")}
     for name, figure in pictures.items():
         figure.savefig(options.out / f"{name}.svg", metadata={"Date": None})
         plt.close(figure)

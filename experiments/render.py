@@ -13,31 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import ttest_ind
+
+from laconic.methods import METHODS
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
-LABELS = {
-    "dense": "dense",
-    "svd": "dense, then SVD to the budget",
-    "svd-tuned": "dense, cut by SVD at half, trained on",
-    "thin": "thin dense, same steps",
-    "thin-long": "thin dense, for longer",
-    "distilled": "thin dense, distilled from dense",
-    "found": "laconic's shape, from scratch",
-    "as-published": "Alvarez & Salzmann 2017, as published",
-    "trp": "TRP, then SVD",
-    "lc": "LC rank learning",
-    "spectral-decay": "spectral weight decay, then SVD",
-    "slorr-hoyer": "SLORR-Hoyer, then SVD",
-    "pufferfish": "Pufferfish",
-    "spectral-init": "spectral initialisation, Frobenius decay",
-    "torch-pruning": "Torch-Pruning",
-    "late": "ranks alone, cut last",
-    "low-rank": "ranks alone",
-    "channels": "neurons alone",
-    "laconic": "**laconic**",
-}
+LABELS = {name: f"**{method.label}**" if name == "laconic" else method.label for name, method in METHODS.items()}
 DENSE_OF = {
     f"{task}-{part}": task for task in ("cifar10", "cifar10-full", "scene") for part in ("tenth", "twentieth")
 }  # recipes that differ in their budget alone share the dense runs
@@ -48,7 +32,7 @@ TIMES_OF = {f"cifar10-full{part}": f"cifar10{part}" for part in ("", "-tenth")} 
 def load(recipe: str) -> dict[str, list[dict[str, Any]]]:
     """Results of one recipe by method, in the order of LABELS, each sorted by seed."""
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in LABELS}
-    for path in sorted([*(RESULTS / recipe).glob("*-seed*.json"), *(RESULTS / DENSE_OF.get(recipe, "-")).glob("dense-seed*.json")]):
+    for path in sorted([*(RESULTS / recipe).glob("*-seed?.json"), *(RESULTS / DENSE_OF.get(recipe, "-")).glob("dense-seed*.json")]):
         result = json.loads(path.read_text())
         found[result["method"]].append(result)
     return {method: sorted(runs, key=lambda r: r["seed"]) for method, runs in found.items() if runs}
@@ -69,6 +53,28 @@ def percent(runs: list[dict[str, Any]]) -> str:
     return f"{100 * (mean(runs, 'accuracy') or 0):.2f}" + (f" ± {100 * spread(runs):.2f}" if len(runs) > 1 else "")
 
 
+def is_text(results: dict[str, list[dict[str, Any]]]) -> bool:
+    return next(iter(results.values()))[0]["task"] == "tiny-shakespeare"
+
+
+def score(runs: list[dict[str, Any]], text: bool) -> str:
+    """Accuracy in percent, or of a text bits per character."""
+    return f"{mean(runs, 'bits') or 0:.3f}" + (f" ± {spread(runs, 'bits'):.3f}" if len(runs) > 1 else "") if text else percent(runs)
+
+
+def ahead(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], text: bool) -> str:
+    """Difference of the means, positive where laconic is better, and where both have several seeds the p of Welch's t-test."""
+    if not ours or ours[0]["method"] == theirs[0]["method"]:
+        return "-"
+    metric, scale = ("bits", -1) if text else ("accuracy", 100)
+    a, b = ([scale * r["metrics"][metric] for r in runs] for runs in (ours, theirs))
+    difference = f"{statistics.mean(a) - statistics.mean(b):+.{3 if text else 2}f}"
+    if min(len(a), len(b)) < 2:
+        return difference
+    p = float(ttest_ind(a, b, equal_var=False).pvalue)
+    return f"{difference} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}' if p < 0.1 else f'= {p:.2f}'})"
+
+
 def times_of(recipe: str) -> dict[str, dict[str, float]]:
     """From the timing pass: training times relative to dense (thin for longer: by its epochs in this recipe), and latencies."""
     path = RESULTS / TIMES_OF.get(recipe, recipe) / "times.json"
@@ -82,11 +88,13 @@ def times_of(recipe: str) -> dict[str, dict[str, float]]:
 
 
 def comparison(recipe: str) -> str:
-    """Method, accuracy with its spread over seeds, parameters, MACs; from the timing pass: training time, latency."""
+    """Method, accuracy with its spread over seeds, how far laconic is ahead, parameters, MACs; from the timing pass: training time, latency."""
     results, times = load(recipe), times_of(recipe)
     if "dense" not in results:
         return "(no results yet)\n"
-    lines = ["| method | test accuracy, % | parameters | MACs | training time | batch of 64 | seeds |", "|---|---|---|---|---|---|---|"]
+    text = is_text(results)
+    head = "bits per character" if text else "test accuracy, %"
+    lines = [f"| method | {head} | laconic ahead by | parameters | MACs | training time | batch of 64 | seeds |", "|---" * 8 + "|"]
     base = results["dense"]
     for method, runs in results.items():
         relative = f"{times['train'][method]:.2f}" if method in times["train"] else "-"
@@ -95,7 +103,7 @@ def comparison(recipe: str) -> str:
         params, macs = mean(runs, "params") or 0, mean(runs, "macs") or 0
         whole, all_macs = mean(base, "params") or 1, mean(base, "macs") or 1
         lines.append(
-            f"| {LABELS[method]} | {percent(runs)} | {params:,.0f} ({params / whole:.2f}) "
+            f"| {LABELS[method]} | {score(runs, text)} | {ahead(results.get('laconic', []), runs, text)} | {params:,.0f} ({params / whole:.2f}) "
             f"| {macs / 1e6:.2f} M ({macs / all_macs:.2f}) | {relative} | {latency} | {len(runs)} |"
         )
     return "\n".join(lines) + "\n"

@@ -34,4 +34,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return Trained(model, curve, notes=[f"widths {model.widths}, teacher: the dense network of this seed"])
 
 
-DISTILLED = Method("thin dense, distilled", train, (SHARE, 0.5, 0.7))
+DISTILLED = Method("thin dense, distilled from dense", train, (SHARE, 0.5, 0.7))

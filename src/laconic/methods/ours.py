@@ -73,7 +73,7 @@ def with_recipe(label: str, **changes: Any) -> Method:
 
 
 LACONIC = Method("laconic", train)
-LOW_RANK = with_recipe("laconic, ranks alone", structures=("low-rank",))
-CHANNELS = with_recipe("laconic, neurons alone", structures=("channels",))
+LOW_RANK = with_recipe("ranks alone", structures=("low-rank",))
+CHANNELS = with_recipe("neurons alone", structures=("channels",))
 # Ranks alone: neurons that go at the end are not repaired by any training. BatchNorm is re-estimated.
 LATE = with_recipe("ranks alone, cut last", structures=("low-rank",), settle=1.0)

@@ -22,5 +22,5 @@ def longer(data: Dataset, recipe: Recipe, seed: int, report: Report | None = Non
     return train(data, recipe, seed, report, restart, recipe.thin_epochs or 2 * recipe.epochs)
 
 
-THIN = Method("thin dense", train)
-THIN_LONG = Method("thin dense, longer", longer)
+THIN = Method("thin dense, same steps", train)
+THIN_LONG = Method("thin dense, for longer", longer)
