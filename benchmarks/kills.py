@@ -28,6 +28,7 @@ from common import write
 
 from laconic import cli
 from laconic.checkpoint import read_tensors
+from laconic.cli.shared import RUNNING
 from laconic.data import load_dataset
 from laconic.errors import CheckpointError
 from laconic.running import RunCheckpoints
@@ -66,7 +67,7 @@ def start(recipe: Path, out: Path) -> int:
 
 def whole_checkpoints(out: Path) -> tuple[int, int]:
     """How many named checkpoints can be read, and how many cannot."""
-    checkpoints = RunCheckpoints(out / "killed" / "laconic-seed0" / cli.RUNNING, torch.nn.Identity())
+    checkpoints = RunCheckpoints(out / "killed" / "laconic-seed0" / RUNNING, torch.nn.Identity())
     good = bad = 0
     for step in checkpoints.steps():
         with contextlib.suppress(CheckpointError):
@@ -113,10 +114,10 @@ def main(options: Options) -> None:
                 os.kill(child, signal.SIGKILL)
                 if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
                     kills += 1
-                    running = out / "killed" / "laconic-seed0" / cli.RUNNING
+                    running = out / "killed" / "laconic-seed0" / RUNNING
                     in_saves += any(running.glob(".step-*.tmp"))
                     lost += whole_checkpoints(out)[1]
-            if not (out / "killed" / "laconic-seed0" / "result.json").exists() or (out / "killed" / "laconic-seed0" / cli.RUNNING).exists():
+            if not (out / "killed" / "laconic-seed0" / "result.json").exists() or (out / "killed" / "laconic-seed0" / RUNNING).exists():
                 os.waitpid(start(recipe, out), 0)
             found = outcome(out)
             identical += found == wanted

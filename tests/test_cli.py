@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import laconic.cli
+import laconic.cli.shared
 from laconic.cli import COMMANDS, main
 from laconic.data import load_dataset
 from laconic.methods import build
@@ -137,7 +137,7 @@ def test_ctrl_c_in_training_leaves_a_model_that_loads_and_says_where(recipe, cap
     def signal_at_step_40(title, show):
         yield lambda progress: os.kill(os.getpid(), signal.SIGINT) if progress.step == 40 else None
 
-    monkeypatch.setattr(laconic.cli, "progress_bar", signal_at_step_40)
+    monkeypatch.setattr(laconic.cli.shared, "progress_bar", signal_at_step_40)
     with pytest.raises(SystemExit) as stopped:
         run("train", recipe)
     assert stopped.value.code == 130

@@ -1,0 +1,41 @@
+"""What was done to a saved model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from .. import checkpoint
+from ..errors import CheckpointError, CheckpointNotFoundError
+from ..report import CompactReport, layer_table, render
+from .shared import show_json
+
+
+def report(directory: Positional[Path], html: Path | None = None, json: bool = False) -> None:
+    """Show what was done to a saved model.
+
+    Example: laconic report laconic-demo/model --html report.html
+
+    Args:
+        directory: a saved model.
+        html: also write the HTML page here (needs the extra `plot`).
+        json: print the report as JSON.
+    """
+    if not directory.is_dir():
+        raise CheckpointNotFoundError(f"{directory} does not exist or is not a directory: expected a saved model")
+    manifest = checkpoint.read_manifest(directory)
+    if "report" not in manifest:
+        raise CheckpointError(f"{directory} was saved without a report: laconic.save(model, directory, report=report.to_json())")
+    found = CompactReport.from_json(manifest["report"])
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(render(found, title=manifest["model"], context={"laconic": manifest["laconic"], "torch": manifest["torch"]}))
+    if json:
+        show_json(manifest["report"])
+        return
+    Console().print(layer_table(found))
+    print(f"parameters {found.params_before:,} -> {found.params_after:,}")
+    for note in found.notes:
+        print(f"note: {note}")

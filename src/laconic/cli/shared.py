@@ -1,0 +1,96 @@
+"""What the commands share: runs of a method with their progress, interrupts, and pages."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json as jsonlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import checkpoint
+from ..console import console, progress_bar
+from ..data import Dataset
+from ..errors import InvalidValueError, MissingExtraError, nearest
+from ..methods import METHODS, Trained, cut_after_training
+from ..recipe import Recipe
+from ..report import CompactReport, render
+from ..results import machine, result_path, versions
+from ..training import Restart, TrainingInterrupted
+
+RUNNING = "running"  # the folder of a run's checkpoints
+
+
+def check_method(method: str) -> None:
+    if method not in METHODS:
+        raise InvalidValueError(f"method = {method!r} is unknown{nearest(method, METHODS)}")
+
+
+def runs(
+    method: str, data: Dataset, recipe: Recipe, seed: int, out: Path, show: bool, every: int = 0, resume: bool = False
+) -> Iterator[tuple[str, Trained]]:
+    """Train by a method. `svd` starts from the dense network, so that one comes first, as a result of its own."""
+    names = ("dense", "svd") if method == "svd" else (method,)
+    base: Trained | None = None
+    for name in names:
+        folder = result_path(out, recipe, name, seed).with_suffix("")
+        if (there := any((folder / RUNNING).glob("step-*"))) != resume:
+            console.print(
+                f"{folder / RUNNING}: the checkpoints of an earlier run are removed (--resume would go on from them)"
+                if there
+                else f"{folder / RUNNING}: no checkpoint to resume from, starting from the beginning"
+            )
+        restart = Restart(folder / RUNNING, every, resume, {"recipe": dataclasses.asdict(recipe), "method": name, "seed": seed})
+        with progress_bar(name, show and name != "svd") as report, interruptible(folder), told():
+            base = cut_after_training(base, data, recipe) if base else METHODS[name].train(data, recipe, seed, report, restart)
+        yield name, base
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Warnings as lines on the console."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: console.print(f"note: {message}")
+        yield
+
+
+class interruptible:  # noqa: N801 - used like a function
+    """On Ctrl-C: save the model as it is, say where, leave with status 130."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, TrainingInterrupted):
+            place = checkpoint.save(error.model, self.folder / "interrupted")
+            console.print(
+                f"{error}; the model as it is now: {place} (laconic.load reads it); "
+                "the same command with --resume goes on from the last running checkpoint"
+            )
+            raise SystemExit(130) from None
+
+
+def context(recipe: Recipe, seed: int) -> dict[str, Any]:
+    return {"recipe": recipe.name, "seed": seed, **versions(), **machine()}
+
+
+def write_page(path: Path, report: CompactReport, title: str, rows: list[dict[str, Any]] | None, about: dict[str, Any]) -> Path | None:
+    """The HTML page; None, and a line that says why, where its extra is not installed."""
+    try:
+        page = render(report, title=title, comparison=rows, context=about)
+    except MissingExtraError as error:
+        console.print(f"no HTML page: {error}")
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page)
+    return path
+
+
+def show_json(content: Any) -> None:
+    print(jsonlib.dumps(content))
