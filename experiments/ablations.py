@@ -107,7 +107,11 @@ def equal_weights(plan: Any, budget: Any) -> dict[str, float]:
 def path_of(results: Path, recipe: str, factor: str, variant: str, seed: int) -> Path:
     """The default is one run for all factors."""
     name = "default" if FACTORS[factor][variant] is DEFAULT and variant == DEFAULTS[factor] else f"{factor}-{variant}"
-    return results / recipe / f"{''.join(c if c.isalnum() or c in '.-' else '_' for c in name)}-seed{seed}.json"
+    return results / recipe / f"{file_name(name)}-seed{seed}.json"
+
+
+def file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
 
 
 DEFAULTS = {

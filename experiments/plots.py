@@ -16,8 +16,9 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import tyro
+from ablations import DEFAULTS, FACTORS
 from matplotlib.figure import Figure
-from render import load, spread, times_of
+from render import load, spread, times_of, variant_runs
 
 from laconic.methods import METHODS
 
@@ -142,6 +143,26 @@ def curves(recipe: str) -> Figure:
     return figure
 
 
+def ablations(recipe: str) -> Figure:
+    """A panel for each factor: its variants, mean and standard deviation over the seeds; the default is filled, and drawn through all of them."""
+    figure, panels = plt.subplots(2, 4, figsize=(13, 6), sharey=True, layout="constrained")
+    default = variant_runs(recipe, "default")
+    for axes, (factor, variants) in zip(panels.flat, FACTORS.items(), strict=True):
+        axes.axhline(mean_of(default), color="0.8")
+        for at, variant in enumerate(variants):
+            mine = variant == DEFAULTS[factor]
+            runs = default if mine else variant_runs(recipe, f"{factor}-{variant}")
+            if runs:
+                axes.errorbar(
+                    [at], [mean_of(runs)], [spread_of(runs)], marker="o", capsize=3, color="black", fillstyle="full" if mine else "none"
+                )
+        axes.set_title(factor, fontsize=10)
+        axes.set_xticks(range(len(variants)), list(variants), rotation=30, ha="right", fontsize=8)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("test accuracy, %")
+    return figure
+
+
 def mean_of(runs: list[dict[str, Any]]) -> float:
     return 100 * statistics.mean(r["metrics"]["accuracy"] for r in runs)
 
@@ -167,6 +188,8 @@ def main(options: Options) -> None:
     }
     for task in ("cifar10", "scene"):
         pictures |= {f"pareto-{task}": pareto(task), f"curves-{task}": curves(f"{task}-tenth")}
+        if variant_runs(f"{task}-tenth", "default"):
+            pictures[f"ablations-{task}"] = ablations(f"{task}-tenth")
     for name, figure in pictures.items():
         figure.savefig(options.out / f"{name}.svg", metadata={"Date": None})
         plt.close(figure)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ablations import DEFAULTS, FACTORS, file_name
 from scipy.stats import ttest_ind
 
 from laconic.methods import METHODS
@@ -64,7 +65,7 @@ def score(runs: list[dict[str, Any]], text: bool) -> str:
 
 def ahead(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], text: bool) -> str:
     """Difference of the means, positive where laconic is better, and where both have several seeds the p of Welch's t-test."""
-    if not ours or ours[0]["method"] == theirs[0]["method"]:
+    if not ours or ours is theirs:
         return "-"
     metric, scale = ("bits", -1) if text else ("accuracy", 100)
     a, b = ([scale * r["metrics"][metric] for r in runs] for runs in (ours, theirs))
@@ -218,7 +219,30 @@ def structures(task: str) -> str:
     return "\n".join([*lines, *(["", f"Dense: {percent(dense)}."] if dense else [])]) + "\n"
 
 
+def ablations(recipe: str) -> str:
+    """One factor after the other: accuracy of its variants, the default first among them where it stands."""
+    lines = ["| | | test accuracy, % | against the default | seeds |", "|---|---|---|---|---|"]
+    default = variant_runs(recipe, "default")
+    for factor, variants in FACTORS.items():
+        for variant in variants:
+            is_default = variant == DEFAULTS[factor]
+            runs = default if is_default else variant_runs(recipe, f"{factor}-{variant}")
+            if runs:
+                name = f"**{variant}**" if is_default else variant
+                lines.append(
+                    f"| {factor} | {name} | {percent(runs)} | {'-' if is_default else ahead(runs, default, False)} | {len(runs)} |"
+                )
+    return "\n".join(lines) + "\n" if len(lines) > 2 else "(no results yet)\n"
+
+
+def variant_runs(recipe: str, name: str) -> list[dict[str, Any]]:
+    """Results of one variant (see ablations.py), by seed."""
+    return [json.loads(p.read_text()) for p in sorted((RESULTS / "ablations" / recipe).glob(f"{file_name(name)}-seed?.json"))]
+
+
 TABLES = {
+    "ablations-scene-tenth": lambda _: ablations("scene-tenth"),
+    "ablations-cifar10-tenth": lambda _: ablations("cifar10-tenth"),
     "structures-cifar10": lambda _: structures("cifar10"),
     "structures-cifar10-full": lambda _: structures("cifar10-full"),
     "structures-scene": lambda _: structures("scene"),

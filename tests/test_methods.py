@@ -10,11 +10,12 @@ from torch import nn
 from laconic.budget import Budget
 from laconic.data import load_dataset
 from laconic.matricize import choose_unfolding
-from laconic.measure import count_params
+from laconic.measure import count_macs, count_params
 from laconic.methods import (
     METHODS,
     Trained,
     activation_aware,
+    base,
     build,
     cuttlefish,
     fixed_rank,
@@ -263,3 +264,16 @@ def test_pat_holds_the_ranks_that_fit_while_training_goes_on(data, monkeypatch):
     for name, (unfolding, rank) in fixed_rank.shares_of_rank(build(data, RECIPE, 0), RECIPE).items():
         matrix = unfolding.unfold(model.get_submodule(name).weight.detach()).double()
         assert int(torch.linalg.matrix_rank(matrix, rtol=1e-5)) == rank
+
+
+@pytest.mark.parametrize("bound", [{"macs": 0.2}, {"latency": 0.5}])
+def test_thin_networks_keep_the_other_bounds_too(bound, data, monkeypatch):
+    """Milliseconds here are MACs: a test does not time."""
+    monkeypatch.setattr(base, "milliseconds", count_macs)
+    recipe = dataclasses.replace(RECIPE, params=0.9, **bound)
+    dense, thin = build(data, recipe, 0), base.thin_network(data, recipe, 0)
+    share = next(iter(bound.values()))
+    inputs = base.example(data)
+    assert count_macs(thin, inputs) <= share * count_macs(dense, inputs)
+    wider = next(w for s in range(1001) if (w := tuple(max(1, round(k * s / 1000)) for k in RECIPE.widths)) > thin.widths)
+    assert count_macs(base.network(data, recipe, wider), inputs) > share * count_macs(dense, inputs)

@@ -14,8 +14,8 @@ from torch import nn
 from ..checkpoint import load_weights
 from ..data import Dataset
 from ..errors import InfeasibleBudgetError
-from ..measure import count_params
-from ..models import MODELS, Shape, thin_widths
+from ..measure import count_macs, count_params, measure_latency
+from ..models import MODELS, Shape, thin_widths, widest
 from ..recipe import Recipe
 from ..report import CompactReport
 from ..training import Curve, Report, Restart, make_optimizer
@@ -69,9 +69,24 @@ def build(data: Dataset, recipe: Recipe, seed: int, widths: tuple[int, ...] | No
 
 
 def thin_network(data: Dataset, recipe: Recipe, seed: int) -> nn.Module:
-    """The recipe's network with all widths scaled down to its budget."""
-    limit = int(recipe.params * count_params(build(data, recipe, seed)))
-    return build(data, recipe, seed, thin_widths(lambda widths: network(data, recipe, widths), recipe.widths, limit))
+    """The recipe's network with all widths scaled down to its budget: in parameters, and in MACs and measured milliseconds where these are bounded."""
+    dense = build(data, recipe, seed)
+    widths = thin_widths(lambda widths: network(data, recipe, widths), recipe.widths, int(recipe.params * count_params(dense)))
+    if recipe.macs or recipe.latency:
+        bounds: list[tuple[Callable[..., float], float, Any]] = [(count_macs, recipe.macs, example(data))] if recipe.macs else []
+        bounds += [(milliseconds, recipe.latency, example(data, 64))] if recipe.latency else []
+
+        def fits(widths: tuple[int, ...]) -> bool:
+            thin = build(data, recipe, seed, widths)
+            return all(cost(thin, inputs) <= share * cost(dense, inputs) for cost, share, inputs in bounds)
+
+        widths = widest(widths, fits)
+    return build(data, recipe, seed, widths)
+
+
+def milliseconds(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
+    """Of a forward pass."""
+    return measure_latency(model, inputs).median_ms
 
 
 def example(data: Dataset, batch: int = 1) -> tuple[torch.Tensor]:

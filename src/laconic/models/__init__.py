@@ -49,21 +49,40 @@ MODELS: dict[str, Builder] = {
 }
 
 
-def thin_widths(build: Callable[[tuple[int, ...]], nn.Module], widths: Sequence[int], limit: int) -> tuple[int, ...]:
-    """Widths scaled by one factor (in thousandths) so that the network has as many parameters as fit into `limit`; at least 1 each."""
+def widest(widths: Sequence[int], fits: Callable[[tuple[int, ...]], bool]) -> tuple[int, ...]:
+    """Widths scaled by one factor (in thousandths), the largest that fits; at least 1 each."""
 
     def scaled(step: int) -> tuple[int, ...]:
         return tuple(max(1, round(w * step / 1000)) for w in widths)
 
-    def params(step: int) -> int:
-        with torch.device("meta"):
-            return sum(p.numel() for p in build(scaled(step)).parameters())
-
     low, high = 0, 1000  # the largest step that fits lies at `low` or above, below `high` + 1
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if params(middle) <= limit else (low, middle - 1)
+        low, high = (middle, high) if fits(scaled(middle)) else (low, middle - 1)
     return scaled(low)
 
 
-__all__ = ["GPT", "MODELS", "CharNet", "ConvNet", "ImageNetResNet", "LeNet5", "LeNet300100", "ResNet", "Shape", "ViT", "thin_widths"]
+def thin_widths(build: Callable[[tuple[int, ...]], nn.Module], widths: Sequence[int], limit: int) -> tuple[int, ...]:
+    """The widest network that has no more parameters than `limit`."""
+
+    def fits(widths: tuple[int, ...]) -> bool:
+        with torch.device("meta"):
+            return sum(p.numel() for p in build(widths).parameters()) <= limit
+
+    return widest(widths, fits)
+
+
+__all__ = [
+    "GPT",
+    "MODELS",
+    "CharNet",
+    "ConvNet",
+    "ImageNetResNet",
+    "LeNet5",
+    "LeNet300100",
+    "ResNet",
+    "Shape",
+    "ViT",
+    "thin_widths",
+    "widest",
+]
