@@ -91,6 +91,15 @@ def scene(root: Path | None, _: int) -> Dataset:
     return _prepared("scene", x[~test], y[~test], x[test], y[test], crop)
 
 
+def characters(root: Path | None, _: int) -> Dataset:
+    """The characters of `scene`, with rendered glyphs of the same classes added to the training images; tested on photographs alone."""
+    photographs, glyphs = np.load(_file("chars74k_scene36.npz", root)), np.load(_file("chars74k_font34.npz", root))
+    x, y, test = photographs["x32"][:, None], photographs["y"], photographs["split"] == 1
+    added = glyphs["split"] == 0
+    drawn = np.pad(glyphs["x28"][added][:, None], ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
+    return _prepared("characters", np.concatenate([x[~test], drawn]), np.concatenate([y[~test], glyphs["y"][added]]), x[test], y[test], crop)
+
+
 def cifar10(root: Path | None, _: int) -> Dataset:
     """CIFAR-10 as JPEG of quality 75: not comparable with results on the original files."""
     try:
@@ -167,6 +176,7 @@ def icdar(root: Path | None, size: int) -> Dataset:
 DATASETS: dict[str, Callable[[Path | None, int], Dataset]] = {
     "digits": digits,
     "scene": scene,
+    "characters": characters,
     "cifar10": cifar10,
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
