@@ -33,6 +33,7 @@ from laconic.training import accuracy, fit, make_optimizer, steps_per_epoch
 
 RESULTS = Path(__file__).parent / "results" / "paper"
 GROUPS = 0.3  # strength of the group lasso, where that of the nuclear norm is STRENGTH
+FACTORS = (1, 4)  # of both: weakly and strongly pressed
 ENERGIES = (1.0, 0.99, 0.95, 0.9, 0.8)
 RELOADS = (1, 3, 5)  # epochs after which the network is cut and trains on
 KEPT = 0.9  # the energy that it keeps then
@@ -49,14 +50,14 @@ class Arguments:
     times: bool = False
 
 
-def regularizers(name: str) -> list[Any]:
-    ranks = LowRank.as_published(STRENGTH, matricization=SPATIAL)
-    groups = Channels(penalty=L1(), strength=GROUPS)
+def regularizers(name: str, factor: float) -> list[Any]:
+    ranks = LowRank.as_published(factor * STRENGTH, matricization=SPATIAL)
+    groups = Channels(penalty=L1(), strength=factor * GROUPS)
     return {"dense": [], "group sparsity": [groups], "low rank": [ranks], "both": [ranks, groups]}[name]
 
 
-def press(model: nn.Module, optimizer: Any, name: str, data: Dataset, recipe: Recipe) -> Compressor | None:
-    structures = regularizers(name)
+def press(model: nn.Module, optimizer: Any, name: str, factor: float, data: Dataset, recipe: Recipe) -> Compressor | None:
+    structures = regularizers(name, factor)
     if not structures:
         return None
     return Compressor(model, optimizer, structures, every=steps_per_epoch(data, recipe), example_inputs=example(data))
@@ -75,11 +76,11 @@ def measured(model: nn.Module, data: Dataset, times: bool) -> dict[str, Any]:
     return found | ({"latency_b64_ms": measure_latency(model, example(data, 64)).median_ms} if times else {})
 
 
-def whole(name: str, data: Dataset, recipe: Recipe, times: bool) -> tuple[Trained, dict[str, Any]]:
+def whole(name: str, factor: float, data: Dataset, recipe: Recipe, times: bool) -> tuple[Trained, dict[str, Any]]:
     """Trained to the end, then cut at each energy."""
     model = build(data, recipe, 0)
     optimizer = make_optimizer(model, recipe)
-    compressor = press(model, optimizer, name, data, recipe)
+    compressor = press(model, optimizer, name, factor, data, recipe)
     curve = fit(model, data, recipe, 0, optimizer)
     if compressor is not None:
         compressor.detach()
@@ -92,10 +93,10 @@ def whole(name: str, data: Dataset, recipe: Recipe, times: bool) -> tuple[Traine
 
 
 def reloaded(epoch: int, data: Dataset, recipe: Recipe, times: bool) -> tuple[Trained, dict[str, Any]]:
-    """With both regularizers until this epoch, then cut, then trained on without them."""
+    """With both regularizers, strong, until this epoch, then cut, then trained on without them."""
     model = build(data, recipe, 0)
     optimizer = make_optimizer(model, recipe)
-    compressor = press(model, optimizer, "both", data, recipe)
+    compressor = press(model, optimizer, "both", FACTORS[-1], data, recipe)
     assert compressor is not None
 
     def shrink() -> None:
@@ -112,9 +113,9 @@ def main(arguments: Arguments) -> None:
     torch.set_num_threads(arguments.threads)
     recipe = load_recipe(arguments.recipe)
     data = load_dataset(recipe.task, arguments.data, recipe.train_limit or None, recipe.size)
-    runs: dict[str, Any] = {
-        name: lambda n=name: whole(n, data, recipe, arguments.times) for name in ("dense", "group sparsity", "low rank", "both")
-    }
+    pressed = [(name, factor) for factor in FACTORS for name in ("group sparsity", "low rank", "both")]
+    runs: dict[str, Any] = {"dense": lambda: whole("dense", 0, data, recipe, arguments.times)}
+    runs |= {f"{name} x{factor}": lambda n=name, f=factor: whole(n, f, data, recipe, arguments.times) for name, factor in pressed}
     runs |= {f"reload {epoch}": lambda e=epoch: reloaded(e, data, recipe, arguments.times) for epoch in RELOADS}
     for name, run in runs.items():
         path = arguments.results / f"{name.replace(' ', '-')}.json"

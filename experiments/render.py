@@ -235,12 +235,45 @@ def ablations(recipe: str) -> str:
     return "\n".join(lines) + "\n" if len(lines) > 2 else "(no results yet)\n"
 
 
+def paper(_: str) -> str:
+    """Alvarez & Salzmann's protocol: every regularizer at every share of energy, parameters and accuracy without training after the cut."""
+    found = {p.stem: json.loads(p.read_text()) for p in (RESULTS / "paper").glob("*.json")}
+    if "dense" not in found:
+        return "(no results yet)\n"
+    whole = found["dense"]["metrics"]["params"]
+    energies = [row["energy"] for row in found["dense"]["metrics"]["energies"]]
+    lines = ["| trained with | uncut, % | " + " | ".join(f"energy {e:g}" for e in energies) + " |", "|---" * (len(energies) + 2) + "|"]
+    for name in ("dense", *(f"{kind}-{factor}" for factor in ("x1", "x4") for kind in ("group-sparsity", "low-rank", "both"))):
+        if name in found:
+            metrics = found[name]["metrics"]
+            cells = [f"{100 * row['accuracy']:.2f} ({row['params'] / whole:.2f})" for row in metrics["energies"]]
+            lines.append(f"| {name.replace('-', ' ')} | {100 * metrics['accuracy']:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def paper_reload(_: str) -> str:
+    """Cut in mid-run: accuracy, size, and how much of the dense run's training time it took."""
+    found = {p.stem: json.loads(p.read_text()) for p in (RESULTS / "paper").glob("*.json")}
+    reloads = sorted((name for name in found if name.startswith("reload")), key=lambda n: int(n.split("-")[1]))
+    if "dense" not in found or not reloads:
+        return "(no results yet)\n"
+    dense = found["dense"]
+    lines = ["| cut after epoch | test accuracy, % | parameters | MACs | training time |", "|---|---|---|---|---|"]
+    for name in reloads:
+        m, seconds = found[name]["metrics"], found[name]["curve"]["seconds"][-1] / dense["curve"]["seconds"][-1]
+        shares = [m[key] / dense["metrics"][key] for key in ("params", "macs")]
+        lines.append(f"| {name.split('-')[1]} | {100 * m['accuracy']:.2f} | {shares[0]:.2f} | {shares[1]:.2f} | {seconds:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def variant_runs(recipe: str, name: str) -> list[dict[str, Any]]:
     """Results of one variant (see ablations.py), by seed."""
     return [json.loads(p.read_text()) for p in sorted((RESULTS / "ablations" / recipe).glob(f"{file_name(name)}-seed?.json"))]
 
 
 TABLES = {
+    "paper": paper,
+    "paper-reload": paper_reload,
     "ablations-scene-tenth": lambda _: ablations("scene-tenth"),
     "ablations-cifar10-tenth": lambda _: ablations("cifar10-tenth"),
     "structures-cifar10": lambda _: structures("cifar10"),
