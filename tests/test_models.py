@@ -98,6 +98,7 @@ def test_every_network_trains_and_shrinks_to_half_with_both_structures(name, tmp
     x = torch.randint(0, 5, (8, *image)) if name == "gpt" else torch.randn(8, *image)
     y = torch.randint(0, 5, tuple(x.shape) if name == "gpt" else (8,))
     model = MODELS[name](image, 5, shape)
+    assert model.widths == shape.widths  # what a thin network says of itself
     dense = count_params(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     compressor = Compressor(model, optimizer, budget=Budget(params=0.5), total_steps=20, example_inputs=(x[:1],))

@@ -21,6 +21,7 @@ class GPT(nn.Module):
 
     def __init__(self, vocabulary: int, context: int = 128, layers: int = 6, width: int = 256, heads: int = 4):
         super().__init__()
+        self.widths = (width,)
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(layers)))
@@ -50,6 +51,7 @@ class ViT(nn.Module):
         channels, *sides = image
         if any(side % patch for side in sides):
             raise InvalidValueError(f"kernel = {patch}: the patches of a {' x '.join(map(str, sides))} image would not fill it")
+        self.widths = (width,)
         self.patches = nn.Conv2d(channels, width, patch, patch)
         self.token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.position = nn.Parameter(0.02 * torch.randn(1, 1 + math.prod(side // patch for side in sides), width))
