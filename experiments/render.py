@@ -82,7 +82,10 @@ def times_of(recipe: str) -> dict[str, dict[str, float]]:
     if not path.exists():
         return {"train": {}, "b64": {}}
     found = json.loads(path.read_text())
-    train = {method: seconds / found["train_seconds"]["dense"] for method, seconds in found["train_seconds"].items()}
+    rivals = path.with_name("rival-times.json")
+    train = json.loads(rivals.read_text())["relative"] if rivals.exists() else {}
+    train |= {method: seconds / found["train_seconds"]["dense"] for method, seconds in found["train_seconds"].items()}
+    train |= dict.fromkeys(("svd-energy", "svd-activation"), 1.0)
     for runs in load(recipe).get("thin-long", [])[:1]:
         train["thin-long"] = train["thin"] * runs["metrics"]["epochs"] / runs["recipe"]["epochs"]
     return {"train": train, "b64": found["latency_b64_ms"]}
