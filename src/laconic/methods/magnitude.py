@@ -57,4 +57,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return Trained(model, curve, notes=[f"{zeros:,} of {weights:,} weights are zero; the layers are as large as before"])
 
 
-MAGNITUDE = Method("magnitude pruning of single weights", train, (LAST, 0.35, 0.7))
+MAGNITUDE = Method("magnitude pruning of single weights, zeros stored", train, (LAST, 0.35, 0.7))
