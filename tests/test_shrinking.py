@@ -165,6 +165,33 @@ def test_a_budget_in_milliseconds_is_met_on_the_machine_at_hand(machine, limit):
     assert report.latency_after == pytest.approx(after)
 
 
+@pytest.mark.parametrize("network", [wide_mlp, Residual])
+def test_neurons_alone_meet_a_budget_in_milliseconds(machine, network, monkeypatch):
+    """Their layers are under no site, yet they take time; on resume it is that with which the run was begun."""
+    shape = (8, 64) if network is wide_mlp else IMAGE
+
+    def run(model: nn.Module) -> laconic.Compressor:
+        return compressor_for(model, shape, structures=[laconic.Channels()], budget=laconic.Budget(latency=0.4), total_steps=20)
+
+    def clock(model: nn.Module) -> float:
+        return sum(p.numel() for p in model.parameters() if p.ndim > 1) / 1000
+
+    model = network()
+    dense = clock(model)
+    compressor = run(model)
+    state = compressor.state_dict()
+    train(model, compressor.optimizers[0], shape, 20)
+    report = compressor.compact()
+    assert 0.4 * dense - 0.05 * dense <= clock(model) <= 0.4 * dense
+    assert report.latency_after == pytest.approx(clock(model))
+    here = laconic.costs.measure_latency
+    monkeypatch.setattr("laconic.costs.measure_latency", lambda *args: replace(there := here(*args), median_ms=2 * there.median_ms))
+    resumed = run(network())
+    before = [x.weight_ms for x in resumed.plan.layers]
+    resumed.load_state_dict(state)
+    assert [x.weight_ms for x in resumed.plan.layers] == pytest.approx([ms / 2 for ms in before])
+
+
 def test_times_are_measured_once_and_read_from_disk_afterwards(machine, tmp_path, monkeypatch):
     monkeypatch.setenv("LACONIC_CACHE", str(tmp_path))
     budget = laconic.Budget(latency=0.5)

@@ -82,7 +82,7 @@ CURRENCIES = {
             model=lambda plan: plan.latency_ms,
             dense=lambda site: _known(site.times).dense,
             cut=lambda site, ranks: np.array([_known(site.times).at(int(r)) for r in ranks]),
-            fixed=lambda plan: _known(plan.fixed_ms),
+            fixed=lambda plan: _known(plan.fixed_ms) - sum(x.ms_at(*x.dense) - x.ms_at(x.out, x.taken) for x in plan.layers),
             missing="a budget in milliseconds needs example_inputs=(...), to measure on",
         ),
     )
@@ -128,6 +128,7 @@ class Rates:
         beside, weight: parameters and MACs under no site, for each output channel and for each pair of channels.
         dense: parameters and MACs of the site's weight for each pair of channels; (0, 0) without a site.
         first, second: of a unit of rank, for each channel that is taken in, and that is put out.
+        ms: milliseconds under no site, for each output channel and for each pair of channels.
         site: with its times, if it has some; now: the channels that those were measured for.
     """
 
@@ -136,6 +137,7 @@ class Rates:
     dense: Floats
     first: Floats
     second: Floats
+    ms: tuple[float, float]
     site: Site | None
     now: tuple[int, int]
 
@@ -144,9 +146,9 @@ class Rates:
         nothing = np.zeros(2)
         beside = np.array([layer.beside, layer.beside_macs])
         weight = layer.weight * np.array([1.0, layer.positions])
-        site, now = layer.site, (layer.out, layer.taken)
+        site, now, ms = layer.site, (layer.out, layer.taken), (layer.beside_ms, layer.weight_ms)
         if site is None:
-            return Rates(beside, weight, nothing, nothing, nothing, None, now)
+            return Rates(beside, weight, nothing, nothing, nothing, ms, None, now)
         (first, second), (at_dense, at_first, at_second) = site.unfolding.unit_parts, site.positions or (0, 0, 0)
         dense = site.unfolding.dense_params / (layer.out * layer.taken) * np.array([1.0, at_dense])
         return Rates(
@@ -155,6 +157,7 @@ class Rates:
             dense,
             first / layer.taken * np.array([1.0, at_first]),
             second / layer.out * np.array([1.0, at_second]),
+            ms,
             site,
             now,
         )
@@ -180,7 +183,7 @@ def _layer_times(rates: Rates, out: int, taken: int, ranks: Sequence[int] | None
     times = rates.site.times if rates.site is not None else None
     count = 1 if ranks is None else len(ranks)
     if times is None:
-        return np.zeros(count)
+        return np.full(count, rates.ms[0] * out + rates.ms[1] * out * taken)
     now_out, now_taken = rates.now
     if ranks is None:
         return np.array([times.dense * out * taken / (now_out * now_taken)])
@@ -205,6 +208,22 @@ def measure_times(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], seconds
     # Layers in their own loop run hotter than inside the model: never more than all of its time.
     alone = sum(_known(s.times).dense for s in plan.sites)
     plan.fixed_ms = max(plan.latency_ms - alone, 0.0)
+    free = [layer for layer in plan.layers if layer.site is None]
+    shapes = input_shapes(model, [model.get_submodule(layer.path) for layer in free], inputs)
+    spent = {layer.path: agreed(partial(_module_ms, model.get_submodule(layer.path), shapes)) for layer in free}
+    share = min(1.0, plan.fixed_ms / max(sum(spent.values()), 1e-9))
+    for layer in free:
+        out, taken = layer.dense
+        ms = spent[layer.path] * share
+        layer.beside_ms, layer.weight_ms = (0.0, ms / (out * taken)) if layer.weight else (ms / out, 0.0)
+
+
+def _module_ms(module: nn.Module, shapes: dict[nn.Module, list[torch.Size]], seconds: float = 0.05) -> float:
+    """Of one layer in all its calls; a table that is looked up costs nothing."""
+    if isinstance(module, nn.Embedding):
+        return 0.0
+    like = next(module.parameters(), torch.zeros(()))
+    return sum(measure_latency(module, (torch.zeros(s, dtype=like.dtype, device=like.device),), seconds).median_ms for s in shapes[module])
 
 
 def correct_times(
@@ -216,7 +235,7 @@ def correct_times(
     expected = present_costs(plan, ["latency"], ranks)[0]
     for layer in plan.layers if kept else ():
         module, rank = cut.get_submodule(layer.path), ranks[layer.site.name] if layer.site is not None else None
-        rates, taken = Rates.of(layer), width(module, "in") if layer.site else layer.taken
+        rates, taken = Rates.of(layer), width(module, "in") if layer.site or layer.weight else layer.taken
         ranked = None if rank is None else [rank]
         slimmed = layer_costs(rates, width(module, "out"), taken, ranked, ["latency"])
         expected += (slimmed - layer_costs(rates, layer.out, layer.taken, ranked, ["latency"]))[0, 0]

@@ -97,7 +97,9 @@ def characters(root: Path | None, _: int) -> Dataset:
     x, y, test = photographs["x32"][:, None], photographs["y"], photographs["split"] == 1
     added = glyphs["split"] == 0
     drawn = np.pad(glyphs["x28"][added][:, None], ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
-    return _prepared("characters", np.concatenate([x[~test], drawn]), np.concatenate([y[~test], glyphs["y"][added]]), x[test], y[test], crop)
+    return _prepared(
+        "characters", np.concatenate([x[~test], drawn]), np.concatenate([y[~test], glyphs["y"][added]]), x[test], y[test], crop
+    )
 
 
 def cifar10(root: Path | None, _: int) -> Dataset:

@@ -32,6 +32,8 @@ class WideLayer:
         weight: parameters of its weight for each pair of channels, where that is under no site; else 0.
         positions: how often a parameter of that weight takes part in a multiplication on the example inputs.
         beside_macs: MACs for each output channel (depthwise kernels).
+        beside_ms, weight_ms: measured milliseconds of a layer under no site, for each output channel (norms, depthwise), or for each
+            pair of channels.
     """
 
     path: str
@@ -44,6 +46,8 @@ class WideLayer:
     weight: float = 0.0
     positions: float = 0.0
     beside_macs: float = 0.0
+    beside_ms: float = 0.0
+    weight_ms: float = 0.0
 
     def params_at(self, out: int, taken: int) -> float:
         """Parameters that are under no site, with these numbers of channels."""
@@ -52,6 +56,10 @@ class WideLayer:
     def macs_at(self, out: int, taken: int) -> float:
         """MACs of these parameters on the example inputs."""
         return self.beside_macs * out + self.positions * self.weight * out * taken
+
+    def ms_at(self, out: int, taken: int) -> float:
+        """Milliseconds of the layer, where it is under no site and was measured: taken to change as its parameters do."""
+        return self.beside_ms * out + self.weight_ms * out * taken
 
 
 @dataclass(eq=False, slots=True)
