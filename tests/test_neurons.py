@@ -17,6 +17,7 @@ from laconic.measure import count_macs, count_params
 from laconic.models import GPT
 from laconic.plan import make_plan
 from laconic.slimming import importances_of, slim_neurons, watch_inputs
+from laconic.timing import RankTimes
 from laconic.widths import choose_shapes, most_important
 
 from .models import assert_same, cnn, inputs_for, mlp, snapshot
@@ -591,3 +592,27 @@ def test_post_hoc_the_default_is_ranks_alone():
     assert not report.groups
     assert any("whole neurons stay: no training follows" in note for note in report.notes)
     assert any(layer.rank is not None for layer in report.layers)
+
+
+def test_narrow_layers_stay_whole_where_a_pair_would_take_longer(monkeypatch, tmp_path):
+    """A machine on which a pair takes a third of the layer however low its rank: at first that is a bargain, not for a narrow layer."""
+    monkeypatch.setenv("LACONIC_CACHE", str(tmp_path))
+
+    def measured(module, unfolding, shape, break_even, training):
+        ranks = timing.grid(break_even)
+        return RankTimes(unfolding.dense_params / 1000, ranks, tuple(0.3 * unfolding.dense_params / 1000 for _ in ranks))
+
+    def clock(model, inputs, seconds=0.3):
+        return laconic.measure.Latency(sum(p.numel() for p in model.parameters() if p.ndim > 1) / 1000, 0.0, 1, 1, "clockwork")
+
+    monkeypatch.setattr("laconic.timing._measure", measured)
+    monkeypatch.setattr("laconic.costs.measure_latency", clock)
+    monkeypatch.setattr("laconic.compaction.measure_latency", clock)
+    model = wide_mlp()
+    dense = clock(model, None).median_ms
+    compressor = compressor_for(model, (8, 64), budget=laconic.Budget(latency=0.05), total_steps=20)
+    train(model, compressor.optimizers[0], (8, 64), 20)
+    report = compressor.compact()
+    assert clock(model, None).median_ms <= 0.05 * dense
+    assert any(layer.rank is None and layer.slim for layer in report.layers)
+    assert all(group.kept > 1 for group in report.groups)

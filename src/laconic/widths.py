@@ -229,9 +229,24 @@ class Walk:
             self.ranks[item.name] = to
             changed = [item.layer]
         for path in changed:
+            self.whole_again(path)
             before, self.costs[path] = self.costs[path], self.cost(path)
             self.spent = self.spent + self.costs[path] - before
         return changed
+
+    def whole_again(self, path: str) -> None:
+        """Where milliseconds count: a layer that has become so narrow that a pair would take longer stays whole after all.
+
+        (A pair has a least time however low its rank. In the other currencies the product rule at the end sees to it.)
+        """
+        site = self.layers[path].site
+        if "latency" not in self.currencies or site is None or site.rank is not None or self.ranks[site.name] is None:
+            return
+        rank, self.ranks[site.name] = self.ranks[site.name], None
+        dense = self.cost(path)
+        self.ranks[site.name] = rank
+        if float((dense - self.cost(path)) @ self.weights) < 0:
+            self.ranks[site.name] = None
 
     def fill(self) -> None:
         """What a step was too long by: units back, the most important first, while they fit."""
