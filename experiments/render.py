@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
 LABELS = {name: f"**{method.label}**" if name == "laconic" else method.label for name, method in METHODS.items()}
 DENSE_OF = {
-    f"{task}-{part}": task for task in ("cifar10", "cifar10-full", "scene") for part in ("tenth", "twentieth")
+    f"{task}-{part}": task for task in ("cifar10", "cifar10-full", "scene") for part in ("tenth", "twentieth", "latency", "latency-quarter")
 }  # recipes that differ in their budget alone share the dense runs
 SAME_NETWORK = {"svd": "low-rank", "thin-long": "thin", "distilled": "thin", "found": "laconic", "late": "low-rank"}  # not timed twice
 TIMES_OF = {f"cifar10-full{part}": f"cifar10{part}" for part in ("", "-tenth")}  # the same network, in the same shares of a run
@@ -35,7 +35,8 @@ def load(recipe: str) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in LABELS}
     for path in sorted([*(RESULTS / recipe).glob("*-seed?.json"), *(RESULTS / DENSE_OF.get(recipe, "-")).glob("dense-seed*.json")]):
         result = json.loads(path.read_text())
-        found[result["method"]].append(result)
+        if all(result["seed"] != other["seed"] for other in found[result["method"]]):  # svd writes dense again
+            found[result["method"]].append(result)
     return {method: sorted(runs, key=lambda r: r["seed"]) for method, runs in found.items() if runs}
 
 
@@ -103,7 +104,9 @@ def comparison(recipe: str) -> str:
     for method, runs in results.items():
         relative = f"{times['train'][method]:.2f}" if method in times["train"] else "-"
         network = SAME_NETWORK.get(method, method)
-        latency = f"{times['b64'][network]:.2f} ms" if network in times["b64"] else "-"
+        own = mean(runs, "latency_b64_ms")
+        ms = times["b64"].get(network, own)
+        latency = f"{ms:.2f} ms" if ms is not None else "-"
         params, macs = mean(runs, "params") or 0, mean(runs, "macs") or 0
         whole, all_macs = mean(base, "params") or 1, mean(base, "macs") or 1
         lines.append(
