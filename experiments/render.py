@@ -33,8 +33,10 @@ TIMES_OF = {f"cifar10-full{part}": f"cifar10{part}" for part in ("", "-tenth")} 
 def load(recipe: str) -> dict[str, list[dict[str, Any]]]:
     """Results of one recipe by method, in the order of LABELS, each sorted by seed."""
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in LABELS}
-    for path in sorted([*(RESULTS / recipe).glob("*-seed?.json"), *(RESULTS / DENSE_OF.get(recipe, "-")).glob("dense-seed*.json")]):
+    for path in sorted([*(RESULTS / recipe).glob("*-seed*.json"), *(RESULTS / DENSE_OF.get(recipe, "-")).glob("dense-seed*.json")]):
         result = json.loads(path.read_text())
+        if result.get("validation") or result["recipe"].get("setting"):
+            continue  # a trial, not a result
         if all(result["seed"] != other["seed"] for other in found[result["method"]]):  # svd writes dense again
             found[result["method"]].append(result)
     return {method: sorted(runs, key=lambda r: r["seed"]) for method, runs in found.items() if runs}
@@ -274,7 +276,7 @@ def paper_reload(_: str) -> str:
 
 def variant_runs(recipe: str, name: str) -> list[dict[str, Any]]:
     """Results of one variant (see ablations.py), by seed."""
-    return [json.loads(p.read_text()) for p in sorted((RESULTS / "ablations" / recipe).glob(f"{file_name(name)}-seed?.json"))]
+    return [json.loads(p.read_text()) for p in sorted((RESULTS / "ablations" / recipe).glob(f"{file_name(name)}-seed*.json"))]
 
 
 TABLES = {

@@ -30,7 +30,7 @@ class Recipe:
         milliseconds for a batch of 64 on this machine, too; 0: no bound.
     warmup, settle: `laconic.Schedule`; `settle = 1.0` cuts at the end, without training afterwards.
     penalty_epsilon: of `LogSum`; strength: 0 lets the budget steer it.
-    setting: of a rival, what its file names first; 0: what was best in tuning.
+    setting: of a rival, what its file names first; 0: its default.
     matricization: of the convolutions.
     structures: what laconic may use: `low-rank`, `channels`.
     torch_pruning_reg, torch_pruning_at, torch_pruning_global: of the rival: strength of its regularizer; the share of the run

@@ -60,7 +60,7 @@ def train(
         data: folder of the data sets; default: $LACONIC_DATA, data/, ../shared/data.
         params: budget as a fraction of the dense parameters, instead of the recipe's.
         init: start from these weights: a .safetensors or .pt file, or a saved model.
-        setting: of a rival, instead of its tuned one: what its file names first.
+        setting: of a rival, instead of its default: what its file names first.
         validation: for tuning: test on a part of the training set, and train on the rest.
         results: also write the result's JSON below this folder.
         resume: go on from the running checkpoints of this very run, after a Ctrl-C or a crash.
