@@ -235,6 +235,7 @@ def test_stable_rank():
     assert cuttlefish.stable_rank(torch.diag(torch.tensor([2.0, 1.0, 1.0]))[None]) == pytest.approx(1.5)
     assert not cuttlefish.stands_still([8.0] * cuttlefish.SMOOTH, 0.1)  # too few looks
     assert cuttlefish.stands_still([8.0] * (cuttlefish.SMOOTH + 1), 0.1)
+    assert cuttlefish.stands_still([8.0 - 0.4 * k for k in range(cuttlefish.SMOOTH + 1)], 0.1)  # 0.4 each look: 0.08
     assert not cuttlefish.stands_still([8.0 - k for k in range(cuttlefish.SMOOTH + 1)], 0.1)  # 1 each look: 0.2 each of the paper's epochs
 
 
