@@ -36,19 +36,17 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
 def compressor_for(
     model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, recipe: Recipe, budget: Budget | None = None, **options: Any
 ) -> Compressor:
-    """The compressor that the recipe describes, for its budget or another one; `options` of a `Compressor` that the recipe does not have."""
-    return Compressor(
-        model,
-        optimizer,
-        options.pop("structures", None) or structures_of(recipe),
-        budget=budget or Budget(params=recipe.params, macs=recipe.macs or None, latency=recipe.latency or None),
-        total_steps=recipe.epochs * steps_per_epoch(data, recipe),
-        example_inputs=example(data, 64 if recipe.latency else 1),
-        cut="early" if recipe.settle < 1 else "end",
-        schedule=Schedule(warmup=recipe.warmup, settle=recipe.settle),
-        rebuild=(lambda _: None) if world_size() > 1 else None,  # the loop wraps the model anew
-        **options,
-    )
+    """The compressor that the recipe describes, for its budget or another one; `options` go before what the recipe says."""
+    defaults: dict[str, Any] = {
+        "structures": structures_of(recipe),
+        "budget": budget or Budget(params=recipe.params, macs=recipe.macs or None, latency=recipe.latency or None),
+        "total_steps": recipe.epochs * steps_per_epoch(data, recipe),
+        "example_inputs": example(data, 64 if recipe.latency else 1),
+        "cut": "early" if recipe.settle < 1 else "end",
+        "schedule": Schedule(warmup=recipe.warmup, settle=recipe.settle),
+        "rebuild": (lambda _: None) if world_size() > 1 else None,  # the loop wraps the model anew
+    }
+    return Compressor(model, optimizer, **(defaults | options))
 
 
 def structures_of(recipe: Recipe) -> list[Structure]:
