@@ -606,7 +606,7 @@ def test_narrow_layers_stay_whole_where_a_pair_would_take_longer(monkeypatch, tm
         return laconic.measure.Latency(sum(p.numel() for p in model.parameters() if p.ndim > 1) / 1000, 0.0, 1, 1, "clockwork")
 
     monkeypatch.setattr("laconic.timing._measure", measured)
-    monkeypatch.setattr("laconic.costs.measure_latency", clock)
+    monkeypatch.setattr("laconic.latency.measure_latency", clock)
     monkeypatch.setattr("laconic.compaction.measure_latency", clock)
     model = wide_mlp()
     dense = clock(model, None).median_ms

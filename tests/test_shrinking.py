@@ -18,6 +18,7 @@ from laconic.budget import useful_ranks
 from laconic.costs import present_costs
 from laconic.models import GPT
 from laconic.models.convnet import ConvNet
+from laconic.surgery.factorize import MARK
 from laconic.timing import RankTimes
 
 from .models import assert_same, backward, mlp, snapshot
@@ -147,7 +148,7 @@ def machine(monkeypatch, empty_table):
         return laconic.measure.Latency(total, 0.0, 1, 1, "clockwork")
 
     monkeypatch.setattr("laconic.timing._measure", measured)
-    monkeypatch.setattr("laconic.costs.measure_latency", latency)
+    monkeypatch.setattr("laconic.latency.measure_latency", latency)
     monkeypatch.setattr("laconic.compaction.measure_latency", latency)
     return asked
 
@@ -184,12 +185,56 @@ def test_neurons_alone_meet_a_budget_in_milliseconds(machine, network, monkeypat
     report = compressor.compact()
     assert 0.4 * dense - 0.05 * dense <= clock(model) <= 0.4 * dense
     assert report.latency_after == pytest.approx(clock(model))
-    here = laconic.costs.measure_latency
-    monkeypatch.setattr("laconic.costs.measure_latency", lambda *args: replace(there := here(*args), median_ms=2 * there.median_ms))
+    here = laconic.latency.measure_latency
+    monkeypatch.setattr("laconic.latency.measure_latency", lambda *args: replace(there := here(*args), median_ms=2 * there.median_ms))
     resumed = run(network())
     before = [x.weight_ms for x in resumed.plan.layers]
     resumed.load_state_dict(state)
     assert [x.weight_ms for x in resumed.plan.layers] == pytest.approx([ms / 2 for ms in before])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_what_is_beside_the_layers_shrinks_with_the_neurons(monkeypatch, empty_table, share):
+    """A machine on which activations take a third of the time, a pair never less than a third of its layer, and the
+    clock runs ten times slower after the table was measured: the budget is within reach all the same, and met there."""
+    pace = [1.0]
+
+    def weights(module):
+        return sum(p.numel() for p in module.parameters() if p.ndim > 1) / 1000
+
+    def measured(module, unfolding, shape, break_even, training):
+        ranks = timing.grid(break_even)
+        return RankTimes(
+            unfolding.dense_params / 1000, ranks, tuple((0.3 * unfolding.dense_params + r * unfolding.unit_params) / 1000 for r in ranks)
+        )
+
+    def clock(model, inputs, seconds=0.3):
+        pairs = [m for m in model.modules() if hasattr(m, MARK)]
+        put_out = sum(m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)) - sum(
+            p[0].out_channels for p in pairs if isinstance(p[0], nn.Conv2d)
+        )
+        beside = 0.5 * put_out if isinstance(model, Residual) else 0.0
+        return laconic.measure.Latency(
+            pace[0] * (weights(model) + sum(0.3 * math.prod(getattr(p, MARK)["shape"]) / 1000 for p in pairs) + beside),
+            0.0,
+            1,
+            1,
+            "clockwork",
+        )
+
+    monkeypatch.setattr("laconic.timing._measure", measured)
+    monkeypatch.setattr("laconic.latency.measure_latency", clock)
+    monkeypatch.setattr("laconic.compaction.measure_latency", clock)
+    dense = clock(Residual(), None).median_ms
+    assert weights(Residual()) < 0.7 * dense
+    both, budget = [laconic.LowRank(), laconic.Channels()], laconic.Budget(latency=share)
+    compressor_for(Residual(), IMAGE, structures=both, budget=budget, total_steps=20)  # fills the table
+    pace[0] = 10.0
+    model = Residual()
+    compressor = compressor_for(model, IMAGE, structures=both, budget=budget, total_steps=20)
+    train(model, compressor.optimizers[0], IMAGE, 20)
+    compressor.compact()
+    assert (share - 0.1) * 10 * dense <= clock(model, None).median_ms <= 1.05 * share * 10 * dense
 
 
 def test_times_are_measured_once_and_read_from_disk_afterwards(machine, tmp_path, monkeypatch):
@@ -235,14 +280,14 @@ def test_a_resumed_run_uses_the_times_it_was_begun_with(machine, tmp_path, monke
     train(whole.model, whole.optimizers[0], (8, 64), range(12, 20))
 
     monkeypatch.setenv("LACONIC_CACHE", str(tmp_path))
-    here, model_here = timing._measure, laconic.costs.measure_latency  # the other machine is twice as slow
+    here, model_here = timing._measure, laconic.latency.measure_latency  # the other machine is twice as slow
 
     def elsewhere(*args) -> RankTimes:
         times = here(*args)
         return RankTimes(2 * times.dense, times.ranks, tuple(2 * t for t in times.cut))
 
     monkeypatch.setattr("laconic.timing._measure", elsewhere)
-    monkeypatch.setattr("laconic.costs.measure_latency", lambda *args: replace(there := model_here(*args), median_ms=2 * there.median_ms))
+    monkeypatch.setattr("laconic.latency.measure_latency", lambda *args: replace(there := model_here(*args), median_ms=2 * there.median_ms))
     resumed = run()
     assert resumed.plan.sites[0].times != whole.plan.sites[0].times
     for part, state in zip((resumed, resumed.model, resumed.optimizers[0]), saved, strict=True):
@@ -567,7 +612,13 @@ def test_bounds_that_cannot_hold_together_are_refused_with_what_could(monkeypatc
         return RankTimes(1.0, (1, break_even), (1.1, 1.2))
 
     monkeypatch.setattr("laconic.timing._measure", measured)
-    monkeypatch.setattr("laconic.costs.measure_latency", lambda *_: laconic.measure.Latency(3.0, 0.0, 1, 1, "clockwork"))
+
+    def clock(model, inputs, seconds=0.3):
+        pairs = [m for m in model.modules() if hasattr(m, MARK)]
+        linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        return laconic.measure.Latency(len(linears) - 2 * len(pairs) + 1.15 * len(pairs), 0.0, 1, 1, "clockwork")
+
+    monkeypatch.setattr("laconic.latency.measure_latency", clock)
     with pytest.raises(laconic.InfeasibleBudgetError, match=r"the bounds cannot hold together; feasible: each of them times 1\.\d\d"):
         compressor_for(wide_mlp(), (8, 64), budget=laconic.Budget(params=0.2, latency=1.0), total_steps=20)
     model = wide_mlp()

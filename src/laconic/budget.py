@@ -10,12 +10,15 @@ import numpy as np
 from torch import nn
 
 from .allocate import Choice, Floats, low_rank_choice, product_rule
-from .costs import CURRENCIES, Ranks, correct_times, cut_costs, dense_costs, fixed_costs, measure_times, model_costs, present_costs
+from .costs import CURRENCIES, Ranks, cut_costs, dense_costs, fixed_costs, model_costs, present_costs
 from .errors import InfeasibleBudgetError, InvalidValueError
+from .latency import correct_times, measure_times
 from .measure import check_inputs
 from .plan import Plan
 from .structures import Site
 from .widths import choose_shapes, unit_costs
+
+CORRECTIONS = 4  # rounds of measuring where a budget in milliseconds will end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +98,15 @@ def prepare(
             raise InvalidValueError(CURRENCIES["latency"].missing)
         inputs = check_inputs(example_inputs)
         measure_times(model, plan, inputs)
-        for _ in range(3):  # layers one by one do not add up to the model: correct where the budget will end
-            if not correct_times(model, plan, inputs, *shapes_for_budget(plan, values, importances, budget)):
+        for _ in range(CORRECTIONS):  # layers one by one do not add up to the model: correct where the budget will end
+            try:
+                kept, ranks = shapes_for_budget(plan, values, importances, budget)
+            except InfeasibleBudgetError as error:  # by these tables: what they call the smallest is measured before that is said
+                smallest = min(1.0, 1.02 * error.smallest)
+                if not smallest:
+                    raise
+                kept, ranks = shapes_for_budget(plan, values, importances, Budget(latency=smallest))
+            if not correct_times(model, plan, inputs, kept, ranks):
                 break
     shapes_for_budget(plan, values, importances, budget)
 

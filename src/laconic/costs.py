@@ -5,26 +5,16 @@ A currency is a row of `CURRENCIES`; nothing else in the package asks which one 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from .distributed import agreed
 from .errors import InvalidValueError
-from .measure import input_shapes, measure_latency
 from .plan import Plan
 from .structures import Site, WideLayer
-from .surgery.channels import slim, width
-from .surgery.factorize import empty_pair, finish_pair
-from .surgery.record import put
-from .timing import added, layer_times
 
 Floats = NDArray[np.float64]
 Ranks = dict[str, int | None]
@@ -54,7 +44,8 @@ class Currency:
     missing: str = ""
 
 
-def _known(value: Any) -> Any:
+def known(value: Any) -> Any:
+    """A number that must have been measured or counted by now."""
     assert value is not None
     return value
 
@@ -72,17 +63,17 @@ CURRENCIES = {
         Currency(
             "macs", "max_macs", "macs", True,
             model=lambda plan: plan.macs,
-            dense=lambda site: _known(site.dense_macs),
-            cut=lambda site, ranks: ranks * _known(site.unit_macs),
+            dense=lambda site: known(site.dense_macs),
+            cut=lambda site, ranks: ranks * known(site.unit_macs),
             fixed=lambda plan: plan.fixed_macs,
             missing="a budget in MACs needs example_inputs=(...), to count them on",
         ),
         Currency(
             "latency", "latency_ms", "ms", False,
             model=lambda plan: plan.latency_ms,
-            dense=lambda site: _known(site.times).dense,
-            cut=lambda site, ranks: np.array([_known(site.times).at(int(r)) for r in ranks]),
-            fixed=lambda plan: _known(plan.fixed_ms) - sum(x.ms_at(*x.dense) - x.ms_at(x.out, x.taken) for x in plan.layers),
+            dense=lambda site: known(site.times).dense,
+            cut=lambda site, ranks: np.array([known(site.times).at(int(r)) for r in ranks]),
+            fixed=lambda plan: known(plan.fixed_ms) - sum(x.ms_at(*x.dense) - x.ms_at(x.out, x.taken) for x in plan.layers),
             missing="a budget in milliseconds needs example_inputs=(...), to measure on",
         ),
     )
@@ -182,76 +173,11 @@ def layer_costs(rates: Rates, out: int, taken: int, ranks: Sequence[int] | None,
 def _layer_times(rates: Rates, out: int, taken: int, ranks: Sequence[int] | None) -> Floats:
     times = rates.site.times if rates.site is not None else None
     count = 1 if ranks is None else len(ranks)
+    beside = np.full(count, rates.ms[0] * out + rates.ms[1] * out * taken)
     if times is None:
-        return np.full(count, rates.ms[0] * out + rates.ms[1] * out * taken)
+        return beside
     now_out, now_taken = rates.now
     if ranks is None:
-        return np.array([times.dense * out * taken / (now_out * now_taken)])
+        return beside + times.dense * out * taken / (now_out * now_taken)
     share = (rates.first[0] * taken + rates.second[0] * out) / (rates.first[0] * now_taken + rates.second[0] * now_out)
-    return np.array([times.at(r) * share for r in ranks])
-
-
-def measure_times(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], seconds: float = 0.3) -> None:
-    """Fill in the latency of the model, the table of each site, and what is left for everything else."""
-    shapes = input_shapes(model, [m for s in plan.sites for m in s.modules], inputs)
-    for site in plan.sites:
-        tables = [
-            agreed(partial(layer_times, m, site.unfolding, shape, max(site.break_even, 1), training=False))
-            for m in site.modules
-            for shape in shapes[m]
-        ]
-        site.times = added(tables) if tables else None
-    unused = [site.name for site in plan.sites if site.times is None]
-    if unused:
-        raise InvalidValueError(f"latency: {', '.join(unused)} took no part in the forward pass of example_inputs; exclude it")
-    plan.latency_ms = agreed(lambda: measure_latency(model, inputs, seconds).median_ms)
-    # Layers in their own loop run hotter than inside the model: never more than all of its time.
-    alone = sum(_known(s.times).dense for s in plan.sites)
-    plan.fixed_ms = max(plan.latency_ms - alone, 0.0)
-    free = [layer for layer in plan.layers if layer.site is None]
-    shapes = input_shapes(model, [model.get_submodule(layer.path) for layer in free], inputs)
-    spent = {layer.path: agreed(partial(_module_ms, model.get_submodule(layer.path), shapes)) for layer in free}
-    share = min(1.0, plan.fixed_ms / max(sum(spent.values()), 1e-9))
-    for layer in free:
-        out, taken = layer.dense
-        ms = spent[layer.path] * share
-        layer.beside_ms, layer.weight_ms = (0.0, ms / (out * taken)) if layer.weight else (ms / out, 0.0)
-
-
-def _module_ms(module: nn.Module, shapes: dict[nn.Module, list[torch.Size]], seconds: float = 0.05) -> float:
-    """Of one layer in all its calls; a table that is looked up costs nothing."""
-    if isinstance(module, nn.Embedding):
-        return 0.0
-    like = next(module.parameters(), torch.zeros(()))
-    return sum(measure_latency(module, (torch.zeros(s, dtype=like.dtype, device=like.device),), seconds).median_ms for s in shapes[module])
-
-
-def correct_times(
-    model: nn.Module, plan: Plan, inputs: tuple[Any, ...], kept: dict[str, list[int]], ranks: Ranks, seconds: float = 0.3
-) -> bool:
-    """Measure the dense model cut to these units and ranks, and move `plan.fixed_ms` so that the tables agree; True if it moved by over 1 %."""
-    cut = copy.deepcopy(model)
-    slim(cut, [g.group for g in plan.neurons], kept)
-    expected = present_costs(plan, ["latency"], ranks)[0]
-    for layer in plan.layers if kept else ():
-        module, rank = cut.get_submodule(layer.path), ranks[layer.site.name] if layer.site is not None else None
-        rates, taken = Rates.of(layer), width(module, "in") if layer.site or layer.weight else layer.taken
-        ranked = None if rank is None else [rank]
-        slimmed = layer_costs(rates, width(module, "out"), taken, ranked, ["latency"])
-        expected += (slimmed - layer_costs(rates, layer.out, layer.taken, ranked, ["latency"]))[0, 0]
-    for site in plan.sites:
-        rank = ranks[site.name]
-        if rank is None:
-            continue
-        for paths in site.paths:
-            module = cut.get_submodule(paths[0])
-            unfolding = site.unfolding.resized(width(module, "out"), width(module, "in"))
-            pair = finish_pair(empty_pair(module, unfolding, rank), module, unfolding, rank)
-            for parameter in pair.parameters():
-                parameter.data = torch.full_like(parameter, 0.01)
-            for path in paths:
-                put(cut, path, pair)
-    measured = agreed(lambda: measure_latency(cut, inputs, seconds).median_ms)
-    off = measured - float(expected)
-    plan.fixed_ms = _known(plan.fixed_ms) + off
-    return abs(off) > 0.01 * _known(plan.latency_ms)
+    return beside + np.array([times.at(r) * share for r in ranks])

@@ -32,7 +32,7 @@ class WideLayer:
         weight: parameters of its weight for each pair of channels, where that is under no site; else 0.
         positions: how often a parameter of that weight takes part in a multiplication on the example inputs.
         beside_macs: MACs for each output channel (depthwise kernels).
-        beside_ms, weight_ms: measured milliseconds of a layer under no site, for each output channel (norms, depthwise), or for each
+        beside_ms, weight_ms: measured milliseconds that are under no site, for each output channel (norms, depthwise, activations behind it), or for each
             pair of channels.
     """
 

@@ -1,0 +1,130 @@
+"""Milliseconds of a model: where they go now, layer by layer, and what is left of them where a budget will end."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .costs import Ranks, Rates, cut_costs, dense_costs, known, layer_costs, present_costs
+from .distributed import agreed
+from .errors import InvalidValueError
+from .measure import input_shapes, measure_latency
+from .plan import Plan
+from .surgery.channels import slim, width
+from .surgery.factorize import empty_pair, finish_pair
+from .surgery.record import put
+from .timing import added, layer_times
+
+
+def measure_times(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], seconds: float = 0.3) -> None:
+    """Fill in the latency of the model, the table of each site, and what is left for everything else."""
+    shapes = input_shapes(model, [m for s in plan.sites for m in s.modules], inputs)
+    for site in plan.sites:
+        tables = [
+            agreed(partial(layer_times, m, site.unfolding, shape, max(site.break_even, 1), training=False))
+            for m in site.modules
+            for shape in shapes[m]
+        ]
+        site.times = added(tables) if tables else None
+        if site.times is not None:  # a table may be from a day when this machine was faster: what counts in it are ratios
+            now = sum(agreed(partial(_module_ms, m, shapes)) for m in site.modules)
+            site.times = site.times.scaled(now / site.times.dense, now / site.times.dense)
+    unused = [site.name for site in plan.sites if site.times is None]
+    if unused:
+        raise InvalidValueError(f"latency: {', '.join(unused)} took no part in the forward pass of example_inputs; exclude it")
+    plan.latency_ms = agreed(lambda: measure_latency(model, inputs, seconds).median_ms)
+    # Layers in their own loop run hotter than inside the model: never more than all of its time.
+    alone = sum(known(s.times).dense for s in plan.sites)
+    plan.fixed_ms = max(plan.latency_ms - alone, 0.0)
+    free = [layer for layer in plan.layers if layer.site is None]
+    shapes = input_shapes(model, [model.get_submodule(layer.path) for layer in free], inputs)
+    spent = {layer.path: agreed(partial(_module_ms, model.get_submodule(layer.path), shapes)) for layer in free}
+    share = min(1.0, plan.fixed_ms / max(sum(spent.values()), 1e-9))
+    for layer in free:
+        out, taken = layer.dense
+        ms = spent[layer.path] * share
+        layer.beside_ms, layer.weight_ms = (0.0, ms / (out * taken)) if layer.weight else (ms / out, 0.0)
+    # What is left is mostly activations, pooling, sums: in proportion to what the layers put out.
+    left = max(plan.fixed_ms - share * sum(spent.values()), 0.0)
+    positions = {x.path: x.site.positions[0] if x.site is not None and x.site.positions is not None else x.positions for x in plan.layers}
+    elements = sum(positions[x.path] * x.dense[0] for x in plan.layers)
+    for layer in plan.layers:
+        layer.beside_ms += left * positions[layer.path] / max(elements, 1)
+
+
+def _module_ms(module: nn.Module, shapes: dict[nn.Module, list[torch.Size]], seconds: float = 0.05) -> float:
+    """Of one layer in all its calls; a table that is looked up costs nothing."""
+    if isinstance(module, nn.Embedding):
+        return 0.0
+    like = next(module.parameters(), torch.zeros(()))
+    return sum(measure_latency(module, (torch.zeros(s, dtype=like.dtype, device=like.device),), seconds).median_ms for s in shapes[module])
+
+
+def correct_times(
+    model: nn.Module, plan: Plan, inputs: tuple[Any, ...], kept: dict[str, list[int]], ranks: Ranks, seconds: float = 0.3
+) -> bool:
+    """Measure the dense model cut to these units and ranks, and correct the tables, so that they agree there. True if they were off by over 1 %.
+
+    That a slim layer's time falls as its parameters do is a first guess: here each layer that is changed is timed as it would
+    be, and its table scaled to that. What is left is beside the layers, and goes to `plan.fixed_ms`.
+    """
+    cut, changed = _cut_copy(model, plan, kept, ranks)
+    expected, guesses = _expected_times(cut, plan, kept, ranks)
+    shapes = input_shapes(cut, [m for modules in changed.values() for m in modules], inputs)
+    # Clocks wander: all times are taken beside one of the dense model, and brought to the pace at which that was measured first.
+    pace = known(plan.latency_ms) / agreed(lambda: measure_latency(model, inputs, seconds).median_ms)
+    measured = pace * agreed(lambda: measure_latency(cut, inputs, seconds).median_ms)
+    alone = {name: pace * sum(agreed(partial(_module_ms, m, shapes)) for m in modules) for name, modules in changed.items()}
+    together = sum(alone.values())
+    off, fixed = measured - expected, known(plan.fixed_ms)
+    beside = fixed + off + sum(guesses[name] for name in changed) - together
+    least = min(fixed, 0.05 * measured)
+    # In their own loop layers run hotter than inside the model: where they leave nothing for the rest of it, all take less.
+    share = 1.0 if beside >= least else 1.0 - (least - beside) / max(together, 1e-9)
+    for site in plan.sites:
+        if site.name in changed:
+            scale = share * alone[site.name] / max(guesses[site.name], 1e-9)
+            site.times = known(site.times).scaled(*((scale, 1.0) if ranks[site.name] is None else (1.0, scale)))
+    plan.fixed_ms = max(beside, least)
+    return abs(off) > 0.01 * known(plan.latency_ms)
+
+
+def _cut_copy(model: nn.Module, plan: Plan, kept: dict[str, list[int]], ranks: Ranks) -> tuple[nn.Module, dict[str, list[nn.Module]]]:
+    """A copy of the dense model cut to these units and ranks, with numbers that are quick to compute with; and what of each site is changed in it."""
+    cut = copy.deepcopy(model)
+    slim(cut, [g.group for g in plan.neurons], kept)
+    changed: dict[str, list[nn.Module]] = {}
+    for site in plan.sites:
+        rank = ranks[site.name]
+        for paths, before in zip(site.paths, site.modules, strict=True):
+            module: Any = cut.get_submodule(paths[0])
+            if rank is not None:
+                unfolding = site.unfolding.resized(width(module, "out"), width(module, "in"))
+                pair = finish_pair(empty_pair(module, unfolding, rank), module, unfolding, rank)
+                for parameter in pair.parameters():
+                    parameter.data = torch.full_like(parameter, 0.01)
+                for path in paths:
+                    put(cut, path, pair)
+                module = pair
+            if rank is not None or module.weight.shape != before.weight.shape:
+                changed.setdefault(site.name, []).append(module)
+    return cut, changed
+
+
+def _expected_times(cut: nn.Module, plan: Plan, kept: dict[str, list[int]], ranks: Ranks) -> tuple[float, dict[str, float]]:
+    """What the tables say of the model that is cut so, and of the weight of each site in it."""
+    total = float(present_costs(plan, ["latency"], ranks)[0])
+    of_site = {s.name: float(dense_costs(s, ["latency"])[0] if (r := ranks[s.name]) is None else cut_costs(s, [r], ["latency"])[0, 0]) for s in plan.sites}  # fmt: skip
+    for layer in plan.layers if kept else ():
+        module, rank = cut.get_submodule(layer.path), ranks[layer.site.name] if layer.site is not None else None
+        rates, ranked = Rates.of(layer), None if rank is None else [rank]
+        out, taken = width(module, "out"), width(module, "in") if layer.site or layer.weight else layer.taken
+        slimmed = float(layer_costs(rates, out, taken, ranked, ["latency"])[0, 0])
+        total += slimmed - float(layer_costs(rates, layer.out, layer.taken, ranked, ["latency"])[0, 0])
+        if layer.site is not None:
+            of_site[layer.site.name] = slimmed - layer.beside_ms * out
+    return total, of_site
