@@ -26,6 +26,8 @@ def place(name: str, shape: tuple[int, ...], groups: int, index: tuple[int, ...]
 
     if name == "out*k,in":
         return group, a * kernel[0] + k[0], b * math.prod(kernel[1:]) + flat(k[1:], kernel[1:])
+    if name == "out*kernel,in":
+        return group, a * math.prod(kernel) + flat(k, kernel), b
     return group, a, b * math.prod(kernel) + flat(k, kernel)
 
 
@@ -85,7 +87,7 @@ def test_names_of_the_unfoldings():
     expected = {"linear": ["out,in"], "hf-conv1d": ["in,out"], "conv2d-pointwise": ["out,in*k"]}
     for name, found in names.items():
         kind = name.split("-")[0]
-        usual = ["in,out*k"] if kind.startswith("transposed") else ["out,in*k", "out*k,in"]
+        usual = ["in,out*k"] if kind.startswith("transposed") else ["out,in*k", "out*k,in", "out*kernel,in"]
         assert found == expected.get(name, expected.get(kind, usual)), name
 
 

@@ -22,14 +22,15 @@ from .errors import InfeasibleBudgetError
 
 Floats = NDArray[np.float64]
 REWEIGHTINGS = 40
+Option = int | tuple[int, int] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What may be kept of one weight. Entry j: `ranks[j]` (None: dense) has `gains[j]` and `costs[j]` (one per limit)."""
+    """What may be kept of one weight. Entry j: `ranks[j]` (None: dense; two: of the site and of its inner one) has `gains[j]` and `costs[j]` (one per limit)."""
 
     name: str
-    ranks: tuple[int | None, ...]
+    ranks: tuple[Option, ...]
     gains: Floats
     costs: Floats
 
@@ -49,7 +50,7 @@ def low_rank_choice(name: str, values: Floats, ranks: Sequence[int], costs: Floa
     """The given ranks (increasing) with their costs `[ranks, limits]`, then dense, unless its costs are None."""
     shares = log_shares(values)
     known = [i for i, r in enumerate(ranks) if r <= len(values)]
-    options: list[int | None] = [ranks[i] for i in known]
+    options: list[Option] = [ranks[i] for i in known]
     gains = [float(shares[ranks[i] - 1]) for i in known]
     rows = [costs[i] for i in known]
     if dense_costs is not None:
@@ -57,7 +58,7 @@ def low_rank_choice(name: str, values: Floats, ranks: Sequence[int], costs: Floa
     return Choice(name, tuple(options), np.array(gains), np.array(rows, dtype=np.float64).reshape(len(gains), -1))
 
 
-def product_rule(choices: Sequence[Choice], fixed: Floats, limits: Floats, what: str = "budget") -> list[int | None]:
+def product_rule(choices: Sequence[Choice], fixed: Floats, limits: Floats, what: str = "budget") -> list[Option]:
     """The rank of every choice (None: dense): the largest sum of gains within all `limits`.
 
     Args:

@@ -10,13 +10,13 @@ import numpy as np
 from torch import nn
 
 from .allocate import Choice, Floats, low_rank_choice, product_rule
-from .costs import CURRENCIES, Ranks, cut_costs, dense_costs, fixed_costs, model_costs, present_costs
+from .costs import CURRENCIES, Ranks, cut_costs, dense_costs, fixed_costs, model_costs, named_ranks, present_costs
 from .errors import InfeasibleBudgetError, InvalidValueError
 from .latency import correct_times, measure_times
 from .measure import check_inputs
 from .plan import Plan
 from .structures import Site
-from .widths import choose_shapes, unit_costs
+from .widths import choose_shapes, inner_ranks, unit_costs
 
 CORRECTIONS = 4  # rounds of measuring where a budget in milliseconds will end
 
@@ -94,6 +94,7 @@ def prepare(
         InfeasibleBudgetError: with the smallest feasible fraction in the message.
     """
     if "latency" in budget.currencies:
+        plan.forgo_inner("the table of measured times has pairs only")
         if example_inputs is None:
             raise InvalidValueError(CURRENCIES["latency"].missing)
         inputs = check_inputs(example_inputs)
@@ -122,7 +123,7 @@ def shapes_for_budget(
     if not plan.neurons:
         return {}, ranks_for_budget(plan, values, budget, keep_dense)
     walk = choose_shapes(plan, values, importances, budget.currencies, budget.limits(plan), keep_dense)
-    return walk.kept(), walk.ranks
+    return walk.kept(), named_ranks(plan, walk.ranks, walk.inner)
 
 
 def choices_for(
@@ -134,13 +135,37 @@ def choices_for(
         ranks = [] if site.name in keep_dense else useful_ranks(site, currencies)
         costs = cut_costs(site, ranks, currencies)
         dense = dense_costs(site, currencies) if site.rank is None else None
-        choices.append(low_rank_choice(site.name, values[site.name], ranks, costs, dense))
+        choice = low_rank_choice(site.name, values[site.name], ranks, costs, dense)
+        if site.inner is not None and ranks:
+            choice = with_inner(choice, site, site.inner, values, currencies)
+        choices.append(choice)
     return choices
+
+
+def with_inner(choice: Choice, site: Site, inner: Site, values: dict[str, Floats], currencies: tuple[str, ...]) -> Choice:
+    """The same with each rank once more for every rank of the inner site that saves something; one that is cut already stays as it is."""
+    grid = inner_ranks(site.unfolding.sides[1]) if inner.rank is None else np.array([inner.rank])
+    cut = np.array([r is not None for r in choice.ranks])
+    ranks = np.array([r for r in choice.ranks if r is not None])
+    # The two parts of the first layer cost s (in + r k), that layer itself r k in.
+    one, two = (cut_costs(site.inner_at(r), [1], currencies)[0] for r in (1, 2))
+    whole = dense_costs(site.inner_at(1), currencies)
+    more = grid[:, None] * (one + (ranks[:, None, None] - 1) * (two - one)) - ranks[:, None, None] * whole  # [ranks, grid, currencies]
+    which, at = np.nonzero(np.any(more < 0, axis=2) | (inner.rank is not None))
+    joint = values[inner.name]
+    gains = choice.gains[cut][which] + joint[np.minimum(ranks[which], len(joint)) - 1, grid[at] - 1]
+    options = tuple(zip(ranks[which].tolist(), grid[at].tolist(), strict=True))
+    costs = choice.costs[cut][which] + more[which, at]
+    if inner.rank is not None:
+        return Choice(choice.name, options, gains, costs)
+    return Choice(choice.name, choice.ranks + options, np.append(choice.gains, gains), np.append(choice.costs, costs, axis=0))
 
 
 def useful_ranks(site: Site, currencies: tuple[str, ...]) -> list[int]:
     """Ranks below break-even in parameters and in one of the bounded costs, in the structure's multiples where there are any."""
-    if site.rank is not None:
+    if site.inner is not None and site.inner.rank is not None:
+        below = [site.rank or 1]  # three layers: final
+    elif site.rank is not None:
         below = list(range(1, site.rank + 1))
     else:
         every = np.arange(1, site.break_even + 1, dtype=np.float64)
@@ -190,7 +215,8 @@ def ranks_for_budget(
         chosen = product_rule(choices, fixed_costs(plan, budget.currencies), limits)
     except InfeasibleBudgetError:
         raise infeasible(plan, budget, choices, limits) from None
-    return {c.name: r for c, r in zip(choices, chosen, strict=True)}
+    pairs = {c.name: option if isinstance(option, tuple) else (option, 0) for c, option in zip(choices, chosen, strict=True)}
+    return named_ranks(plan, {name: rank for name, (rank, _) in pairs.items()}, {name: inner for name, (_, inner) in pairs.items()})
 
 
 def infeasible(plan: Plan, budget: Budget, choices: list[Choice], limits: Floats) -> InfeasibleBudgetError:

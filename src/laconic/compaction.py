@@ -43,7 +43,13 @@ def spectra(plan: Plan) -> dict[str, Floats]:
     for site in plan.sites:
         if not site.finite:
             raise NonFiniteError(f"{site.name} holds NaN or Inf: load the last good checkpoint of the model")
-    return {site.name: site.structure.values(site).numpy() for site in plan.sites}
+    return {n: v for site in plan.sites for n, v in values_of(site).items()}
+
+
+def values_of(site: Site) -> dict[str, Floats]:
+    """Singular values of a site, and of its inner one."""
+    found = {site.name: site.structure.values(site).numpy()}
+    return found if site.inner is None else found | {site.inner.name: site.joint_shares.numpy()}
 
 
 def energy_ranks(plan: Plan, values: dict[str, Floats], share: float) -> Ranks:
@@ -69,17 +75,34 @@ def cut_sites(
     optimizers: Sequence[torch.optim.Optimizer] = (),
     calibration: Iterable[Any] | None = None,
 ) -> CutResult:
-    """Cut every site whose rank is a number below its own. On any failure model, plan and optimizers are as they were.
+    """Cut every site whose rank is a number below its own, then the inner ones. On any failure of the first round model, plan and
+    optimizers are as they were; of the second, as they were between the two.
 
     Raises:
         SurgeryError: a pair of layers differs from the truncated layer by more than rounding, the model no longer
             runs on the example inputs, or a layer is no longer the one that was planned.
     """
+    inner = {s.name: r for s in plan.inner if (r := ranks.get(s.name)) is not None}
+    result = _cut(model, plan.sites, values, ranks, example_inputs, optimizers, None if inner else calibration)
+    if inner:
+        result.add(_cut(model, plan.inner, values, ranks, example_inputs, optimizers, calibration))
+    return result
+
+
+def _cut(
+    model: nn.Module,
+    sites: Sequence[Site],
+    values: dict[str, Floats],
+    ranks: Ranks,
+    example_inputs: Any,
+    optimizers: Sequence[torch.optim.Optimizer],
+    calibration: Iterable[Any] | None,
+) -> CutResult:
     notes: list[str] = []
     inputs = check_inputs(example_inputs) if example_inputs is not None else None
     before = outputs(model, inputs) if inputs is not None else []
 
-    to_cut = [(site, rank) for site in plan.sites if (rank := ranks[site.name]) is not None and rank != site.rank]
+    to_cut = [(site, rank) for site in sites if (rank := ranks.get(site.name)) is not None and rank != site.rank]
     for site, _ in to_cut:
         check_in_place(model, site)
     pairs = {site.name: site.structure.cut(site, rank) for site, rank in to_cut}
@@ -118,7 +141,7 @@ def cut_sites(
         notes.append("BatchNorm statistics are those of the uncut model: pass calibration= (an iterable of inputs) to re-estimate them")
     for site, rank in to_cut:
         accept(site, rank, pairs[site.name], optimizers)
-    kept = {site.name: math.exp(log_shares(values[site.name])[rank - 1]) for site, rank in to_cut}
+    kept = {site.name: math.exp(_shares(site, values)[rank - 1]) for site, rank in to_cut}
     difference = largest_difference(before, after) if inputs is not None else None
     return CutResult({site.name: rank for site, rank in to_cut}, values, kept, errors, {}, notes, difference)
 
@@ -127,14 +150,14 @@ def accept(site: Site, rank: int, pairs: Sequence[nn.Sequential], optimizers: Se
     """The pairs are in the model: hand them the optimizers' state, and let go of what they replace."""
     for optimizer in optimizers:
         carry(optimizer, site.weights, pairs[0], site.unfolding)
-    site.modules, site.rank = tuple(pairs), rank
+    site.cut_to(rank, pairs)
 
 
 def replay_cuts(model: nn.Module, plan: Plan, kept: dict[str, list[int]], ranks: dict[str, int], optimizers: Sequence[Any]) -> None:
     """The same cuts on a fresh dense model and its optimizers; the values are loaded afterwards."""
     slim(model, [g.group for g in plan.neurons], kept, optimizers)
     took_out(model, plan, kept)
-    for site in plan.sites:
+    for site in (*plan.sites, *plan.inner):
         if site.name in ranks:
             pairs = site.structure.cut(site, ranks[site.name])
             for pair, paths in zip(pairs, site.paths, strict=True):
@@ -264,11 +287,30 @@ def probe_shape(layers: Iterable[Layer]) -> tuple[int, ...]:
     return (2, first.in_channels, *sides)
 
 
+def _shares(site: Site, values: dict[str, Floats]) -> Floats:
+    """Logarithms of what a site keeps at each rank; of an inner one at the rank of the site around it."""
+    found = values[site.name]
+    return log_shares(found) if found.ndim == 1 else found[site.unfolding.sides[0] - 1]
+
+
+def _costs_now(site: Site) -> tuple[int, int | None]:
+    """Parameters and MACs of a site's weight as it is cut."""
+    if site.rank is None:
+        return site.unfolding.dense_params, site.dense_macs
+    params, macs = site.rank * site.unfolding.unit_params, None if site.unit_macs is None else site.rank * site.unit_macs
+    if site.inner is None or site.inner.rank is None:
+        return params, macs
+    now, before = _costs_now(site.inner), (site.inner.unfolding.dense_params, site.inner.dense_macs)
+    less = None if macs is None or now[1] is None or before[1] is None else macs + now[1] - before[1]
+    return params + now[0] - before[0], less
+
+
 def make_report(model: nn.Module, plan: Plan, cuts: CutResult, example_inputs: Any, **extra: Any) -> CompactReport:
     """The report on everything that was cut so far."""
     layers = []
     for site in plan.sites:
         u, rank = site.unfolding, site.rank
+        after, macs = _costs_now(site)
         spectrum = cuts.values.get(site.name)
         ms = cuts.timings.get(site.name, (None, None))
         layers.append(
@@ -277,12 +319,13 @@ def make_report(model: nn.Module, plan: Plan, cuts: CutResult, example_inputs: A
                 kind=site.kind,
                 shape=site.whole.shape,
                 rank=rank,
+                inputs=site.inner.rank if site.inner is not None else None,
                 full_rank=u.full_rank,
                 params_before=site.whole.dense_params,
-                params_after=u.dense_params if rank is None else rank * u.unit_params,
+                params_after=after,
                 macs_before=None if site.positions is None else site.positions[0] * site.whole.dense_params,
-                macs_after=site.dense_macs if rank is None or site.unit_macs is None else rank * site.unit_macs,
-                energy=cuts.energies.get(site.name, 1.0),
+                macs_after=macs,
+                energy=cuts.energies.get(site.name, 1.0) * (cuts.energies.get(site.inner.name, 1.0) if site.inner is not None else 1.0),
                 spectrum=tuple(float(f"{v:.6g}") for v in spectrum) if spectrum is not None else (),
                 ms_before=ms[0],
                 ms_after=ms[1],

@@ -22,7 +22,7 @@ from torch import nn
 
 from .allocate import Floats, log_shares, numerical_rank
 from .budget import Budget, cost_weights, is_met, prepare, ranks_for_budget
-from .compaction import choose_ranks, cut_sites, energy_ranks, guarded, make_report, not_carried, replay_cuts, spectra
+from .compaction import choose_ranks, cut_sites, energy_ranks, guarded, make_report, not_carried, replay_cuts, spectra, values_of
 from .costs import Ranks, present_costs
 from .cuts import all_or_nothing
 from .distributed import agreed, bare, is_sharded, load_whole, reshard, world_size
@@ -163,7 +163,7 @@ class Compressor:
             every=every or self._interval(),
             owed={x.name: 0.0 for x in self._pressed},
             controller=self._controller(),
-            spectra_start={k: v.astype(np.float32) for k, v in start.items()},
+            spectra_start={s.name: start[s.name].astype(np.float32) for s in self.plan.sites},
         )
         self.plan.ranks = self.state.ranks
         self._units = {g.name: g.kept for g in self.plan.neurons}
@@ -316,6 +316,8 @@ class Compressor:
             state.ranks[site.name] = result.rank
             if isinstance(site, Site):
                 state.values[site.name] = result.values.numpy()
+                if site.inner is not None and self.budget is not None:
+                    state.values[site.inner.name] = site.joint_shares.numpy()
                 state.solvers[site.name] = result.solver
             state.failures += [f"step {self.steps}, {site.name}: {line}" for line in result.failures]
         if self.budget is not None:
@@ -329,7 +331,7 @@ class Compressor:
     @property
     def _spectra_known(self) -> bool:
         state = self.state
-        return len(state.values) == len(self.plan.sites) and len(state.importances) == len(self.plan.neurons)
+        return len(state.values) == len(self.plan.sites) + len(self.plan.inner) and len(state.importances) == len(self.plan.neurons)
 
     def gap(self) -> float:
         """What a cut to the budget would lose now (see `Controller`), from the spectra of the last proximal step."""
@@ -341,8 +343,11 @@ class Compressor:
             )
             return -walk.gain() / len(self._pressed)
         ranks = ranks_for_budget(self.plan, self.state.values, self.budget)
-        kept = [log_shares(self.state.values[name])[rank - 1] for name, rank in ranks.items() if rank is not None]
-        return -float(np.sum(kept)) / len(ranks)
+        values = self.state.values
+        cut = [(s, rank) for s in self.plan.sites if (rank := ranks[s.name]) is not None]
+        kept = [log_shares(values[s.name])[rank - 1] for s, rank in cut]
+        kept += [values[s.inner.name][rank - 1, inner - 1] for s, rank in cut if s.inner is not None and (inner := ranks[s.inner.name])]
+        return -float(np.sum(kept)) / len(self.plan.sites)
 
     def _shrink(self) -> None:
         """On the way to the budget: cut the layers for which it pays by now, and cut deeper those that were cut before.
@@ -387,7 +392,7 @@ class Compressor:
         self._units = {g.name: g.kept for g in self.plan.neurons}
         for site in self.plan.sites:
             if site.unfolding != before[site.name]:
-                state.values[site.name] = site.structure.values(site).numpy()
+                state.values |= values_of(site)
                 self._resize_times(site, before[site.name])
         self._moments = {}
         self._parameters = named_by_identity(self.model)
@@ -674,6 +679,7 @@ class Compressor:
             "names": [x.name for x in self._pressed],
             "settings": self._settings(),
             "unfoldings": {s.name: s.unfolding.name for s in self.plan.sites},
+            "inner": [s.name for s in self.plan.inner],
             "measured": {
                 "weights": dict(self.weights),
                 "latency_ms": self.plan.latency_ms,
@@ -723,6 +729,9 @@ class Compressor:
             self._watch.finish()
             self._watch = None
         use_unfoldings(self.model, self.plan, state["unfoldings"], self.example_inputs)
+        for site in self.plan.sites:
+            if site.inner is not None and site.inner.name not in state["inner"]:
+                site.inner = None
         measured = state["measured"]
         self.plan.latency_ms, self.plan.fixed_ms = measured["latency_ms"], measured["fixed_ms"]
         for layer in self.plan.layers:

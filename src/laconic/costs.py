@@ -108,7 +108,18 @@ def present_costs(plan: Plan, names: Sequence[str], ranks: Ranks | None = None) 
     for site in plan.sites:
         rank = site.rank if ranks is None else ranks[site.name]
         total += dense_costs(site, names) if rank is None else cut_costs(site, [rank], names)[0]
+        if site.inner is None or rank is None:
+            continue
+        inner_rank = site.inner.rank if ranks is None else ranks.get(site.inner.name)
+        if inner_rank is not None:
+            inner = site.inner_at(rank)
+            total += cut_costs(inner, [inner_rank], names)[0] - dense_costs(inner, names)
     return total
+
+
+def named_ranks(plan: Plan, ranks: Ranks, inner: dict[str, int]) -> Ranks:
+    """All ranks by the names of their sites; `inner` has those of inner sites by the site around them, 0 where it stays whole."""
+    return ranks | {s.inner.name: inner[s.name] or None for s in plan.sites if s.inner is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +130,7 @@ class Rates:
         beside, weight: parameters and MACs under no site, for each output channel and for each pair of channels.
         dense: parameters and MACs of the site's weight for each pair of channels; (0, 0) without a site.
         first, second: of a unit of rank, for each channel that is taken in, and that is put out.
+        entry: of a channel between the two parts of an inner site, for each channel that is taken in.
         ms: milliseconds under no site, for each output channel and for each pair of channels.
         site: with its times, if it has some; now: the channels that those were measured for.
     """
@@ -128,6 +140,7 @@ class Rates:
     dense: Floats
     first: Floats
     second: Floats
+    entry: Floats
     ms: tuple[float, float]
     site: Site | None
     now: tuple[int, int]
@@ -139,7 +152,7 @@ class Rates:
         weight = layer.weight * np.array([1.0, layer.positions])
         site, now, ms = layer.site, (layer.out, layer.taken), (layer.beside_ms, layer.weight_ms)
         if site is None:
-            return Rates(beside, weight, nothing, nothing, nothing, ms, None, now)
+            return Rates(beside, weight, nothing, nothing, nothing, nothing, ms, None, now)
         (first, second), (at_dense, at_first, at_second) = site.unfolding.unit_parts, site.positions or (0, 0, 0)
         dense = site.unfolding.dense_params / (layer.out * layer.taken) * np.array([1.0, at_dense])
         return Rates(
@@ -148,22 +161,29 @@ class Rates:
             dense,
             first / layer.taken * np.array([1.0, at_first]),
             second / layer.out * np.array([1.0, at_second]),
+            np.array([1.0, (site.inner.positions or (0, 0, 0))[1] if site.inner is not None else 0]),
             ms,
             site,
             now,
         )
 
 
-def layer_costs(rates: Rates, out: int, taken: int, ranks: Sequence[int] | None, names: Sequence[str]) -> Floats:
+def layer_costs(
+    rates: Rates, out: int, taken: int, ranks: Sequence[int] | None, names: Sequence[str], inner: Sequence[int] | int = 0
+) -> Floats:
     """What a layer would cost with these numbers of channels, `[len(ranks), currencies]`; with None for ranks dense, `[1, currencies]`.
 
     Parameters and MACs exactly; a time is taken to change as the parameters do.
+
+    Args:
+        inner: ranks of the inner site, one for all or as many as `ranks`; 0: it stays whole.
     """
     fixed = rates.beside * out + rates.weight * (out * taken)
     if ranks is None:
         counts = (fixed + rates.dense * (out * taken))[None]
     else:
-        counts = fixed + np.asarray(ranks, dtype=np.float64)[:, None] * (rates.first * taken + rates.second * out)
+        r, s = (np.asarray(x, dtype=np.float64)[..., None] for x in (ranks, inner))
+        counts = fixed + r * (rates.first * np.where(s > 0, s, taken) + rates.second * out) + s * rates.entry * taken
     columns = {"params": counts[:, 0], "macs": counts[:, 1]}
     if "latency" in names:
         columns["latency"] = _layer_times(rates, out, taken, ranks)

@@ -65,7 +65,7 @@ def all_or_nothing(model: nn.Module, plan: Plan, optimizers: Sequence[Any] = ())
     """On an error inside, model, plan and optimizers are as they were: the same objects with the same values."""
     modules = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in model.modules()]
     values = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers())]
-    sites = [(s, s.unfolding, s.times, s.rank, s.modules) for s in plan.sites]
+    sites = [(s, s.unfolding, s.times, s.rank, s.modules) for s in (*plan.sites, *plan.inner)]
     layers = [(x, x.out, x.taken) for x in plan.layers]
     neurons = [(g, g.kept) for g in plan.neurons]
     held = [(o, [list(g["params"]) for g in o.param_groups], dict(getattr(o, "state", {}))) for o in optimizers]

@@ -39,7 +39,9 @@ def measure_times(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], seconds
     plan.latency_ms = agreed(lambda: measure_latency(model, inputs, seconds).median_ms)
     # Layers in their own loop run hotter than inside the model: never more than all of its time.
     alone = sum(known(s.times).dense for s in plan.sites)
-    plan.fixed_ms = max(plan.latency_ms - alone, 0.0)
+    for site in plan.sites if alone > plan.latency_ms else ():
+        site.times = known(site.times).scaled(0.999 * plan.latency_ms / alone, 0.999 * plan.latency_ms / alone)
+    plan.fixed_ms = max(plan.latency_ms - alone, 0.0) * (1 - 1e-9)  # together not above it by rounding
     free = [layer for layer in plan.layers if layer.site is None]
     shapes = input_shapes(model, [model.get_submodule(layer.path) for layer in free], inputs)
     spent = {layer.path: agreed(partial(_module_ms, model.get_submodule(layer.path), shapes)) for layer in free}
@@ -74,6 +76,8 @@ def correct_times(
     """
     cut, changed = _cut_copy(model, plan, kept, ranks)
     expected, guesses = _expected_times(cut, plan, kept, ranks)
+    if not changed:  # the dense model, whose time is known
+        return False
     shapes = input_shapes(cut, [m for modules in changed.values() for m in modules], inputs)
     # Clocks wander: all times are taken beside one of the dense model, and brought to the pace at which that was measured first.
     pace = known(plan.latency_ms) / agreed(lambda: measure_latency(model, inputs, seconds).median_ms)

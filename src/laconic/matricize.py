@@ -8,11 +8,12 @@ back, bit for bit. Which unfoldings a layer has is decided by `unfoldings(module
 | `nn.Linear` | `[out, in]` | `out,in` | out x in |
 | `nn.Conv1d/2d/3d` | `[out, in/g, *k]` | `out,in*k` | out x in*k: a full-kernel conv to r maps, then 1x1 |
 | | | `out*k,in` | out*k1 x in*k2*k3: the first kernel axis goes to the second layer (1 x k, then k x 1) |
+| | | `out*kernel,in` | out*k x in: 1x1 to r maps, then the full-kernel conv |
 | `nn.ConvTranspose1d/2d/3d` | `[in, out/g, *k]` | `in,out*k` | in x out*k: 1x1 to r maps, then the transposed conv |
 | Hugging Face `Conv1D` | `[in, out]` | `in,out` | in x out |
 
 Grouped layers give one matrix per group; all share one rank. In the names, `k` stands for the kernel axes; the
-spellings `out,in*kh*kw` and `out*kh,in*kw` of the literature are accepted wherever a user names one.
+spellings `out,in*kh*kw`, `out*kh,in*kw` and `out*kh*kw,in` of the literature are accepted wherever a user names one.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from .errors import InvalidValueError, nearest
 
 CHANNEL = "out,in*kh*kw"
 SPATIAL = "out*kh,in*kw"
+INPUTS = "out*kh*kw,in"
 AUTO = "auto"
-MATRICIZATIONS = (CHANNEL, SPATIAL, AUTO)
+MATRICIZATIONS = (CHANNEL, SPATIAL, INPUTS, AUTO)
 
 # A module whose attributes (weight, stride, groups, ...) only its kind knows; nn.Module types them all as Tensor | Module.
 Layer = Any
@@ -121,6 +123,8 @@ def unfolding_named(name: str, shape: tuple[int, ...], groups: int = 1) -> Unfol
     kernel = tuple(range(3, len(shape) + 1))
     if name == "out*k,in":
         return Unfolding(name, shape, groups, (1, kernel[0]), (2, *kernel[1:]))
+    if name == "out*kernel,in":
+        return Unfolding(name, shape, groups, (1, *kernel), (2,))
     return Unfolding(name, shape, groups, (1,), (2, *kernel))
 
 
@@ -149,7 +153,7 @@ def unfoldings(module: Layer) -> list[Unfolding]:
     for base in CONVS:
         if isinstance(module, base) and forward is base.forward and type(module)._conv_forward is base._conv_forward:
             pointwise = math.prod(shape[2:]) == 1
-            names = ("out,in*k",) if pointwise else ("out,in*k", "out*k,in")
+            names = ("out,in*k",) if pointwise else ("out,in*k", "out*k,in", "out*kernel,in")
             return [unfolding_named(name, shape, module.groups) for name in names]
     return []
 
@@ -174,8 +178,8 @@ def choose_unfolding(module: Layer, matricization: str, weight: Tensor | None = 
         return options[0]
     if matricization == CHANNEL:
         return options[0]
-    if matricization == SPATIAL:
-        return options[1]
+    if matricization != AUTO:
+        return options[1 if matricization == SPATIAL else 2]
 
     def cost(option: Unfolding) -> int:
         values = torch.linalg.svdvals(option.unfold(module.weight.detach() if weight is None else weight).double())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import fnmatch
 import inspect
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from .errors import InvalidTypeError, InvalidValueError, NothingToCompressError,
 from .graph import find_groups
 from .matricize import choose_unfolding, unfoldings
 from .measure import check_inputs, count_macs, count_params, input_shapes, layer_macs
-from .structures import Channels, Entries, LowRank, Neurons, Site, Structure, Weight, WideLayer
+from .structures import Channels, Entries, LowRank, Neurons, Site, Structure, Weight, WideLayer, inner_site
 from .surgery.channels import width
 from .surgery.factorize import MARK, empty_pair
 
@@ -68,6 +69,19 @@ class Plan:
     whole: dict[str, str] = field(default_factory=dict)
     entries: list[Weight] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def inner(self) -> list[Site]:
+        """The sites within the pairs of others."""
+        return [s.inner for s in self.sites if s.inner is not None]
+
+    def forgo_inner(self, why: str) -> None:
+        """All pairs stay pairs."""
+        names = [s.layer for s in self.sites if s.inner is not None]
+        for site in self.sites:
+            site.inner = None
+        if names:
+            self.notes.append(f"no pair is cut again along its inputs ({why}): {', '.join(names)}")
 
     @property
     def fixed_params(self) -> int:
@@ -188,7 +202,9 @@ def make_plan(
             owners = tuple(module for module, _ in held)
             unfolding = choose_unfolding(owners[0], wanted[0].matricization, full(parameter))
             paths = tuple(tuple(modules[module]) for module in owners)
-            sites.append(Site(names[0], wanted[0], unfolding, own_class(owners[0]).__name__, owners, paths))
+            site = Site(names[0], wanted[0], unfolding, own_class(owners[0]).__name__, owners, paths)
+            site.inner = inner_site(site)
+            sites.append(site)
         else:
             left.append(LeftAlone(names[0], tuple(parameter.shape), reason))
     plan = Plan(sites, left, count_params(model), None, entries=entries)
@@ -268,6 +284,7 @@ def use_unfoldings(model: nn.Module, plan: Plan, names: dict[str, str], example_
     """Unfold each site as named: on resume `"auto"` must not choose again, from other weights."""
     for site in plan.sites:
         site.unfolding = next(u for u in unfoldings(site.modules[0]) if u.name == names[site.name])
+        site.inner = inner_site(site)
     if example_inputs is not None:
         _count(model, plan, check_inputs(example_inputs))
 
@@ -285,6 +302,9 @@ def _count(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> None:
             both += layer_macs(pair, shapes[module])
         one, two = site.unfolding.unit_parts
         site.positions = (dense // site.unfolding.dense_params, first // one, (both - first) // two)
+        if site.inner is not None:
+            entries = sum(math.prod(shape) for module in site.modules for shape in shapes[module])
+            site.inner.positions = (site.positions[1], entries // site.unfolding.sides[1], site.positions[1])
     others: dict[str, Any] = {x.path: model.get_submodule(x.path) for x in plan.layers if x.site is None}
     others = {path: module for path, module in others.items() if unfoldings(module)}
     shapes = input_shapes(model, list(others.values()), inputs)

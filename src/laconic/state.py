@@ -15,7 +15,7 @@ from .report import Snapshot
 from .schedule import Controller
 from .timing import RankTimes
 
-VERSION = 5
+VERSION = 6
 MAX_SNAPSHOTS = 200
 
 

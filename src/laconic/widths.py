@@ -29,8 +29,9 @@ from .plan import Plan
 from .structures import Neurons, Site, WideLayer
 
 Widths = dict[str, int]
+Step = tuple[float, tuple[int, int]]  # what it loses per cost that it saves; to how many units, 0, or to which ranks
 STEP = 32  # a step takes this part of the units, or of the ranks, that are left
-GRID = 24  # ranks that are tried for a weight that is still dense
+GRID = 24  # ranks that are tried for a weight that is still dense, or for an inner site that is whole
 
 
 def choose_shapes(
@@ -71,8 +72,25 @@ def most_important(importance: Floats, count: int) -> NDArray[np.int64]:
     return np.sort(order[:count])
 
 
+def inner_ranks(taken: int) -> NDArray[np.int64]:
+    """Ranks that are tried for an inner site that is whole."""
+    return np.unique(np.linspace(1, max(taken - 1, 1), GRID).round().astype(np.int64))
+
+
 @dataclass(slots=True)
 class Walk:
+    """Where the walk is.
+
+    Attributes:
+        plan, values, importances, currencies, limits, keep_dense: as given to `choose_shapes`.
+        units: that each group keeps.
+        ranks: of each site; inner: of the site within it, 0 where that stays whole.
+        shares: logarithms of what is kept, by the number of units or the rank.
+        layers, rates, sizes, costs: of every layer, by path: itself, its prices, its channels, what it costs.
+        spent: what the model costs; weights: of the currencies.
+        touching: groups and sites that change a layer.
+    """
+
     plan: Plan
     values: dict[str, Floats]
     importances: dict[str, Floats]
@@ -81,6 +99,7 @@ class Walk:
     keep_dense: frozenset[str]
     units: Widths = field(init=False)
     ranks: dict[str, int | None] = field(init=False)
+    inner: dict[str, int] = field(init=False)
     shares: dict[str, Floats] = field(init=False)
     layers: dict[str, WideLayer] = field(init=False)
     rates: dict[str, Rates] = field(init=False)
@@ -94,11 +113,12 @@ class Walk:
         plan = self.plan
         self.units = {g.name: len(g.kept) for g in plan.neurons}
         self.ranks = {s.name: s.rank for s in plan.sites}
+        self.inner = {s.name: s.inner.rank or 0 if s.inner is not None else 0 for s in plan.sites}
         self.layers = {layer.path: layer for layer in plan.layers}
         self.rates = {layer.path: Rates.of(layer) for layer in plan.layers}
         self.sizes = {layer.path: (layer.out, layer.taken) for layer in plan.layers}
         self.shares = {name: log_shares(np.sqrt(np.sort(v)[::-1])) for name, v in self.importances.items()}
-        self.shares |= {name: log_shares(v) for name, v in self.values.items()}
+        self.shares |= {s.name: log_shares(self.values[s.name]) for s in plan.sites if s.name in self.values}
         self.costs = {path: self.cost(path) for path in self.layers}
         self.spent = present_costs(plan, self.currencies)
         self.weights = self.price()
@@ -114,7 +134,8 @@ class Walk:
         site = self.layers[path].site
         out, taken = size or self.sizes[path]
         rank = self.ranks[site.name] if site is not None else None
-        return layer_costs(self.rates[path], out, taken, None if rank is None else [rank], self.currencies)[0]
+        inner = self.inner[site.name] if site is not None else 0
+        return layer_costs(self.rates[path], out, taken, None if rank is None else [rank], self.currencies, inner)[0]
 
     def price(self) -> Floats:
         """Weights of the costs: each relative to its limit, those that are met for nothing."""
@@ -126,9 +147,17 @@ class Walk:
 
     def gain(self) -> float:
         """The sum of the logarithms of all shares that are kept."""
-        ranks = [(n, r) for n, r in self.ranks.items() if r is not None]
-        kept = [self.shares[n][min(r, len(self.shares[n])) - 1] for n, r in ranks]
+        kept = [self.kept_at(s, [r], [self.inner[s.name]])[0] for s in self.plan.sites if (r := self.ranks[s.name]) is not None]
         return float(sum(kept) + sum(self.shares[n][u - 1] for n, u in self.units.items()))
+
+    def kept_at(self, site: Site, ranks: Sequence[int] | NDArray[np.int64], inner: Sequence[int] | NDArray[np.int64]) -> Floats:
+        """The logarithm of what a site keeps at these ranks."""
+        r, s = np.asarray(ranks), np.asarray(inner)
+        kept = self.shares[site.name][np.minimum(r, len(self.shares[site.name])) - 1]
+        if site.inner is None or not s.any():
+            return kept
+        joint = self.values[site.inner.name]
+        return kept + np.where(s > 0, joint[np.minimum(r, len(joint)) - 1, np.minimum(s, joint.shape[1]) - 1], 0.0)
 
     def resized(self, group: Neurons, count: int) -> dict[str, tuple[int, int]]:
         """Numbers of channels of all layers of a group that keeps so many units."""
@@ -143,34 +172,48 @@ class Walk:
     def change(self, sizes: dict[str, tuple[int, int]]) -> Floats:
         return sum((self.cost(path, size) - self.costs[path] for path, size in sizes.items()), np.zeros_like(self.spent))
 
-    def best(self, item: Neurons | Site) -> tuple[float, int] | None:
-        """The best step down of a group or a weight: what it loses per cost that it saves, and to how many units or ranks."""
-        name, shares = item.name, self.shares[item.name]
-        if isinstance(item, Neurons):
-            now, multiple = self.units[name], item.structure.multiple
-            count = (now - max(1, now // STEP)) // multiple * multiple
-            if count < 1:
-                return None
-            saved = -float(self.change(self.resized(item, count)) @ self.weights)
-            return ((shares[now - 1] - shares[count - 1]) / saved, count) if saved > 0 else None
-        rank = self.ranks[name]
-        if name in self.keep_dense:
+    def best(self, item: Neurons | Site) -> Step | None:
+        """The best step down of a group or a weight: what it loses per cost that it saves, and to how many units or which ranks."""
+        if isinstance(item, Site):
+            return self.best_ranks(item)
+        now, multiple, shares = self.units[item.name], item.structure.multiple, self.shares[item.name]
+        count = (now - max(1, now // STEP)) // multiple * multiple
+        if count < 1:
             return None
-        if rank is not None:
-            options = np.array([rank - max(1, rank // STEP)])
-        else:
-            highest = min(int(self.break_even(item)), len(shares))
-            options = np.unique(np.linspace(1, highest, GRID).round().astype(np.int64)) if highest >= 1 else np.zeros(0, dtype=np.int64)
-        options = options[options >= 1]
+        saved = -float(self.change(self.resized(item, count)) @ self.weights)
+        return ((shares[now - 1] - shares[count - 1]) / saved, (count, 0)) if saved > 0 else None
+
+    def best_ranks(self, site: Site) -> Step | None:
+        if site.name in self.keep_dense:
+            return None
+        options = np.array(self.options(site), dtype=np.int64).reshape(-1, 2)
+        options = options[options[:, 0] >= 1]
         if not len(options):
             return None
-        here = 0.0 if rank is None else float(shares[min(rank, len(shares)) - 1])
-        costs = layer_costs(self.rates[item.layer], *self.sizes[item.layer], options.tolist(), self.currencies)
-        savings = (self.costs[item.layer] - costs) @ self.weights
-        losses = here - shares[np.minimum(options, len(shares)) - 1]
+        rank, inner = self.ranks[site.name], self.inner[site.name]
+        here = 0.0 if rank is None else self.kept_at(site, [rank], [inner])[0]
+        costs = layer_costs(
+            self.rates[site.layer], *self.sizes[site.layer], options[:, 0].tolist(), self.currencies, options[:, 1].tolist()
+        )
+        savings = (self.costs[site.layer] - costs) @ self.weights
+        losses = here - self.kept_at(site, *options.T)
         slopes = np.where(savings > 0, losses / np.where(savings > 0, savings, 1.0), np.inf)
         best = int(np.argmin(slopes))
-        return (float(slopes[best]), int(options[best])) if np.isfinite(slopes[best]) else None
+        return (float(slopes[best]), (int(options[best, 0]), int(options[best, 1]))) if np.isfinite(slopes[best]) else None
+
+    def options(self, site: Site) -> list[tuple[int, int]]:
+        """Ranks, of the site and of the inner one, that a step may lead to."""
+        rank, inner = self.ranks[site.name], self.inner[site.name]
+        if rank is None:
+            highest = min(int(self.break_even(site)), len(self.shares[site.name]))
+            return [(r, 0) for r in np.linspace(1, highest, GRID).round().astype(int)] if highest >= 1 else []
+        lower = [(rank - max(1, rank // STEP), inner)]
+        if site.inner is None or site.inner.rank is not None:
+            return lower if site.inner is None else []
+        if inner == 0:
+            return lower + [(rank, s) for s in inner_ranks(self.sizes[site.layer][1])]
+        # One that has become so small that it would cost less whole is whole again.
+        return [*lower, (rank, inner - max(1, inner // STEP)), (rank, 0)] if inner > 1 else [*lower, (rank, 0)]
 
     def break_even(self, site: Site) -> float:
         unfolding = site.unfolding.resized(*self.sizes[site.layer])
@@ -180,7 +223,7 @@ class Walk:
         """The walk: until the limits hold."""
         items: dict[str, Neurons | Site] = {g.name: g for g in self.plan.neurons} | {s.name: s for s in self.plan.sites}
         version = dict.fromkeys(items, 0)
-        heap: list[tuple[float, str, int, int]] = []
+        heap: list[tuple[float, str, tuple[int, int], int]] = []
 
         def push(name: str) -> None:
             version[name] += 1
@@ -219,14 +262,14 @@ class Walk:
             fraction,
         )
 
-    def go(self, item: Neurons | Site, to: int) -> list[str]:
+    def go(self, item: Neurons | Site, to: tuple[int, int]) -> list[str]:
         """Take a step; returns the layers that it changed."""
         if isinstance(item, Neurons):
-            self.sizes |= (sizes := self.resized(item, to))
-            self.units[item.name] = to
+            self.sizes |= (sizes := self.resized(item, to[0]))
+            self.units[item.name] = to[0]
             changed = list(sizes)
         else:
-            self.ranks[item.name] = to
+            self.ranks[item.name], self.inner[item.name] = to
             changed = [item.layer]
         for path in changed:
             self.whole_again(path)
@@ -265,4 +308,4 @@ class Walk:
             if not found:
                 return
             _, name, count = max(found)
-            self.go(next(g for g in self.plan.neurons if g.name == name), count)
+            self.go(next(g for g in self.plan.neurons if g.name == name), (count, 0))

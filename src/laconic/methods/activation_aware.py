@@ -77,7 +77,7 @@ def roots(layers: dict[str, nn.Module], model: nn.Module, data: Dataset) -> dict
 @torch.no_grad()
 def by_outputs(model: nn.Module, data: Dataset, recipe: Recipe) -> CompactReport:
     """In place. Layers whose inputs are no plain rows or patches (transposed or grouped convolutions, padding by name) count by their weight alone."""
-    structure = LowRank(matricization="out,in*kh*kw")
+    structure = LowRank(matricization="out,in*kh*kw", inputs=False)
     budget = Budget(params=recipe.params)
     plan = make_plan(model, [structure], example(data))
     plain = {s.name: s for s in plan.sites if is_plain(s.modules[0])}

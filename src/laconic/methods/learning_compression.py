@@ -31,7 +31,7 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     del restart
     model = build(data, recipe, seed)
     optimizer = make_optimizer(model, recipe)
-    plan = make_plan(model, [LowRank(matricization=recipe.matricization)], example(data))
+    plan = make_plan(model, [LowRank(matricization=recipe.matricization, inputs=False)], example(data))
     budget = Budget(params=recipe.params)
     every = max(1, recipe.epochs * steps_per_epoch(data, recipe) // ROUNDS)
     targets: dict[Tensor, Tensor] = {}

@@ -31,7 +31,7 @@ LATE = 0.5  # setting of those that train on: the share of the run after which t
 def by_product(model: nn.Module, data: Dataset, recipe: Recipe) -> CompactReport:
     """All layers together, in place."""
     return compress(
-        model, LowRank(matricization=recipe.matricization), Budget(params=recipe.params),
+        model, LowRank(matricization=recipe.matricization, inputs=False), Budget(params=recipe.params),
         example_inputs=example(data), calibration=calibration(data),
     )  # fmt: skip
 
@@ -42,7 +42,7 @@ def by_energy(model: nn.Module, data: Dataset, recipe: Recipe, matricization: st
     Raises:
         InfeasibleBudgetError: with a thousandth of the energy it is still too large.
     """
-    structure = LowRank(matricization=matricization or recipe.matricization)
+    structure = LowRank(matricization=matricization or recipe.matricization, inputs=False)
     plan = make_plan(model, [structure], example(data))
     values, limit = spectra(plan), int(recipe.params * plan.params)
     low, high = 0, 1000  # thousandths of the energy: the largest that fits

@@ -19,7 +19,7 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     optimizer = make_optimizer(model, recipe)
     total = recipe.epochs * steps_per_epoch(data, recipe)
     compressor = Compressor(
-        model, optimizer, LowRank(strength=0.0, matricization=recipe.matricization), budget=Budget(params=recipe.params), total_steps=total,
+        model, optimizer, LowRank(strength=0.0, matricization=recipe.matricization, inputs=False), budget=Budget(params=recipe.params), total_steps=total,
         example_inputs=example(data), every=total, schedule=Schedule(warmup=0.0, settle=1 - (recipe.setting or CUT)),
     )  # fmt: skip
     curve = fit(model, data, recipe, seed, optimizer, report=report, compressor=compressor, restart=restart)

@@ -60,7 +60,9 @@ def layer_cells(report: CompactReport) -> list[LayerCells]:
 
 def rank_text(layer: LayerReport) -> str:
     """`41 / 64`, or `dense`, or `slim` where only neurons went."""
-    return f"{layer.rank} / {layer.full_rank}" if layer.rank is not None else layer.outcome
+    if layer.rank is None:
+        return layer.outcome
+    return f"{layer.rank} / {layer.full_rank}" + (f", inputs {layer.inputs}" if layer.inputs is not None else "")
 
 
 def arrow(pair: tuple[str, str]) -> str:

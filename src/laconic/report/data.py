@@ -25,6 +25,7 @@ class LayerReport:
         spectrum: singular values just before the cut, largest first; empty where not computed.
         ms_before, ms_after: measured time of the layer alone; None where not measured.
         note: why it stays dense, or what else there is to say.
+        inputs: channels between the first two of three layers, where the pair was cut again along its inputs; None for a pair.
         slim: shape of the weight (or of the one that the pair stands for) without the neurons that went; None if none did.
     """
 
@@ -43,6 +44,7 @@ class LayerReport:
     ms_after: float | None = None
     note: str = ""
     slim: tuple[int, ...] | None = None
+    inputs: int | None = None
 
     @property
     def outcome(self) -> str:
@@ -156,7 +158,8 @@ class CompactReport:
             lines.append(f"largest change of an output {self.max_abs_diff:.3g}; surgery error {self.surgery_error:.2g}")
         for layer in self.layers:
             shape = f"{list(layer.shape)}" + (f" -> {list(layer.slim)}" if layer.slim is not None else "")
-            rank = f"rank {layer.rank} of {layer.full_rank}, energy {layer.energy:.4f}"
+            inputs = f", inputs {layer.inputs} of {(layer.slim or layer.shape)[1]}" if layer.inputs is not None else ""
+            rank = f"rank {layer.rank} of {layer.full_rank}{inputs}, energy {layer.energy:.4f}"
             lines.append(f"  {layer.name} {shape}: {rank if layer.rank is not None else layer.outcome}{layer.note and ': ' + layer.note}")
         lines += [f"  {g.name}: {g.kept} of {g.units} units, share {g.share:.4f}" for g in self.groups]
         return "\n".join([*lines, *self.notes])

@@ -9,7 +9,7 @@ from typing import Any
 from .base import InUnits, Shrinkage
 from .channels import Channels, Neurons, WideLayer
 from .entries import Entries, Weight
-from .low_rank import LowRank, Site
+from .low_rank import LowRank, Site, inner_site
 from .sums import sparse_group_lasso, structured_sparsity
 
 Structure = LowRank | Channels | Entries
@@ -33,6 +33,7 @@ __all__ = [
     "Structure",
     "Weight",
     "WideLayer",
+    "inner_site",
     "shrink",
     "sparse_group_lasso",
     "structured_sparsity",

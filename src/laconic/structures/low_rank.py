@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed import full, write
-from ..matricize import CHANNEL, SPATIAL, Unfolding, check_matricization
+from ..matricize import CHANNEL, SPATIAL, Unfolding, check_matricization, unfolding_named
 from ..penalties import L1, LogSum, Penalty
 from ..solvers import factored_prox, factored_svd, spectral_prox
+from ..solvers.gram import small_gram
 from ..surgery.factorize import factorize, narrow, pair_matrices, pair_weights
 from ..surgery.factorize import weights as pair_parameters
 from ..timing import RankTimes
@@ -32,6 +34,8 @@ class Site:
         paths: for each module, every path at which it sits.
         rank: None while dense.
         times: measured on the example inputs; None unless a budget in milliseconds asks for it.
+        inner: the first layer of the pair as a site of its own, which may be cut along the channels that it takes in; its modules are
+            there once this site is cut. None: the pair stays a pair.
         positions: how often a parameter of the dense weight, of the pair's first and of its second weight takes part in a
             multiplication on the example inputs; None without.
     """
@@ -45,6 +49,7 @@ class Site:
     positions: tuple[int, int, int] | None = None
     rank: int | None = None
     times: RankTimes | None = None
+    inner: Site | None = None
     whole: Unfolding = field(init=False)  # with all channels of the dense model
 
     def __post_init__(self) -> None:
@@ -67,16 +72,43 @@ class Site:
         first, second = self.unfolding.unit_parts
         return self.positions[1] * first + self.positions[2] * second
 
+    @property
+    def first_layers(self) -> tuple[nn.Module, ...]:
+        """Of the pairs."""
+        pairs: tuple[Any, ...] = self.modules
+        return tuple(pair[0] for pair in pairs)
+
+    def inner_at(self, rank: int) -> Site:
+        """The first layer of the pair of this rank, to see what it costs."""
+        assert self.inner is not None
+        return replace(
+            self.inner, unfolding=self.inner.unfolding.resized(self.unfolding.groups * rank, self.unfolding.sides[1]), inner=None
+        )
+
+    def cut_to(self, rank: int, pairs: Sequence[nn.Sequential]) -> None:
+        """The pairs are in the model."""
+        self.modules, self.rank = tuple(pairs), rank
+        if self.inner is not None:
+            self.inner.unfolding = self.inner_at(rank).unfolding
+            self.inner.modules = self.first_layers
+
     def resize(self, out: int, taken: int) -> None:
         """The layer has other numbers of channels now: a measured time is taken to change as the parameters do."""
         before, self.unfolding = self.unfolding, self.unfolding.resized(out, taken)
+        if self.inner is not None:
+            self.inner.unfolding = self.inner.unfolding.resized(self.inner.unfolding.sides[0], taken)
+            if self.rank is not None:
+                self.inner.modules = self.first_layers
         if self.times is not None:
             dense, unit = (getattr(self.unfolding, n) / getattr(before, n) for n in ("dense_params", "unit_params"))
             self.times = self.times.scaled(dense, unit)
 
     @property
     def weights(self) -> tuple[nn.Parameter, ...]:
-        """The trained parameters: the weight, or once cut the weights of the pair."""
+        """The trained parameters: the weight, or once cut the weights of the pair (of three layers, once the first is cut as well)."""
+        if self.inner is not None and self.inner.rank is not None:
+            pair: Any = self.modules[0]
+            return (*self.inner.weights, pair[1].weight)
         if self.rank is not None:
             return pair_parameters(self.modules[0])
         weight = self.modules[0].weight
@@ -96,8 +128,32 @@ class Site:
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """Once cut: `left [g, m, r]`, `right [g, r, n]`."""
-        first, second = self.weights
+        first: Tensor
+        *_, first, second = self.weights
+        if self.inner is not None and self.inner.rank is not None:
+            left, right = self.inner.factors
+            first = self.inner.unfolding.fold(left @ right)
         return pair_matrices(self.unfolding, first.detach(), second.detach())
+
+    @property
+    def joint_shares(self) -> Tensor:
+        r"""What the inner cut leaves of the energy that the pair keeps: the logarithm, `[r - 1, s - 1]`, for both ranks.
+
+        With the singular vectors U of the unfolded weight and the eigenvectors V of its Gram matrix along the channels taken in,
+        :math:`E_{ij} = \|W \times_1 u_i \times_2 v_j\|_F^2`, and the share is
+        :math:`\sum_{i \le r, j \le s} E_{ij} / \sum_{i \le r, j} E_{ij}`.
+        """
+        if self.rank is None:
+            matrix = self.matrix[0]
+        else:
+            left, right = self.factors
+            matrix = torch.linalg.qr(left[0].double(), mode="r").R.to(right.dtype) @ right[0]
+        _, u = torch.linalg.eigh(small_gram(matrix[None], torch.float64)[0])
+        u = u.flip(1)[:, : self.unfolding.full_rank].to(matrix.dtype)
+        rows = (u.mT @ matrix).unflatten(1, (self.unfolding.sides[1], -1))  # [r, in, k]
+        _, v = torch.linalg.eigh(torch.einsum("rik,rjk->ij", rows, rows).double())
+        energies = torch.einsum("rik,ij->rjk", rows, v.flip(1).to(rows.dtype)).double().square().sum(2).cumsum(0).cumsum(1)
+        return (energies / energies[:, -1:].clamp_min(math.ulp(0.0))).clamp(1e-16, 1.0).log().cpu()
 
     @property
     def norm(self) -> float:
@@ -138,6 +194,8 @@ class LowRank:
             needs fewer parameters for 99 % of the energy of the weights as they are when the plan is made).
         include, exclude: shell-style patterns on module or parameter names.
         rank_multiple: cut only at multiples of this rank (what the hardware likes: 8, 16).
+        inputs: cut the first layer of a convolution's pair again, along the channels that it takes in, where that serves the budget better (Tucker-2):
+            1 x 1 from n to s channels, the kernel from s to r, 1 x 1 from r to m.
     """
 
     penalty: Penalty = field(default_factory=LogSum)
@@ -147,6 +205,7 @@ class LowRank:
     include: str | tuple[str, ...] = ()
     exclude: str | tuple[str, ...] = ()
     rank_multiple: int = 1
+    inputs: bool = True
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -159,7 +218,7 @@ class LowRank:
 
         With one proximal step per epoch and ranks by energy per layer: see `Compressor.as_published`.
         """
-        published: dict[str, Any] = {"penalty": L1(), "strength": strength, "scale": "absolute", "matricization": SPATIAL}
+        published: dict[str, Any] = {"penalty": L1(), "strength": strength, "scale": "absolute", "matricization": SPATIAL, "inputs": False}
         return cls(**published | options)
 
     def unit(self, site: Site) -> float:
@@ -197,6 +256,19 @@ class LowRank:
         for pair in pairs[1:]:
             pair[0].weight, pair[1].weight = pairs[0][0].weight, pairs[0][1].weight
         return pairs
+
+
+def inner_site(site: Site) -> Site | None:
+    """The first layer of a convolution's pair, unfolded along the channels that it takes in."""
+    u = site.unfolding
+    if not site.structure.inputs or u.name not in ("out,in*k", "out*k,in") or u.groups > 1 or len(u.shape) < 3:
+        return None
+    kernel = u.shape[2:] if u.name == "out,in*k" else (1, *u.shape[3:])
+    if math.prod(kernel) == 1 or u.shape[1] == 1:
+        return None
+    unfolding = unfolding_named("out*kernel,in", (u.full_rank, u.shape[1], *kernel))
+    paths = tuple(tuple(f"{path}.0" for path in of_module) for of_module in site.paths)
+    return Site(f"{site.layer}.0.weight", site.structure, unfolding, site.kind, (), paths)
 
 
 def combined(values: Tensor) -> Tensor:

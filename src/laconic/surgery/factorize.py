@@ -41,6 +41,9 @@ def empty_pair(module: Layer, unfolding: Unfolding, rank: int, device: Any = Non
     elif unfolding.name == "out,in*k":
         first = conv(module.in_channels, inner, module.kernel_size, padding_mode=mode, **spatial, **fixed)
         second = conv(inner, module.out_channels, 1, **fixed)
+    elif unfolding.name == "out*kernel,in":
+        first = conv(module.in_channels, inner, 1, **fixed)
+        second = conv(inner, module.out_channels, module.kernel_size, padding_mode=mode, **spatial, **fixed)
     else:  # "out*k,in": the first kernel axis belongs to the second layer
 
         def share(values: Any, neutral: int, second: bool) -> Any:
@@ -77,6 +80,10 @@ def pair_weights(unfolding: Unfolding, left: Tensor, right: Tensor) -> tuple[Ten
         return left.mT.reshape(g * r, split[1], *ones), right.reshape(g * r, split[2], *kernel)
     if unfolding.name == "out,in*k":
         return right.reshape(g * r, split[2], *kernel), left.reshape(g * split[1], r, *ones)
+    if unfolding.name == "out*kernel,in":
+        return right.reshape(g * r, split[2], *ones), left.mT.reshape(g, r, split[1], *kernel).transpose(1, 2).reshape(
+            g * split[1], r, *kernel
+        )
     first = right.reshape(g * r, split[2], 1, *kernel[1:])
     second = left.reshape(g * split[1], kernel[0], r).permute(0, 2, 1).reshape(g * split[1], r, kernel[0], *ones[1:])
     return first, second
@@ -96,6 +103,8 @@ def pair_matrices(unfolding: Unfolding, first: Tensor, second: Tensor) -> tuple[
     if unfolding.name == "out,in*k":
         return second.reshape(g, m, r), right
     split = unfolding.split_shape
+    if unfolding.name == "out*kernel,in":
+        return second.reshape(g, split[1], r, -1).transpose(2, 3).reshape(g, m, r), right
     return second.reshape(g * split[1], r, split[3]).permute(0, 2, 1).reshape(g, m, r), right
 
 
