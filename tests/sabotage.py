@@ -31,6 +31,47 @@ class Edit(NamedTuple):
 
 EDITS = [
     Edit(
+        "what both cuts keep, of the whole weight",
+        "structures/low_rank.py",
+        "energies / energies[:, -1:]",
+        "energies / energies[-1:, -1:]",
+        "test_inner",
+    ),
+    Edit(
+        "three layers that cost more than a pair",
+        "widths.py",
+        "(rank, inner - max(1, inner // STEP)), (rank, 0)]",
+        "(rank, inner - max(1, inner // STEP))]",
+        "test_inner",
+    ),
+    Edit("entries of the second cut for nothing", "costs.py", " + s * rates.entry * taken", "", "test_inner"),
+    Edit(
+        "inputs of another rank",
+        "budget.py",
+        "(ranks[:, None, None] - 1) * (two - one)",
+        "ranks[:, None, None] * (two - one)",
+        "test_inner",
+    ),
+    Edit(
+        "a second cut forgotten on resume",
+        "compaction.py",
+        "for site in (*plan.sites, *plan.inner):\n        if site.name in ranks",
+        "for site in plan.sites:\n        if site.name in ranks",
+        "test_inner",
+    ),
+    Edit("a second cut that a resumed run makes up", "compressor.py", 'site.inner.name not in state["inner"]', "False", "test_inner"),
+    Edit(
+        "what is beside the layers never shrinks", "latency.py", "layer.beside_ms += left", "layer.beside_ms += 0 * left", "test_shrinking"
+    ),
+    Edit(
+        "yesterday's times",
+        "latency.py",
+        "site.times = site.times.scaled(now / site.times.dense, now / site.times.dense)",
+        "pass",
+        "test_shrinking",
+    ),
+    Edit("a clock that wanders", "latency.py", "pace = known(plan.latency_ms) / agreed(", "pace = 1.0 or agreed(", "test_shrinking"),
+    Edit(
         "unread neurons stay",
         "surgery/constants.py",
         "zip(here, read, strict=True) if not r]",

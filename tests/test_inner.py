@@ -290,6 +290,9 @@ def test_a_budget_in_milliseconds_has_pairs_only_and_says_so():
     compressor = compressor_for(Net(4), budget=laconic.Budget(latency=1.0))
     assert any("no pair is cut again along its inputs" in note and "wide" in note for note in compressor.plan.notes)
     assert not compressor.plan.inner
+    resumed = compressor_for(Net(4), budget=laconic.Budget(latency=1.0))
+    resumed.load_state_dict(compressor.state_dict())
+    assert not resumed.plan.inner
 
 
 def test_replayed_cuts_have_the_same_shapes():
