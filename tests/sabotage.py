@@ -337,7 +337,7 @@ EDITS = [
     Edit(
         "readers unseen",
         "plan.py",
-        "    readers = _weight_readers(modules)",
+        "    readers = weight_readers(modules)",
         "    readers = {}",
         "test_plan",
     ),
