@@ -31,6 +31,24 @@ class Edit(NamedTuple):
 
 EDITS = [
     Edit(
+        "Tucker's core unpaid",
+        "methods/tensor_decompositions.py",
+        "o * a + i * b + a * b * kh * kw",
+        "o * a + i * b + a * b",
+        "test_methods",
+    ),
+    Edit("CP forgets the signs", "methods/tensor_decompositions.py", "a = a * weights.sign()", "a = -a", "test_methods"),
+    Edit("pruned too little", "methods/magnitude.py", "1 - (1 - k / ROUNDS) ** 3", "0.9 - 0.9 * (1 - k / ROUNDS) ** 3", "test_methods"),
+    Edit("orthogonality of one side", "methods/svd_training.py", " + (vh @ vh.mT - eye).square().sum()", "", "test_methods"),
+    Edit("stable rank of the sum", "methods/cuttlefish.py", "values.square().sum(-1) / values", "values.sum(-1) / values", "test_methods"),
+    Edit(
+        "inputs without positions",
+        "methods/activation_aware.py",
+        "rows.mT @ rows",
+        "rows.mean(0)[:, None] @ rows.mean(0)[None]",
+        "test_methods",
+    ),
+    Edit(
         "what both cuts keep, of the whole weight",
         "structures/low_rank.py",
         "energies / energies[:, -1:]",
@@ -112,8 +130,8 @@ EDITS = [
     Edit(
         "thin widths too wide",
         "models/__init__.py",
-        "if params(middle) <= limit else",
-        "if params(middle) <= 2 * limit else",
+        "build(widths).parameters()) <= limit",
+        "build(widths).parameters()) <= 2 * limit",
         "test_models",
     ),
     Edit("text labels not shifted", "data/sets.py", "for start in (0, 1))", "for start in (0, 0))", "test_data"),

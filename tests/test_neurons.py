@@ -607,7 +607,7 @@ def test_narrow_layers_stay_whole_where_a_pair_would_take_longer(monkeypatch, tm
 
     monkeypatch.setattr("laconic.timing._measure", measured)
     monkeypatch.setattr("laconic.latency.measure_latency", clock)
-    monkeypatch.setattr("laconic.compaction.measure_latency", clock)
+    monkeypatch.setattr("laconic.outcome.measure_latency", clock)
     model = wide_mlp()
     dense = clock(model, None).median_ms
     compressor = compressor_for(model, (8, 64), budget=laconic.Budget(latency=0.05), total_steps=20)

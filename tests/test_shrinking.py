@@ -149,7 +149,7 @@ def machine(monkeypatch, empty_table):
 
     monkeypatch.setattr("laconic.timing._measure", measured)
     monkeypatch.setattr("laconic.latency.measure_latency", latency)
-    monkeypatch.setattr("laconic.compaction.measure_latency", latency)
+    monkeypatch.setattr("laconic.outcome.measure_latency", latency)
     return asked
 
 
@@ -225,7 +225,7 @@ def test_what_is_beside_the_layers_shrinks_with_the_neurons(monkeypatch, empty_t
 
     monkeypatch.setattr("laconic.timing._measure", measured)
     monkeypatch.setattr("laconic.latency.measure_latency", clock)
-    monkeypatch.setattr("laconic.compaction.measure_latency", clock)
+    monkeypatch.setattr("laconic.outcome.measure_latency", clock)
     dense = clock(Residual(), None).median_ms
     assert weights(Residual()) < 0.7 * dense
     both, budget = [laconic.LowRank(), laconic.Channels()], laconic.Budget(latency=share)

@@ -20,10 +20,11 @@ from .costs import Ranks
 from .cuts import CutResult, all_or_nothing, check_in_place, largest_difference, outputs
 from .errors import InfeasibleBudgetError, InvalidValueError, NonFiniteError, SurgeryError
 from .matricize import Layer
-from .measure import check_inputs, count_macs, count_params, input_shapes, measure_latency
+from .measure import check_inputs, input_shapes, measure_latency
+from .outcome import make_report
 from .penalties import check_share
 from .plan import Plan, check_structures, make_plan, stays_whole
-from .report import CompactReport, GroupReport, LayerReport
+from .report import CompactReport
 from .slimming import importances_of, slim_neurons, took_out, watch_inputs
 from .structures import Entries, Site, Structure
 from .surgery.batchnorm import batch_norms, reestimate
@@ -291,84 +292,6 @@ def _shares(site: Site, values: dict[str, Floats]) -> Floats:
     """Logarithms of what a site keeps at each rank; of an inner one at the rank of the site around it."""
     found = values[site.name]
     return log_shares(found) if found.ndim == 1 else found[site.unfolding.sides[0] - 1]
-
-
-def _costs_now(site: Site) -> tuple[int, int | None]:
-    """Parameters and MACs of a site's weight as it is cut."""
-    if site.rank is None:
-        return site.unfolding.dense_params, site.dense_macs
-    params, macs = site.rank * site.unfolding.unit_params, None if site.unit_macs is None else site.rank * site.unit_macs
-    if site.inner is None or site.inner.rank is None:
-        return params, macs
-    now, before = _costs_now(site.inner), (site.inner.unfolding.dense_params, site.inner.dense_macs)
-    less = None if macs is None or now[1] is None or before[1] is None else macs + now[1] - before[1]
-    return params + now[0] - before[0], less
-
-
-def make_report(model: nn.Module, plan: Plan, cuts: CutResult, example_inputs: Any, **extra: Any) -> CompactReport:
-    """The report on everything that was cut so far."""
-    layers = []
-    for site in plan.sites:
-        u, rank = site.unfolding, site.rank
-        after, macs = _costs_now(site)
-        spectrum = cuts.values.get(site.name)
-        ms = cuts.timings.get(site.name, (None, None))
-        layers.append(
-            LayerReport(
-                name=site.layer,
-                kind=site.kind,
-                shape=site.whole.shape,
-                rank=rank,
-                inputs=site.inner.rank if site.inner is not None else None,
-                full_rank=u.full_rank,
-                params_before=site.whole.dense_params,
-                params_after=after,
-                macs_before=None if site.positions is None else site.positions[0] * site.whole.dense_params,
-                macs_after=macs,
-                energy=cuts.energies.get(site.name, 1.0) * (cuts.energies.get(site.inner.name, 1.0) if site.inner is not None else 1.0),
-                spectrum=tuple(float(f"{v:.6g}") for v in spectrum) if spectrum is not None else (),
-                ms_before=ms[0],
-                ms_after=ms[1],
-                slim=u.shape if u.shape != site.whole.shape else None,
-                note=""
-                if rank is not None or u.shape != site.whole.shape
-                else f"no rank up to {site.break_even}, where two layers stop being smaller, was enough",
-            )
-        )
-    reasons = {alone.name: alone for alone in plan.left_alone}
-    for layer in plan.layers:  # slim or not, but under no site
-        if layer.site is None and len(layer.shape) > 1:
-            name = f"{layer.path}.weight"
-            reason = reasons.pop(name).reason if name in reasons else ""
-            module: Layer = model.get_submodule(layer.path)
-            now, size = tuple(module.weight.shape), math.prod(layer.shape)
-            layers.append(
-                LayerReport(
-                    layer.path, type(module).__name__, layer.shape, None, None, size, module.weight.numel(),
-                    note=reason, slim=now if now != layer.shape else None,
-                )
-            )  # fmt: skip
-    for alone in reasons.values():
-        size = math.prod(alone.shape)
-        layers.append(LayerReport(alone.name.rpartition(".")[0] or alone.name, "", alone.shape, None, None, size, size, note=alone.reason))
-    return CompactReport(
-        params_before=plan.params,
-        params_after=count_params(model),
-        macs_before=plan.macs,
-        macs_after=count_macs(model, example_inputs) if example_inputs is not None else None,
-        latency_before=plan.latency_ms,
-        latency_after=measure_latency(model, check_inputs(example_inputs)).median_ms if plan.latency_ms is not None else None,
-        max_abs_diff=cuts.max_abs_diff,
-        surgery_error=max(cuts.errors.values(), default=0.0),
-        layers=tuple(layers),
-        groups=tuple(
-            GroupReport(
-                g.name, g.group.units, len(g.kept), cuts.shares.get(g.name, 1.0), tuple(dict.fromkeys(e.path for e in g.group.ends))
-            )
-            for g in plan.neurons
-        ),
-        **{"notes": tuple(cuts.notes), **extra},
-    )
 
 
 def compress(

@@ -22,7 +22,7 @@ from torch import nn
 
 from .allocate import Floats, log_shares, numerical_rank
 from .budget import Budget, cost_weights, is_met, prepare, ranks_for_budget
-from .compaction import choose_ranks, cut_sites, energy_ranks, guarded, make_report, not_carried, replay_cuts, spectra, values_of
+from .compaction import choose_ranks, cut_sites, energy_ranks, guarded, not_carried, replay_cuts, spectra, values_of
 from .costs import Ranks, present_costs
 from .cuts import all_or_nothing
 from .distributed import agreed, bare, is_sharded, load_whole, reshard, world_size
@@ -50,6 +50,7 @@ from .optimizers import (
     peak_learning_rate,
     was_skipped,
 )
+from .outcome import make_report
 from .pace import Scales, gradient_scales, scale_gradients, scale_moments
 from .penalties import check_share
 from .plan import check_structures, make_plan, stays_whole, use_unfoldings

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..budget import Budget, ranks_for_budget
-from ..compaction import cut_sites, make_report, spectra
+from ..compaction import cut_sites, spectra
 from ..data import Dataset
 from ..measure import evaluating
+from ..outcome import make_report
 from ..plan import make_plan
 from ..recipe import Recipe
 from ..report import CompactReport
