@@ -3,8 +3,10 @@ r"""Choose how many units every group keeps, with the ranks in view: both struct
 The product rule of `allocate`, with two kinds of factors: the share of its energy that each weight keeps at its rank, and
 the share of what the consumers of a group's units receive that the remaining units keep,
 
-.. math:: \max \prod_l \frac{\sum_{i \le r_l} s_{l,i}^2}{\sum_i s_{l,i}^2} \prod_g \frac{\sum_{u \in K_g} v_{g,u}}{\sum_u v_{g,u}}
+.. math:: \max \prod_l \frac{\sum_{i \le r_l} s_{l,i}^2}{\sum_i s_{l,i}^2} \prod_g \Bigl(\frac{\sum_{u \in K_g} v_{g,u}}{\sum_u v_{g,u}}\Bigr)^2
           \quad \text{subject to} \quad \text{cost}(r, K) \le \text{limit}
+
+squared, since a unit that goes is lost to the weights that put it out as well as to those that read it.
 
 The cost couples the two, since a pair of layers costs r (in + out) and a dense one in x out. So from where the model is
 now a greedy walk goes down: again and again the step (a few units of one group less, or a few ranks of one weight) that
@@ -31,6 +33,7 @@ from .structures import Neurons, Site, WideLayer
 Widths = dict[str, int]
 Step = tuple[float, tuple[int, int]]  # what it loses per cost that it saves; to how many units, 0, or to which ranks
 STEP = 32  # a step takes this part of the units, or of the ranks, that are left
+SIDES = 2  # a unit is lost to the weights that put it out, and to those that read it
 GRID = 24  # ranks that are tried for a weight that is still dense, or for an inner site that is whole
 
 
@@ -117,7 +120,7 @@ class Walk:
         self.layers = {layer.path: layer for layer in plan.layers}
         self.rates = {layer.path: Rates.of(layer) for layer in plan.layers}
         self.sizes = {layer.path: (layer.out, layer.taken) for layer in plan.layers}
-        self.shares = {name: log_shares(np.sqrt(np.sort(v)[::-1])) for name, v in self.importances.items()}
+        self.shares = {name: SIDES * log_shares(np.sqrt(np.sort(v)[::-1])) for name, v in self.importances.items()}
         self.shares |= {s.name: log_shares(self.values[s.name]) for s in plan.sites if s.name in self.values}
         self.costs = {path: self.cost(path) for path in self.layers}
         self.spent = present_costs(plan, self.currencies)
