@@ -18,7 +18,7 @@ from laconic.models import GPT
 from laconic.plan import make_plan
 from laconic.slimming import importances_of, slim_neurons, watch_inputs
 from laconic.timing import RankTimes
-from laconic.widths import choose_shapes, most_important
+from laconic.widths import Walk, choose_shapes, most_important
 
 from .models import assert_same, cnn, inputs_for, mlp, snapshot
 from .test_shrinking import IMAGE, NETWORKS, Residual, noise, train, wide_mlp
@@ -592,6 +592,18 @@ def test_post_hoc_the_default_is_ranks_alone():
     assert not report.groups
     assert any("whole neurons stay: no training follows" in note for note in report.notes)
     assert any(layer.rank is not None for layer in report.layers)
+
+
+def test_a_neuron_that_goes_is_lost_on_both_sides():
+    """The walk counts a group's share squared: once for what reads the units, once for what puts them out."""
+    model = mlp()
+    plan = make_plan(model, [laconic.LowRank(), laconic.Channels()], (inputs_for(model),))
+    importances = importances_of(plan, {})
+    walk = Walk(plan, spectra(plan), importances, ("params",), np.array([np.inf]), frozenset())
+    (group, *_) = plan.neurons
+    walk.go(group, (5, 0))
+    kept = np.sort(importances[group.name])[::-1][:5].sum() / importances[group.name].sum()
+    assert walk.gain() == pytest.approx(2 * np.log(kept))
 
 
 def test_narrow_layers_stay_whole_where_a_pair_would_take_longer(monkeypatch, tmp_path):

@@ -21,7 +21,7 @@ from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
 from .base import Method, Trained, build, one_share, start_afresh
 from .fixed_rank import FROBENIUS_DECAY, decay_products, factorise_all, inner_layers
 
-STILL = 0.1  # setting: change of a scaled stable rank, in ranks per epoch of the paper's 300, below which it stands still
+STILL = 0.3  # setting: change of a scaled stable rank, in ranks per epoch of the paper's 300, below which it stands still
 LOOKS, SMOOTH, PAPER_EPOCHS = 60, 5, 300  # how often the ranks are looked at during the run; a trend is that of so many looks
 LATEST = 0.5  # share of the run by which it is cut in any case
 
@@ -77,4 +77,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return Trained(model, fit(model, data, recipe, seed, optimizer, report=report), notes=notes)
 
 
-CUTTLEFISH = Method("Cuttlefish's ranks", train, (STILL, 0.03, 0.3))
+CUTTLEFISH = Method("Cuttlefish's ranks", train, (STILL, 0.03, 0.1))
