@@ -284,6 +284,12 @@ def test_a_second_cut_that_is_refused_leaves_all_as_it_was(monkeypatch):
     with pytest.raises(laconic.SurgeryError, match=r"wide\.0: the factors differ"):
         laconic.compress(model, budget=laconic.Budget(params=0.15), example_inputs=X)
     assert_same(model.state_dict(), before)
+    compressor = compressor_for(model)
+    with pytest.raises(laconic.SurgeryError, match=r"wide\.0: the factors differ"):  # in mid-run
+        run(model, compressor.optimizers[0], range(20))
+    held = {id(p) for g in compressor.optimizers[0].param_groups for p in g["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    assert not any(s.rank and s.name not in compressor.state.cuts.ranks for s in compressor.plan.sites)
 
 
 def test_a_budget_in_milliseconds_has_pairs_only_and_says_so():

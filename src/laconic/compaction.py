@@ -76,16 +76,17 @@ def cut_sites(
     optimizers: Sequence[torch.optim.Optimizer] = (),
     calibration: Iterable[Any] | None = None,
 ) -> CutResult:
-    """Cut every site whose rank is a number below its own, then the inner ones. On any failure of the first round model, plan and
-    optimizers are as they were; of the second, as they were between the two.
+    """Cut every site whose rank is a number below its own, then the inner ones. On any failure model, plan and optimizers are as they were.
 
     Raises:
         SurgeryError: a pair of layers differs from the truncated layer by more than rounding, the model no longer
             runs on the example inputs, or a layer is no longer the one that was planned.
     """
     inner = {s.name: r for s in plan.inner if (r := ranks.get(s.name)) is not None}
-    result = _cut(model, plan.sites, values, ranks, example_inputs, optimizers, None if inner else calibration)
-    if inner:
+    if not inner:
+        return _cut(model, plan.sites, values, ranks, example_inputs, optimizers, calibration)
+    with all_or_nothing(model, plan, optimizers):
+        result = _cut(model, plan.sites, values, ranks, example_inputs, optimizers, None)
         result.add(_cut(model, plan.inner, values, ranks, example_inputs, optimizers, calibration))
     return result
 
