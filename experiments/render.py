@@ -44,7 +44,7 @@ def load(recipe: str) -> dict[str, list[dict[str, Any]]]:
 
 def mean(runs: list[dict[str, Any]], metric: str) -> float | None:
     values = [r["metrics"].get(metric) for r in runs]
-    return statistics.mean(values) if all(v is not None for v in values) else None
+    return statistics.mean(values) if values and all(v is not None for v in values) else None
 
 
 def spread(runs: list[dict[str, Any]], metric: str = "accuracy") -> float:
@@ -97,12 +97,12 @@ def times_of(recipe: str) -> dict[str, dict[str, float]]:
 def comparison(recipe: str) -> str:
     """Method, accuracy with its spread over seeds, how far laconic is ahead, parameters, MACs; from the timing pass: training time, latency."""
     results, times = load(recipe), times_of(recipe)
-    if "dense" not in results:
+    if not results:
         return "(no results yet)\n"
     text = is_text(results)
     head = "bits per character" if text else "test accuracy, %"
     lines = [f"| method | {head} | laconic ahead by | parameters | MACs | training time | batch of 64 | seeds |", "|---" * 8 + "|"]
-    base = results["dense"]
+    base = results.get("dense", [])  # without it there are no shares
     for method, runs in results.items():
         relative = f"{times['train'][method]:.2f}" if method in times["train"] else "-"
         network = SAME_NETWORK.get(method, method)
@@ -110,10 +110,10 @@ def comparison(recipe: str) -> str:
         ms = times["b64"].get(network, own)
         latency = f"{ms:.2f} ms" if ms is not None else "-"
         params, macs = mean(runs, "params") or 0, mean(runs, "macs") or 0
-        whole, all_macs = mean(base, "params") or 1, mean(base, "macs") or 1
+        shares = [f" ({x / y:.2f})" if (y := mean(base, name)) else "" for name, x in (("params", params), ("macs", macs))]
         lines.append(
-            f"| {LABELS[method]} | {score(runs, text)} | {ahead(results.get('laconic', []), runs, text)} | {params:,.0f} ({params / whole:.2f}) "
-            f"| {macs / 1e6:.2f} M ({macs / all_macs:.2f}) | {relative} | {latency} | {len(runs)} |"
+            f"| {LABELS[method]} | {score(runs, text)} | {ahead(results.get('laconic', []), runs, text)} | {params:,.0f}{shares[0]} "
+            f"| {macs / 1e6:.2f} M{shares[1]} | {relative} | {latency} | {len(runs)} |"
         )
     return "\n".join(lines) + "\n"
 
