@@ -13,13 +13,13 @@ import laconic
 from laconic.allocate import log_shares
 from laconic.budget import choices_for, ranks_for_budget
 from laconic.compaction import cut_sites, replay_cuts, spectra
-from laconic.costs import present_costs
+from laconic.costs import named_ranks, present_costs
 from laconic.matricize import CHANNEL, SPATIAL
 from laconic.measure import count_macs, count_params
 from laconic.plan import Plan, make_plan
-from laconic.slimming import importances_of
+from laconic.slimming import importances_of, slim_neurons
 from laconic.surgery.factorize import product
-from laconic.widths import choose_shapes
+from laconic.widths import Walk, choose_shapes
 
 from .models import assert_same, snapshot
 
@@ -156,6 +156,28 @@ def test_the_choice_is_within_the_budget_and_cuts_again_where_few_directions_are
     if neurons and inner:  # what the walk says it spends is what its layers cost
         total = sum(walk.cost(path) - walk.costs[path] for path in walk.layers)
         assert total == pytest.approx(0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2])
+def test_the_walk_spends_what_the_model_costs_that_it_leads_to(share):
+    model = Net(4)
+    plan = make_plan(model, [laconic.LowRank(), laconic.Channels()], X)
+    values, importances, budget = spectra(plan), importances_of(plan, {}), laconic.Budget(params=share, macs=0.9)
+    walk = choose_shapes(plan, values, importances, budget.currencies, budget.limits(plan))
+    assert any(walk.inner.values())
+    slim_neurons(model, plan, importances, walk.kept(), example_inputs=X)
+    cut_sites(model, plan, spectra(plan), named_ranks(plan, walk.ranks, walk.inner))
+    assert [count_params(model), count_macs(model, X)] == pytest.approx(walk.spent)
+
+
+def test_three_layers_that_have_become_dearer_than_a_pair_are_a_pair_again():
+    plan = make_plan(Net(4), [laconic.LowRank(), laconic.Channels()], X)
+    walk = Walk(plan, spectra(plan), importances_of(plan, {}), ("params",), np.array([1.0]), frozenset())
+    site = next(s for s in plan.sites if s.name == "wide.weight")
+    walk.go(site, (2, 30))  # 48 x 30 + 30 x 9 x 2 parameters where a pair's first layer has 48 x 9 x 2
+    slope, to = walk.best(site)
+    assert to == (2, 0)
+    assert slope <= 0
 
 
 def test_options_cost_what_the_model_would():
