@@ -209,6 +209,16 @@ def test_three_layers_are_taken_where_they_keep_more_than_pairs_at_the_same_budg
     assert directions > 4 or gains[1] > gains[0] / 2
 
 
+@pytest.mark.parametrize("neurons", [False, True])
+def test_the_second_cut_keeps_to_the_multiples_that_the_hardware_likes(neurons):
+    structures = [laconic.LowRank(rank_multiple=4)] + ([laconic.Channels(multiple=4)] if neurons else [])
+    compressor = compressor_for(Net(4), structures=structures, budget=laconic.Budget(params=0.2))
+    run(compressor.model, compressor.optimizers[0], range(20))
+    inputs = [layer.inputs for layer in compressor.compact().layers if layer.inputs is not None]
+    assert inputs
+    assert all(s % 4 == 0 for s in inputs)
+
+
 @pytest.mark.parametrize("options", [{"inputs": False}, {"matricization": "out*kh*kw,in"}])
 def test_pairs_stay_pairs_where_nothing_is_cut_again(options):
     model = Net(4)

@@ -166,6 +166,13 @@ def test_a_budget_in_milliseconds_is_met_on_the_machine_at_hand(machine, limit):
     assert report.latency_after == pytest.approx(after)
 
 
+def test_the_bound_that_is_out_of_reach_is_the_one_that_is_named(machine):
+    """Also beside one in milliseconds that the first tables call out of reach."""
+    for latency in (0.9, 1e-6):
+        with pytest.raises(laconic.InfeasibleBudgetError, match=r"smallest feasible: params="):
+            compressor_for(wide_mlp(), (8, 64), budget=laconic.Budget(params=0.001, latency=latency), total_steps=20)
+
+
 @pytest.mark.parametrize("network", [wide_mlp, Residual])
 def test_neurons_alone_meet_a_budget_in_milliseconds(machine, network, monkeypatch):
     """Their layers are under no site, yet they take time; on resume it is that with which the run was begun."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -103,10 +103,8 @@ def prepare(
             try:
                 kept, ranks = shapes_for_budget(plan, values, importances, budget)
             except InfeasibleBudgetError as error:  # by these tables: what they call the smallest is measured before that is said
-                smallest = min(1.0, 1.02 * error.smallest)
-                if not smallest:
-                    raise
-                kept, ranks = shapes_for_budget(plan, values, importances, Budget(latency=smallest))
+                share = min(1.0, 1.02 * error.smallest) if budget.currencies == ("latency",) else 1.0
+                kept, ranks = shapes_for_budget(plan, values, importances, replace(budget, latency=share, latency_ms=None))
             if not correct_times(model, plan, inputs, kept, ranks):
                 break
     shapes_for_budget(plan, values, importances, budget)
@@ -144,7 +142,7 @@ def choices_for(
 
 def with_inner(choice: Choice, site: Site, inner: Site, values: dict[str, Floats], currencies: tuple[str, ...]) -> Choice:
     """The same with each rank once more for every rank of the inner site that saves something; one that is cut already stays as it is."""
-    grid = inner_ranks(site.unfolding.sides[1]) if inner.rank is None else np.array([inner.rank])
+    grid = inner_ranks(site.unfolding.sides[1], site.structure.rank_multiple) if inner.rank is None else np.array([inner.rank])
     cut = np.array([r is not None for r in choice.ranks])
     ranks = np.array([r for r in choice.ranks if r is not None])
     # The two parts of the first layer cost s (in + r k), that layer itself r k in.

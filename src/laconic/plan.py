@@ -102,16 +102,8 @@ class Plan:
             matrix = (f"{u.groups} x " if u.groups > 1 else "") + f"{u.m} x {u.n}"
             rank = f"{self.ranks.get(s.name, u.full_rank)} / {s.break_even}"
             cost = f"{u.dense_params} ({u.unit_params} a unit of rank)"
-            rows.append(
-                (
-                    s.name,
-                    f"{type(s.structure).__name__} {u.name}" + (", then inputs" if s.inner is not None else ""),
-                    str(list(u.shape)),
-                    matrix,
-                    rank,
-                    cost,
-                )
-            )
+            structure = f"{type(s.structure).__name__} {u.name}" + (", then inputs" if s.inner is not None else "")
+            rows.append((s.name, structure, str(list(u.shape)), matrix, rank, cost))
         rows += [(x.name, "left dense", str(list(x.shape)), "", "", x.reason) for x in self.left_alone]
         for x in self.entries:
             over = f" over {x.structure.over}" if x.structure.over else ""

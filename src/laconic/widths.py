@@ -75,9 +75,10 @@ def most_important(importance: Floats, count: int) -> NDArray[np.int64]:
     return np.sort(order[:count])
 
 
-def inner_ranks(taken: int) -> NDArray[np.int64]:
-    """Ranks that are tried for an inner site that is whole."""
-    return np.unique(np.linspace(1, max(taken - 1, 1), GRID).round().astype(np.int64))
+def inner_ranks(taken: int, multiple: int) -> NDArray[np.int64]:
+    """Ranks that are tried for an inner site that is whole, in multiples; none where the smallest is not below `taken`."""
+    grid = np.linspace(1, max(taken - 1, 1), GRID).round().astype(np.int64)
+    return np.unique(grid[grid >= multiple] // multiple * multiple)
 
 
 @dataclass(slots=True)
@@ -214,7 +215,7 @@ class Walk:
         if site.inner is None or site.inner.rank is not None:
             return lower if site.inner is None else []
         if inner == 0:
-            return lower + [(rank, s) for s in inner_ranks(self.sizes[site.layer][1])]
+            return lower + [(rank, s) for s in inner_ranks(self.sizes[site.layer][1], site.structure.rank_multiple)]
         # One that has become so small that it would cost less whole is whole again.
         return [*lower, (rank, inner - max(1, inner // STEP)), (rank, 0)] if inner > 1 else [*lower, (rank, 0)]
 
