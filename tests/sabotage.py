@@ -30,6 +30,7 @@ class Edit(NamedTuple):
 
 
 EDITS = [
+    Edit("neurons counted once", "widths.py", "SIDES = 2", "SIDES = 1", "test_neurons"),
     Edit(
         "Tucker's core unpaid",
         "methods/tensor_decompositions.py",

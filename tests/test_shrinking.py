@@ -16,8 +16,10 @@ import laconic
 from laconic import timing
 from laconic.budget import useful_ranks
 from laconic.costs import present_costs
+from laconic.latency import measure_times
 from laconic.models import GPT
 from laconic.models.convnet import ConvNet
+from laconic.plan import make_plan
 from laconic.surgery.factorize import MARK
 from laconic.timing import RankTimes
 
@@ -238,6 +240,11 @@ def test_what_is_beside_the_layers_shrinks_with_the_neurons(monkeypatch, empty_t
     both, budget = [laconic.LowRank(), laconic.Channels()], laconic.Budget(latency=share)
     compressor_for(Residual(), IMAGE, structures=both, budget=budget, total_steps=20)  # fills the table
     pace[0] = 10.0
+    model = Residual()
+    inputs = (noise(model, IMAGE, 0),)
+    plan = make_plan(model, both, inputs)
+    measure_times(model, plan, inputs)
+    assert [s.times.dense for s in plan.sites] == pytest.approx([10 * s.unfolding.dense_params / 1000 for s in plan.sites])
     real = laconic.budget.measure_times
     monkeypatch.setattr("laconic.budget.measure_times", lambda *args: (real(*args), pace.__setitem__(0, later * 10.0)))
     model = Residual()
