@@ -3,9 +3,8 @@
 Runs that share the machine store no times (`--no-times`). This script trains the networks of a recipe again at a part of
 its epochs (ratios of training times hardly depend on it): dense, thin and laconic (with one structure or both) take turns in blocks of a few steps,
 so that the machine's noise hits all of them; everything that laconic does is in its time. Times are those of a whole run: the steps'
-scaled by the epochs, what is done once (construction, compaction) as it is; laconic's proximal steps, as many in the short run as in
-the whole one, are scaled too, which is to its disadvantage. Then it times inference of the
-networks that came out. It writes `results/<recipe>/times.json`.
+scaled by the epochs, what laconic does besides (construction, proximal steps and cuts, compaction) as it is, since there are as many
+proximal steps in the short run as in the whole one. Then it times inference of the networks that came out. It writes `results/<recipe>/times.json`.
 
     python experiments/times.py [--recipes scene ...]
 """
@@ -18,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,6 +72,15 @@ def training(model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, 
     yield seconds
 
 
+def stopwatch(spent: dict[str, float], name: str, ticks: int) -> Callable[..., None]:
+    """A hook for after the optimizer's step: the one before the compressor's starts the watch (-1), the one after it stops it (1)."""
+
+    def hook(*_: Any) -> None:
+        spent[name] += ticks * time.perf_counter()
+
+    return hook
+
+
 def time_recipe(name: str, options: Options) -> dict[str, Any]:
     recipe = load_recipe(name)
     data = load_dataset(recipe.task, options.data, recipe.train_limit or None, recipe.size)
@@ -80,10 +88,13 @@ def time_recipe(name: str, options: Options) -> dict[str, Any]:
     recipe = dataclasses.replace(recipe, epochs=max(2, math.ceil(options.part * recipe.epochs)))
     models = {"dense": build(data, recipe, 0), "thin": thin_network(data, recipe, 0)} | {k: build(data, recipe, 0) for k in STRUCTURES}
     optimizers = {k: make_optimizer(m, recipe) for k, m in models.items()}
-    seconds, once, compressors = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0), {}
+    seconds, once, hooked = (dict.fromkeys(models, 0.0) for _ in range(3))
+    compressors = {}
     for name, structures in STRUCTURES.items():
         start = time.perf_counter()
+        optimizers[name].register_step_post_hook(stopwatch(hooked, name, -1))
         compressors[name] = compressor_for(models[name], optimizers[name], data, dataclasses.replace(recipe, structures=structures))
+        optimizers[name].register_step_post_hook(stopwatch(hooked, name, 1))
         once[name] += time.perf_counter() - start
     loops = {k: training(m, optimizers[k], data, recipe) for k, m in models.items()}
     for blocks in zip(*loops.values(), strict=True):
@@ -93,7 +104,8 @@ def time_recipe(name: str, options: Options) -> dict[str, Any]:
         start = time.perf_counter()
         compressor.compact()
         once[k] += time.perf_counter() - start
-    seconds = {k: spent * whole / recipe.epochs + once[k] for k, spent in seconds.items()}  # of a whole run
+    once = {k: once[k] + spent for k, spent in hooked.items()}
+    seconds = {k: (spent - hooked[k]) * whole / recipe.epochs + once[k] for k, spent in seconds.items()}  # of a whole run
     seconds |= {"svd": seconds["dense"], "thin-long": seconds["thin"] * (recipe.thin_epochs or 2 * whole) / whole}
     latencies = {}
     for batch in (1, 64):
