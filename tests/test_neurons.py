@@ -369,6 +369,25 @@ def test_multiples_that_the_hardware_likes():
     assert [g.kept % 8 for g in report.groups] == [0, 0]
 
 
+@pytest.mark.parametrize("multiple", [4, 16])
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.04])
+def test_ranks_keep_to_their_multiples_beside_neurons(share, multiple):
+    model = wide_mlp()
+    plan = make_plan(model, [laconic.LowRank(rank_multiple=multiple), laconic.Channels()], (noise(model, (8, 64), 0),))
+    budget, values = laconic.Budget(params=share), spectra(plan)
+    importances = {g.name: np.full(len(g.kept), 1 / len(g.kept)) for g in plan.neurons}
+    try:
+        _, ranks = shapes_for_budget(plan, values, importances, budget)
+    except laconic.InfeasibleBudgetError:
+        assert share == 0.04
+        assert multiple == 16
+        return
+    cut = {s.name: (s, r) for s in plan.sites if (r := ranks[s.name]) is not None}
+    assert cut
+    assert all(r % multiple == 0 or s.break_even < multiple for s, r in cut.values())
+
+
+
 BAD = {
     "no example inputs": (lambda: laconic.compress(mlp(), laconic.Channels(), laconic.Budget(params=0.5)), "Channels needs example_inputs"),
     "claimed twice": (

@@ -77,8 +77,18 @@ def most_important(importance: Floats, count: int) -> NDArray[np.int64]:
 
 def inner_ranks(taken: int, multiple: int) -> NDArray[np.int64]:
     """Ranks that are tried for an inner site that is whole, in multiples; none where the smallest is not below `taken`."""
-    grid = np.linspace(1, max(taken - 1, 1), GRID).round().astype(np.int64)
+    return _in_multiples(max(taken - 1, 1), multiple)
+
+
+def _in_multiples(highest: int, multiple: int) -> NDArray[np.int64]:
+    """A grid from 1 to `highest`, rounded down to multiples; none where that is below the first."""
+    grid = np.linspace(1, highest, GRID).round().astype(np.int64)
     return np.unique(grid[grid >= multiple] // multiple * multiple)
+
+
+def _step_down(count: int, multiple: int = 1) -> int:
+    """A few less, in multiples; 0 where that leaves none."""
+    return (count - max(1, count // STEP)) // multiple * multiple
 
 
 @dataclass(slots=True)
@@ -180,8 +190,8 @@ class Walk:
         """The best step down of a group or a weight: what it loses per cost that it saves, and to how many units or which ranks."""
         if isinstance(item, Site):
             return self.best_ranks(item)
-        now, multiple, shares = self.units[item.name], item.structure.multiple, self.shares[item.name]
-        count = (now - max(1, now // STEP)) // multiple * multiple
+        now, shares = self.units[item.name], self.shares[item.name]
+        count = _step_down(now, item.structure.multiple)
         if count < 1:
             return None
         saved = -float(self.change(self.resized(item, count)) @ self.weights)
@@ -207,17 +217,17 @@ class Walk:
 
     def options(self, site: Site) -> list[tuple[int, int]]:
         """Ranks, of the site and of the inner one, that a step may lead to."""
-        rank, inner = self.ranks[site.name], self.inner[site.name]
+        rank, inner, multiple = self.ranks[site.name], self.inner[site.name], site.structure.rank_multiple
         if rank is None:
             highest = min(int(self.break_even(site)), len(self.shares[site.name]))
-            return [(r, 0) for r in np.linspace(1, highest, GRID).round().astype(int)] if highest >= 1 else []
-        lower = [(rank - max(1, rank // STEP), inner)]
+            return [(r, 0) for r in _in_multiples(highest, multiple)] or ([(highest, 0)] if highest >= 1 else [])
+        lower = [(_step_down(rank, multiple), inner)]
         if site.inner is None or site.inner.rank is not None:
             return lower if site.inner is None else []
         if inner == 0:
-            return lower + [(rank, s) for s in inner_ranks(self.sizes[site.layer][1], site.structure.rank_multiple)]
-        # One that has become so small that it would cost less whole is whole again.
-        return [*lower, (rank, inner - max(1, inner // STEP)), (rank, 0)] if inner > 1 else [*lower, (rank, 0)]
+            return lower + [(rank, s) for s in inner_ranks(self.sizes[site.layer][1], multiple)]
+        # One that has become so small that it would cost less whole is whole again: 0.
+        return [*lower, (rank, _step_down(inner, multiple)), (rank, 0)]
 
     def break_even(self, site: Site) -> float:
         unfolding = site.unfolding.resized(*self.sizes[site.layer])
