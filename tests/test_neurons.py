@@ -647,3 +647,45 @@ def test_narrow_layers_stay_whole_where_a_pair_would_take_longer(monkeypatch, tm
     assert clock(model, None).median_ms <= 0.05 * dense
     assert any(layer.rank is None and layer.slim for layer in report.layers)
     assert all(group.kept > 1 for group in report.groups)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.3])
+def test_a_slim_layer_is_timed_as_it_will_be(monkeypatch, share):
+    """On a machine where a layer of half the weights takes more than half of the time."""
+
+    def clock(model, inputs, seconds=0.3):
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        return laconic.measure.Latency(sum((m.weight.numel() / 1000) ** 0.6 for m in layers), 0.0, 1, 1, "clockwork")
+
+    monkeypatch.setattr("laconic.latency.measure_latency", clock)
+    monkeypatch.setattr("laconic.outcome.measure_latency", clock)
+    model = wide_mlp()
+    dense = clock(model, None).median_ms
+    compressor = compressor_for(model, (8, 64), structures=laconic.Channels(), budget=laconic.Budget(latency=share), total_steps=20)
+    train(model, compressor.optimizers[0], (8, 64), 20)
+    compressor.compact()
+    assert (share - 0.1) * dense <= clock(model, None).median_ms <= 1.05 * share * dense
+
+
+def test_sizes_are_multiples_of_eight_where_milliseconds_count():
+    model = wide_mlp()
+    inputs = (noise(model, (8, 64), 0),)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+
+    def plan_for(structures=None, **budget):
+        return laconic.Compressor(model, optimizer, structures, budget=laconic.Budget(**budget), total_steps=20, example_inputs=inputs).plan
+
+    plan = plan_for(latency_ms=1e6)
+    assert {s.structure.rank_multiple for s in plan.sites} == {g.multiple for g in plan.neurons} == {8}
+    assert any("multiples of 8" in note for note in plan.notes)
+    for other in (plan_for(params=0.5), plan_for([laconic.LowRank(), laconic.Channels()], latency_ms=1e6)):
+        assert {s.structure.rank_multiple for s in other.sites} == {g.multiple for g in other.neurons} == {1}
+        assert not any("multiples" in note for note in other.notes)
+
+
+@pytest.mark.parametrize(("multiple", "heads"), [(8, 1), (16, 2), (24, 3)])
+def test_a_head_counts_as_the_channels_that_it_has(multiple, heads):
+    model = GPT(12, width=32, heads=4, layers=1, context=16)
+    plan = make_plan(model, [laconic.Channels(multiple=multiple)], (torch.randint(12, (2, 16)),))
+    of = {group.name: group.multiple for group in plan.neurons}
+    assert of == {"blocks.0.query": heads, "blocks.0.up": multiple}

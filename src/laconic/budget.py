@@ -18,6 +18,7 @@ from .plan import Plan
 from .structures import Site
 from .widths import choose_shapes, inner_ranks, unit_costs
 
+LANES = 8  # numbers that a vector unit, or a tensor core, takes at once: 17 channels take as long as 24
 CORRECTIONS = 4  # rounds of measuring where a budget in milliseconds will end
 
 
@@ -64,6 +65,11 @@ class Budget:
         return tuple(
             name for name, c in CURRENCIES.items() if getattr(self, c.fraction) is not None or getattr(self, c.absolute) is not None
         )
+
+    @property
+    def multiple(self) -> int:
+        """Of ranks and numbers of channels, where the structures are left to us: LANES if milliseconds count, else 1."""
+        return LANES if "latency" in self.currencies else 1
 
     def limits(self, plan: Plan, way: float = 1.0) -> Floats:
         """The bounds as absolute numbers, one per currency; at `way` < 1 those of a run that is on its way there.

@@ -23,7 +23,7 @@ from .matricize import Layer
 from .measure import check_inputs, input_shapes, measure_latency
 from .outcome import make_report
 from .penalties import check_share
-from .plan import Plan, check_structures, make_plan, stays_whole
+from .plan import Plan, check_structures, make_plan
 from .report import CompactReport
 from .slimming import importances_of, slim_neurons, took_out, watch_inputs
 from .structures import Entries, Site, Structure
@@ -321,8 +321,8 @@ def compress(
     """
     if (budget is None) == (energy is None):
         raise InvalidValueError("compress needs exactly one of budget=laconic.Budget(...) and energy=0.99")
-    unasked = stays_whole(structures, example_inputs, trains_on=False)
-    structures = check_structures(structures, example_inputs, trains_on=False)
+    multiple = budget.multiple if isinstance(budget, Budget) else 1
+    structures, unasked = check_structures(structures, example_inputs, trains_on=False, multiple=multiple)
     if any(isinstance(s, Entries) for s in structures):
         raise InvalidValueError("Entries acts in training only: leave it out of compress")
     plan = make_plan(model, structures, example_inputs)

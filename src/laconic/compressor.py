@@ -53,7 +53,7 @@ from .optimizers import (
 from .outcome import make_report
 from .pace import Scales, gradient_scales, scale_gradients, scale_moments
 from .penalties import check_share
-from .plan import check_structures, make_plan, stays_whole, use_unfoldings
+from .plan import check_structures, make_plan, use_unfoldings
 from .report import CompactReport, Snapshot
 from .schedule import Controller, Schedule
 from .slimming import consumers, importances_of, slim_neurons, watch_inputs
@@ -85,7 +85,7 @@ class Compressor:
         optimizer: the optimizer, or a list of several. Hooked; for one without hooks call `compressor.step()` after
             each of its steps.
         structures: what is compressed; None: `[LowRank(), Channels()]`, and `[LowRank()]` without example inputs or with
-            `cut="end"`, where no training repairs what neurons leave behind.
+            `cut="end"`, where no training repairs what neurons leave behind; both in multiples of 8 where the budget is in milliseconds.
         budget: how much the result may cost.
         total_steps: optimizer steps of the whole run; needed with a budget.
         example_inputs: tuple of positional arguments; needed for MACs, for `Channels`, and for the check of the outputs.
@@ -127,8 +127,8 @@ class Compressor:
             raise InvalidTypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.sharded = any(is_sharded(p) for p in model.parameters())
         trains_on = cut == "early" and not self.sharded
-        unasked = stays_whole(structures, example_inputs, trains_on)
-        structures = check_structures(structures, example_inputs, trains_on)
+        multiple = budget.multiple if isinstance(budget, Budget) else 1
+        structures, unasked = check_structures(structures, example_inputs, trains_on, multiple)
         _check_arguments(structures, budget, total_steps, every, cut, schedule)
         model = bare(model)
         optimizers = check_optimizers(optimizer)

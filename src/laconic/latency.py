@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from .distributed import agreed
 from .errors import InvalidValueError
 from .measure import input_shapes, measure_latency
 from .plan import Plan
+from .structures import WideLayer
 from .surgery.channels import slim, width
 from .surgery.factorize import empty_pair, finish_pair
 from .surgery.record import put
@@ -84,21 +86,24 @@ def correct_times(
     measured = pace * agreed(lambda: measure_latency(cut, inputs, seconds).median_ms)
     alone = {name: pace * sum(agreed(partial(_module_ms, m, shapes)) for m in modules) for name, modules in changed.items()}
     together = sum(alone.values())
-    off, fixed = measured - expected, known(plan.fixed_ms)
+    free = _free_layers(plan)
+    off, fixed = measured - expected, known(plan.fixed_ms) - sum(x.weight_ms * math.prod(x.dense) for x in free)
     beside = fixed + off + sum(guesses[name] for name in changed) - together
     least = min(fixed, 0.05 * measured)
     # In their own loop layers run hotter than inside the model: where they leave nothing for the rest of it, all take less.
     share = 1.0 if beside >= least else 1.0 - (least - beside) / max(together, 1e-9)
+    scales = {name: share * alone[name] / max(guesses[name], 1e-9) for name in changed}
     for site in plan.sites:
-        if site.name in changed:
-            scale = share * alone[site.name] / max(guesses[site.name], 1e-9)
+        if (scale := scales.get(site.layer)) is not None:
             site.times = known(site.times).scaled(*((scale, 1.0) if ranks[site.name] is None else (1.0, scale)))
-    plan.fixed_ms = max(beside, least)
+    for layer in free:
+        layer.weight_ms *= scales.get(layer.path, 1.0)
+    plan.fixed_ms = max(beside, least) + sum(x.weight_ms * math.prod(x.dense) for x in free)
     return abs(off) > 0.01 * known(plan.latency_ms)
 
 
 def _cut_copy(model: nn.Module, plan: Plan, kept: dict[str, list[int]], ranks: Ranks) -> tuple[nn.Module, dict[str, list[nn.Module]]]:
-    """A copy of the dense model cut to these units and ranks, with numbers that are quick to compute with; and what of each site is changed in it."""
+    """A copy of the dense model cut to these units and ranks, with numbers that are quick to compute with; and what stands for each changed layer in it."""
     cut = copy.deepcopy(model)
     slim(cut, [g.group for g in plan.neurons], kept)
     changed: dict[str, list[nn.Module]] = {}
@@ -115,20 +120,29 @@ def _cut_copy(model: nn.Module, plan: Plan, kept: dict[str, list[int]], ranks: R
                     put(cut, path, pair)
                 module = pair
             if rank is not None or module.weight.shape != before.weight.shape:
-                changed.setdefault(site.name, []).append(module)
+                changed.setdefault(site.layer, []).append(module)
+    for layer in _free_layers(plan):
+        module = cut.get_submodule(layer.path)
+        if (width(module, "out"), width(module, "in")) != layer.dense:
+            changed[layer.path] = [module]
     return cut, changed
 
 
+def _free_layers(plan: Plan) -> list[WideLayer]:
+    """Those whose weights are under no site: they can only become slim."""
+    return [layer for layer in plan.layers if layer.site is None and layer.weight]
+
+
 def _expected_times(cut: nn.Module, plan: Plan, kept: dict[str, list[int]], ranks: Ranks) -> tuple[float, dict[str, float]]:
-    """What the tables say of the model that is cut so, and of the weight of each site in it."""
+    """What the tables say of the model that is cut so, and of the weight of each layer in it."""
     total = float(present_costs(plan, ["latency"], ranks)[0])
-    of_site = {s.name: float(dense_costs(s, ["latency"])[0] if (r := ranks[s.name]) is None else cut_costs(s, [r], ["latency"])[0, 0]) for s in plan.sites}  # fmt: skip
+    of_layer = {s.layer: float(dense_costs(s, ["latency"])[0] if (r := ranks[s.name]) is None else cut_costs(s, [r], ["latency"])[0, 0]) for s in plan.sites}  # fmt: skip
     for layer in plan.layers if kept else ():
         module, rank = cut.get_submodule(layer.path), ranks[layer.site.name] if layer.site is not None else None
         rates, ranked = Rates.of(layer), None if rank is None else [rank]
         out, taken = width(module, "out"), width(module, "in") if layer.site or layer.weight else layer.taken
         slimmed = float(layer_costs(rates, out, taken, ranked, ["latency"])[0, 0])
         total += slimmed - float(layer_costs(rates, layer.out, layer.taken, ranked, ["latency"])[0, 0])
-        if layer.site is not None:
-            of_site[layer.site.name] = slimmed - layer.beside_ms * out
-    return total, of_site
+        if layer.site is not None or layer.weight:
+            of_layer[layer.path] = slimmed - layer.beside_ms * out
+    return total, of_layer

@@ -123,29 +123,29 @@ class Plan:
         return "\n".join([*lines, total + (f"; {self.macs} MACs" if self.macs is not None else ""), *self.notes])
 
 
-def check_structures(structures: Any, example_inputs: Any, trains_on: bool) -> list[Structure]:
-    """The structures as a list. None means `[LowRank(), Channels()]`, or `[LowRank()]` where there are no example inputs to
-    find out with what is tied to a neuron (the plan says so), and where no training follows: a truncated layer is the nearest
-    one of its rank and needs none, while neurons that go leave a hole.
+def check_structures(structures: Any, example_inputs: Any, trains_on: bool, multiple: int = 1) -> tuple[list[Structure], list[str]]:
+    """The structures as a list, and what there is to say of them. None means `[LowRank(), Channels()]`, or `[LowRank()]` where there
+    are no example inputs to find out with what is tied to a neuron (the plan says so), and where no training follows: a truncated
+    layer is the nearest one of its rank and needs none, while neurons that go leave a hole. Their sizes are then multiples of `multiple`.
     """
     if structures is None:
-        return [LowRank(), Channels()] if trains_on and example_inputs is not None else [LowRank()]
+        notes = [f"ranks and numbers of channels are multiples of {multiple}, since milliseconds count"] if multiple > 1 else []
+        ranks, neurons = LowRank(rank_multiple=multiple), Channels(multiple=multiple)
+        if example_inputs is None:
+            return [ranks], notes
+        if not trains_on:
+            why = "no training follows that would repair what they leave; structures=[LowRank(), Channels()] takes them too"
+            return [ranks], [*notes, f"whole neurons stay: {why}"]
+        return [ranks, neurons], notes
     if isinstance(structures, Structure):
-        return [structures]
+        return [structures], []
     structures = list(structures)
     for s in structures:
         if not isinstance(s, Structure):
             raise InvalidTypeError(f"structures: expected laconic.LowRank(...) or laconic.Channels(...), got {s!r}")
     if not structures:
         raise InvalidValueError("structures is empty: pass at least one, such as laconic.LowRank()")
-    return structures
-
-
-def stays_whole(structures: Any, example_inputs: Any, trains_on: bool) -> list[str]:
-    """What to say where the default leaves the neurons alone although they could be found."""
-    if structures is not None or trains_on or example_inputs is None:
-        return []
-    return ["whole neurons stay: no training follows that would repair what they leave; structures=[LowRank(), Channels()] takes them too"]
+    return structures, []
 
 
 def make_plan(

@@ -191,7 +191,7 @@ class Walk:
         if isinstance(item, Site):
             return self.best_ranks(item)
         now, shares = self.units[item.name], self.shares[item.name]
-        count = _step_down(now, item.structure.multiple)
+        count = _step_down(now, item.multiple)
         if count < 1:
             return None
         saved = -float(self.change(self.resized(item, count)) @ self.weights)
@@ -312,7 +312,7 @@ class Walk:
         while True:
             found = []
             for group in self.plan.neurons:
-                count = self.units[group.name] + group.structure.multiple
+                count = self.units[group.name] + group.multiple
                 if count > start[group.name]:
                     continue
                 more = self.change(self.resized(group, count))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..budget import LANES
 from ..checkpoint import load_weights
 from ..data import Dataset
 from ..errors import InfeasibleBudgetError
@@ -80,7 +81,7 @@ def thin_network(data: Dataset, recipe: Recipe, seed: int) -> nn.Module:
             thin = build(data, recipe, seed, widths)
             return all(cost(thin, inputs) <= share * cost(dense, inputs) for cost, share, inputs in bounds)
 
-        widths = widest(widths, fits)
+        widths = widest(widths, fits, LANES if recipe.latency else 1)
     return build(data, recipe, seed, widths)
 
 

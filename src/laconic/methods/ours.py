@@ -37,9 +37,10 @@ def compressor_for(
     model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, recipe: Recipe, budget: Budget | None = None, **options: Any
 ) -> Compressor:
     """The compressor that the recipe describes, for its budget or another one; `options` go before what the recipe says."""
+    budget = budget or Budget(params=recipe.params, macs=recipe.macs or None, latency=recipe.latency or None)
     defaults: dict[str, Any] = {
-        "structures": structures_of(recipe),
-        "budget": budget or Budget(params=recipe.params, macs=recipe.macs or None, latency=recipe.latency or None),
+        "structures": structures_of(recipe, budget.multiple),
+        "budget": budget,
         "total_steps": recipe.epochs * steps_per_epoch(data, recipe),
         "example_inputs": example(data, 64 if recipe.latency else 1),
         "cut": "early" if recipe.settle < 1 else "end",
@@ -49,12 +50,12 @@ def compressor_for(
     return Compressor(model, optimizer, **(defaults | options))
 
 
-def structures_of(recipe: Recipe) -> list[Structure]:
-    """What the recipe lets laconic use."""
+def structures_of(recipe: Recipe, multiple: int = 1) -> list[Structure]:
+    """What the recipe lets laconic use, in these multiples."""
     options: dict[str, Any] = {"penalty": LogSum(recipe.penalty_epsilon), "strength": recipe.strength or None}
     known: dict[str, Callable[[], Structure]] = {
-        "low-rank": lambda: LowRank(matricization=recipe.matricization, **options),
-        "channels": lambda: Channels(**options),
+        "low-rank": lambda: LowRank(matricization=recipe.matricization, rank_multiple=multiple, **options),
+        "channels": lambda: Channels(multiple=multiple, **options),
     }
     for name in recipe.structures:
         if name not in known:

@@ -49,11 +49,11 @@ MODELS: dict[str, Builder] = {
 }
 
 
-def widest(widths: Sequence[int], fits: Callable[[tuple[int, ...]], bool]) -> tuple[int, ...]:
-    """Widths scaled by one factor (in thousandths), the largest that fits; at least 1 each."""
+def widest(widths: Sequence[int], fits: Callable[[tuple[int, ...]], bool], multiple: int = 1) -> tuple[int, ...]:
+    """Widths scaled by one factor (in thousandths) and rounded to multiples, the largest that fits; at least one multiple each."""
 
     def scaled(step: int) -> tuple[int, ...]:
-        return tuple(max(1, round(w * step / 1000)) for w in widths)
+        return tuple(multiple * max(1, round(w * step / 1000 / multiple)) for w in widths)
 
     low, high = 0, 1000  # the largest step that fits lies at `low` or above, below `high` + 1
     while low < high:

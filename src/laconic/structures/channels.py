@@ -95,6 +95,12 @@ class Neurons:
     def finite(self) -> bool:
         return all(bool(torch.isfinite(w).all()) for w in self.weights)
 
+    @property
+    def multiple(self) -> int:
+        """Of how many units the structure keeps a multiple: its own number counts channels, of which a unit (a head) may have several."""
+        of_unit = math.gcd(*(end.index.shape[1] for end in self.group.producers))
+        return self.structure.multiple // math.gcd(self.structure.multiple, of_unit)
+
     def channels(self, end: End) -> Tensor:
         """Where the units are now on one side of a layer: `[units, channels of a unit]`."""
         here = channels_kept(self.model.get_submodule(end.path), end.side)
@@ -122,7 +128,7 @@ class Channels:
         strength: threshold per unit of learning rate. None: left to the budget.
         scale: `"relative"` or `"absolute"`.
         include, exclude: shell-style patterns on module or parameter names of the layers that put the neurons out.
-        multiple: keep a multiple of this number of neurons (what the hardware likes: 8, 16).
+        multiple: keep a multiple of this number of channels (what the hardware likes: 8, 16); an attention head of 64 is one already.
     """
 
     penalty: Penalty = field(default_factory=LogSum)
