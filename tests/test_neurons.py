@@ -387,7 +387,6 @@ def test_ranks_keep_to_their_multiples_beside_neurons(share, multiple):
     assert all(r % multiple == 0 or s.break_even < multiple for s, r in cut.values())
 
 
-
 BAD = {
     "no example inputs": (lambda: laconic.compress(mlp(), laconic.Channels(), laconic.Budget(params=0.5)), "Channels needs example_inputs"),
     "claimed twice": (
