@@ -94,9 +94,19 @@ def times_of(recipe: str) -> dict[str, dict[str, float]]:
     return {"train": train, "b64": found["latency_b64_ms"]}
 
 
+def side_by_side(recipe: str) -> dict[str, float]:
+    """Latencies relative to dense of networks that were timed beside it (latencies.py): by method, mean over its seeds; {} where none were."""
+    path = RESULTS / recipe / "latencies.json"
+    relative = json.loads(path.read_text())["relative"] if path.exists() else {}
+    of: dict[str, list[float]] = {}
+    for run, share in relative.items():
+        of.setdefault(run.rpartition("-seed")[0] or run, []).append(share)
+    return {method: statistics.mean(shares) for method, shares in of.items()}
+
+
 def comparison(recipe: str) -> str:
     """Method, accuracy with its spread over seeds, how far laconic is ahead, parameters, MACs; from the timing pass: training time, latency."""
-    results, times = load(recipe), times_of(recipe)
+    results, times, beside = load(recipe), times_of(recipe), side_by_side(recipe)
     if not results:
         return "(no results yet)\n"
     text = is_text(results)
@@ -109,6 +119,8 @@ def comparison(recipe: str) -> str:
         own = mean(runs, "latency_b64_ms")
         ms = times["b64"].get(network, own)
         latency = f"{ms:.2f} ms" if ms is not None else "-"
+        if beside:
+            latency = f"{beside[method]:.2f} of dense" if method in beside else "-"
         params, macs = mean(runs, "params") or 0, mean(runs, "macs") or 0
         shares = [f" ({x / y:.2f})" if (y := mean(base, name)) else "" for name, x in (("params", params), ("macs", macs))]
         lines.append(
@@ -227,6 +239,19 @@ def structures(task: str) -> str:
     return "\n".join([*lines, *(["", f"Dense: {percent(dense)}."] if dense else [])]) + "\n"
 
 
+def milliseconds(task: str) -> str:
+    """Budgets in milliseconds: accuracy of each method, and what its network takes beside the dense one."""
+    methods = ("thin", "thin-long", "channels", "low-rank", "laconic")
+    lines = ["| milliseconds | " + " | ".join(LABELS[m] for m in methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    for recipe in (f"{task}-latency", f"{task}-latency-quarter"):
+        runs, beside = load(recipe), side_by_side(recipe)
+        if "laconic" not in runs:
+            continue
+        cells = [f"{percent(runs[m])} (takes {beside[m]:.2f})" if m in runs and m in beside else "-" for m in methods]
+        lines.append(f"| {runs['laconic'][0]['budget']['latency']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else "(no results yet)\n"
+
+
 def ablations(recipe: str) -> str:
     """One factor after the other: accuracy of its variants, the default first among them where it stands."""
     lines = ["| | | test accuracy, % | against the default | seeds |", "|---|---|---|---|---|"]
@@ -287,6 +312,7 @@ TABLES = {
     "structures-cifar10": lambda _: structures("cifar10"),
     "structures-cifar10-full": lambda _: structures("cifar10-full"),
     "structures-scene": lambda _: structures("scene"),
+    "milliseconds-scene": lambda _: milliseconds("scene"),
     "inference": inference,
     "training": training,
     "profile": profile,

@@ -82,6 +82,10 @@ class Budget:
             return final
         return np.maximum(final, dense * (np.minimum(final, dense) / dense) ** way)
 
+    def limit_ms(self, plan: Plan) -> float | None:
+        """The bound in milliseconds; None without one."""
+        return dict(zip(self.currencies, self.limits(plan), strict=True)).get("latency")
+
     def _limit(self, name: str, dense: float) -> float:
         currency = CURRENCIES[name]
         share = getattr(self, currency.fraction)

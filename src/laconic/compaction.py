@@ -350,4 +350,4 @@ def compress(
         result.add(cut_sites(model, plan, values, ranks, example_inputs=example_inputs, calibration=batches))
     result.timings = times
     result.notes[:0] = [*unasked, *notes]
-    return make_report(model, plan, result, example_inputs)
+    return make_report(model, plan, result, example_inputs, budget.limit_ms(plan) if budget is not None else None)

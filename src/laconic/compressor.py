@@ -557,6 +557,7 @@ class Compressor:
             self.plan,
             self.state.cuts,
             self.example_inputs,
+            self.budget.limit_ms(self.plan) if self.budget is not None else None,
             history=tuple(self.history),
             spectra_start={k: tuple(float(f"{x:.6g}") for x in v) for k, v in self.state.spectra_start.items()},
         )
