@@ -1,10 +1,12 @@
 """What holds for every test: few threads, a fixed seed, hypothesis without chance."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(2)
+torch.set_num_threads(2 if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") == "1" else 1)
 settings.register_profile("laconic", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("laconic")
 

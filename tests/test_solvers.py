@@ -143,7 +143,7 @@ def energy(share: float):
         (KeepLargest(4), largest(4)),
         (KeepEnergy(0.75), energy(0.75)),
     ],
-    ids=str,
+    ids=["LogSum 0.3", "LogSum 2", "KeepLargest 1", "KeepLargest 4", "KeepEnergy"],
 )
 def test_other_penalties_shrink_the_spectrum_as_the_oracle_does(solver, shape, penalty, shrink):
     x = torch.randn(shape, dtype=torch.float64)
