@@ -31,6 +31,28 @@ class Edit(NamedTuple):
 
 EDITS = [
     Edit("neurons counted once", "widths.py", "SIDES = 2", "SIDES = 1", "test_neurons"),
+    Edit("multiples: ranks step by one", "widths.py", "_step_down(rank, multiple)", "_step_down(rank)", "test_neurons"),
+    Edit(
+        "multiples: the first rank is any",
+        "widths.py",
+        "in _in_multiples(highest, multiple)]",
+        "in _in_multiples(highest, 1)]",
+        "test_neurons",
+    ),
+    Edit("multiples: inputs step by one", "widths.py", "_step_down(inner, multiple)", "_step_down(inner)", "test_inner test_neurons"),
+    Edit("multiples: a head counts once", "structures/channels.py", "math.gcd(self.structure.multiple, of_unit)", "1", "test_neurons"),
+    Edit("multiples: milliseconds leave sizes free", "budget.py", "return LANES if", "return 1 if", "test_neurons"),
+    Edit(
+        "slim layers timed by guess", "latency.py", "layer.weight_ms *= scales.get(layer.path, 1.0)", "pass", "test_neurons test_shrinking"
+    ),
+    Edit(
+        "slim layers' time counted twice",
+        "latency.py",
+        "known(plan.fixed_ms) - sum(x.weight_ms * math.prod(x.dense) for x in free)",
+        "known(plan.fixed_ms)",
+        "test_neurons test_shrinking",
+    ),
+    Edit("a missed bound in milliseconds is not said", "outcome.py", "latency > 1.05 * limit_ms", "False", "test_shrinking"),
     Edit(
         "Tucker's core unpaid",
         "methods/tensor_decompositions.py",

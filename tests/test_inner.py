@@ -11,7 +11,7 @@ from torch import Tensor, nn, optim
 
 import laconic
 from laconic.allocate import log_shares
-from laconic.budget import choices_for, ranks_for_budget
+from laconic.budget import choices_for, ranks_for_budget, shapes_for_budget
 from laconic.compaction import cut_sites, replay_cuts, spectra
 from laconic.costs import named_ranks, present_costs
 from laconic.matricize import CHANNEL, SPATIAL
@@ -217,6 +217,18 @@ def test_the_second_cut_keeps_to_the_multiples_that_the_hardware_likes(neurons):
     inputs = [layer.inputs for layer in compressor.compact().layers if layer.inputs is not None]
     assert inputs
     assert all(s % 4 == 0 for s in inputs)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.15, 0.08])
+def test_the_plan_of_both_cuts_beside_neurons_keeps_to_the_multiples(share):
+    model = Net(4)
+    plan = make_plan(model, [laconic.LowRank(rank_multiple=4), laconic.Channels()], example(model))
+    importances = {g.name: np.full(len(g.kept), 1 / len(g.kept)) for g in plan.neurons}
+    _, ranks = shapes_for_budget(plan, spectra(plan), importances, laconic.Budget(params=share))
+    inner = {s.name for s in plan.inner}
+    again = [r for name, r in ranks.items() if r is not None and name in inner]
+    assert again
+    assert all(r % 4 == 0 for r in again)
 
 
 @pytest.mark.parametrize("options", [{"inputs": False}, {"matricization": "out*kh*kw,in"}])
