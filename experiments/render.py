@@ -276,7 +276,7 @@ def paper(_: str) -> str:
     whole = found["dense"]["metrics"]["params"]
     energies = [row["energy"] for row in found["dense"]["metrics"]["energies"]]
     lines = ["| trained with | uncut, % | " + " | ".join(f"energy {e:g}" for e in energies) + " |", "|---" * (len(energies) + 2) + "|"]
-    for name in ("dense", *(f"{kind}-{factor}" for factor in ("x1", "x4") for kind in ("group-sparsity", "low-rank", "both"))):
+    for name in ("dense", *(f"{kind}-{factor}" for factor in ("x0.3", "x1") for kind in ("group-sparsity", "low-rank", "both"))):
         if name in found:
             metrics = found[name]["metrics"]
             cells = [f"{100 * row['accuracy']:.2f} ({row['params'] / whole:.2f})" for row in metrics["energies"]]

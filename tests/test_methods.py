@@ -279,3 +279,14 @@ def test_thin_networks_keep_the_other_bounds_too(bound, data, monkeypatch):
     m = LANES if "latency" in bound else 1  # what a vector unit likes
     wider = next(w for s in range(1001) if (w := tuple(m * max(1, round(k * s / 1000 / m)) for k in recipe.widths)) > thin.widths)
     assert count_macs(base.network(data, recipe, wider), inputs) > share * count_macs(dense, inputs)
+
+
+def test_calibration_sees_every_class_of_a_set_that_is_sorted_by_class(data):
+    order = torch.argsort(data.train_y)
+    labels = data.train_y[order].repeat_interleave(3)
+    data = dataclasses.replace(
+        data, train_x=torch.arange(len(labels), dtype=torch.float32)[:, None], train_y=labels
+    )  # each image is its number
+    seen = torch.cat(base.calibration(data))[:, 0].long()
+    assert len(seen) <= 2048
+    assert set(data.train_y[seen].tolist()) == set(data.train_y.tolist())

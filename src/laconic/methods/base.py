@@ -96,8 +96,9 @@ def example(data: Dataset, batch: int = 1) -> tuple[torch.Tensor]:
 
 
 def calibration(data: Dataset) -> list[torch.Tensor]:
-    """Inputs for BatchNorm re-estimation: 2,048 training images, without augmentation."""
-    return list(data.train_x[:2048].to(data.device).split(256))
+    """Inputs for BatchNorm re-estimation: 2,048 training images, without augmentation, from all over the set: some are sorted by class."""
+    every = max(1, len(data.train_x) // 2048)
+    return list(data.train_x[::every][:2048].to(data.device).split(256))
 
 
 def after_step(optimizer: torch.optim.Optimizer, step: int, act: Callable[[], None]) -> None:
