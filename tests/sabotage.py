@@ -30,6 +30,22 @@ class Edit(NamedTuple):
 
 
 EDITS = [
+    Edit(
+        "large matrices: the first of a stack for all",
+        "solvers/eigen.py",
+        "_evr(one) for one in gram)",
+        "_evr(gram[0].clone()) for one in gram)",
+        "test_solvers",
+    ),
+    Edit("large matrices: by torch", "solvers/eigen.py", "LARGE = 512", "LARGE = 51200", "test_memory"),
+    Edit("timing: layers side by side in memory", "timing.py", "leaf.grad = None", "pass", "test_memory"),
+    Edit(
+        "states sliced at once",
+        "surgery/optimizer.py",
+        "values = [state.pop(key) for state in states]",
+        "values = [state[key] for state in states]",
+        "test_memory",
+    ),
     Edit("neurons counted once", "widths.py", "SIDES = 2", "SIDES = 1", "test_neurons"),
     Edit("multiples: ranks step by one", "widths.py", "_step_down(rank, multiple)", "_step_down(rank)", "test_neurons"),
     Edit(

@@ -21,7 +21,7 @@ from laconic import (
     spectral_prox,
     svt,
 )
-from laconic.solvers import SOLVERS
+from laconic.solvers import SOLVERS, eigen, gram
 
 from .cases import matrices, with_spectrum
 
@@ -298,6 +298,52 @@ def test_when_eigh_fails_svd_steps_in_and_says_so(monkeypatch):
     assert (result.solver, result.failures) == ("svd", ("gram (torch.float32, cpu): did not converge",))
     assert torch.equal(result.x, svt(x, 1.0, "svd").x)
     assert result.state["failures"] == 1
+
+
+@pytest.mark.parametrize("spectrum", ["random", "low rank", "zero", "all equal", "many decades"])
+def test_large_matrices_are_decomposed_in_place_and_as_well(spectrum):
+    """LAPACK's other eigensolver, from LARGE on: residual and orthogonality in units of eps."""
+    n = eigen.LARGE + 3
+    g = torch.Generator().manual_seed(1)
+    basis = torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64)).Q
+    values = {
+        "random": torch.rand(n, generator=g, dtype=torch.float64),
+        "low rank": torch.cat([torch.ones(5), torch.zeros(n - 5)]).double(),
+        "zero": torch.zeros(n).double(),
+        "all equal": torch.ones(n).double(),
+        "many decades": torch.logspace(-200, 0, n, dtype=torch.float64),
+    }[spectrum]
+    gram = (basis * values) @ basis.T
+    gram = torch.stack([gram + gram.T, 3 * (gram + gram.T)])  # [2, n, n]: what comes second must not be mixed up with the first
+    alone = eigen.eigvalsh_inside(gram.clone())
+    got, u = eigen.eigh_inside(gram.clone())
+    rounding = n * torch.finfo(torch.float64).eps
+    assert (got.diff(dim=1) >= 0).all()
+    for value in (got, alone):
+        assert (value - torch.stack([2 * values.sort().values, 6 * values.sort().values])).abs().max() <= 10 * rounding
+    assert (u.mT @ u - torch.eye(n)).abs().max() <= 10 * rounding  # less orthogonal than those of divide and conquer, by 5
+    assert (gram @ u - u * got[:, None]).abs().max() <= 10 * rounding
+
+
+def test_the_prox_of_large_matrices_is_that_of_the_oracle():
+    x = torch.randn(2, eigen.LARGE + 8, eigen.LARGE + 1, generator=torch.Generator().manual_seed(2))
+    tau = 0.03 * float(torch.linalg.matrix_norm(x, 2).max())  # low enough to need float64, high enough to cut
+    result = svt(x, tau, "gram-float64")
+    for got, values, one in zip(result.x, result.values, x, strict=True):
+        expected = reference.svt(numpy64(one), tau)
+        assert np.abs(numpy64(got) - expected).max() <= 1e-6 * np.abs(expected).max()
+        assert int((values > 0).sum()) == np.linalg.matrix_rank(expected)
+    assert (gram.singular_values(x) - torch.linalg.svdvals(x.double())).abs().max() <= 1e-10 * result.input_values.max()
+
+
+def test_when_the_solver_of_large_matrices_fails_svd_steps_in(monkeypatch):
+    def fails(*args, **options):
+        raise np.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr("scipy.linalg.eigh", fails)
+    x = torch.randn(eigen.LARGE, eigen.LARGE)
+    result = svt(x, 1.0, "gram-float64")
+    assert (result.solver, result.failures) == ("svd", ("gram-float64 (torch.float32, cpu): did not converge",))
 
 
 def test_when_float32_fails_float64_steps_in(monkeypatch):

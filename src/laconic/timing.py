@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch.utils.benchmark import Timer
 from .matricize import Layer, Unfolding
 from .surgery.factorize import empty_pair, finish_pair
 
-FORMAT = 2
+FORMAT = 3
 ROUNDS = 2
 SECONDS = 0.01  # of one timed block
 
@@ -126,7 +126,9 @@ def _measure(module: Layer, unfolding: Unfolding, shape: Sequence[int], break_ev
     if x.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
     ranks = grid(break_even)
-    layers = [_alone(module), *(_alone(finish_pair(empty_pair(module, unfolding, r), module, unfolding, r)) for r in ranks)]
+    room = max(_room(layer) for layer in _versions(module, unfolding, ranks))
+    memory = torch.full((room,), 0.01, dtype=weight.dtype, device=weight.device)
+    layers = [_alone(layer, memory) for layer in _versions(module, unfolding, ranks)]
     calls = [_training_call(layer, x) if training else _forward_call(layer, x) for layer in layers]
     timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in calls]
     with torch.autocast(x.device.type, enabled=False):
@@ -136,14 +138,42 @@ def _measure(module: Layer, unfolding: Unfolding, shape: Sequence[int], break_ev
     return RankTimes(float(best[0]), ranks, tuple(float(t) for t in np.maximum.accumulate(best[1:])))
 
 
-def _alone(layer: nn.Module) -> nn.Module:
-    """A copy with parameters of its own, so that timing leaves no trace in the model and draws no random numbers."""
+def _versions(module: Layer, unfolding: Unfolding, ranks: Sequence[int]) -> Iterator[nn.Module]:
+    """The layer, then the pair of each rank; one at a time."""
+    yield module
+    for rank in ranks:
+        yield finish_pair(empty_pair(module, unfolding, rank), module, unfolding, rank)
+
+
+def _room(layer: nn.Module) -> int:
+    return sum(_aligned(p.numel()) for p in layer.parameters())
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64
+
+
+def _alone(layer: nn.Module, memory: Tensor) -> nn.Module:
+    """A copy with parameters of its own, so that timing leaves no trace in the model and draws no random numbers.
+
+    They lie one behind the other in `memory`, where other layers may lie too: one is timed at a time.
+    """
     alone: Layer = copy.copy(layer)
-    alone._parameters = {
-        k: None if p is None else nn.Parameter(torch.full_like(p, 0.01, memory_format=torch.preserve_format))
-        for k, p in layer._parameters.items()
-    }
-    alone._modules = {k: None if m is None else _alone(m) for k, m in layer._modules.items()}
+    alone._parameters = {}
+    for name, p in layer._parameters.items():
+        if p is None:
+            alone._parameters[name] = None
+            continue
+        if p.dtype != memory.dtype:
+            alone._parameters[name] = nn.Parameter(torch.full_like(p, 0.01))
+            continue
+        strides = torch.empty_like(p, device="meta", memory_format=torch.preserve_format).stride()
+        alone._parameters[name] = nn.Parameter(memory.as_strided(p.shape, strides, memory.storage_offset()))
+        memory = memory[_aligned(p.numel()) :]
+    alone._modules = {}
+    for name, m in layer._modules.items():
+        alone._modules[name] = None if m is None else _alone(m, memory)
+        memory = memory[0 if m is None else _room(m) :]
     return alone
 
 
@@ -160,9 +190,13 @@ def _training_call(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
     with torch.enable_grad():
         gradient = torch.ones_like(layer(x))
 
+    leaves = [x, *layer.parameters()]
+
     def call() -> None:
         with torch.enable_grad():
             layer(x).backward(gradient)
+        for leaf in leaves:  # as `zero_grad` leaves them: nothing to add to
+            leaf.grad = None
 
     return call
 

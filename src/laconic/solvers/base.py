@@ -13,7 +13,7 @@ from ..penalties import Penalty
 
 @dataclass(frozen=True, slots=True)
 class Shrunk:
-    """What a solver hands back, on the scale of its input (largest magnitude between 1/2 and 1).
+    """What a solver hands back, on the scale of its input.
 
     Attributes:
         x: shrunk matrices `[b, m, n]`.
@@ -29,7 +29,7 @@ class Shrunk:
 
 
 class Solver(Protocol):
-    """One algorithm. `shrink` takes finite matrices `[b, m, n]` in float32 or float64, with magnitudes at most 1.
+    """One algorithm. `shrink` takes finite matrices `[b, m, n]` in float32 or float64, whose largest magnitude is from 2**-16 to 2**16.
 
     `scale` is the factor that brings the singular values back to the user's units (the prox is computed there), `tau`
     the threshold in the user's units.

@@ -2,9 +2,9 @@ r"""The entry point: shrink the singular values of a matrix (or a stack of them)
 
 .. math:: \operatorname{argmin}_X \tfrac12 \|X - W\|_F^2 + \tau\, h(\sigma(X)) = U \operatorname{diag}(\operatorname{prox}_h(\sigma, \tau)) V^T
 
-Everything that no solver should have to think of is here: low precision (computed in float32), scale (matrices are
-brought to magnitude 1 by a power of two, which is exact), autocast (switched off), NaN and Inf (refused), failures of
-a decomposition (the next solver is tried, and the result says so).
+Everything that no solver should have to think of is here: low precision (computed in float32), scale (matrices of very
+large or very small entries are brought to magnitude 1 by a power of two, which is exact), autocast (switched off), NaN
+and Inf (refused), failures of a decomposition (the next solver is tried, and the result says so).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from ..penalties import L1, Penalty, check_tau
 from .base import Shrunk, Solver
 from .gram import Gram
 from .svd import SVD
+
+ORDINARY = 16  # magnitudes from 2**-16 to 2**16 are squared in any dtype as they are: no copy of the matrix is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,8 @@ def spectral_prox(
                 f"{name} holds NaN or Inf: nothing was changed; look for a diverging loss or a learning rate that is too high"
             )
         exponent = max(-1000, min(1000, math.frexp(largest)[1])) if largest > 0 else 0
+        if abs(exponent) <= ORDINARY:
+            exponent = 0
         scale = 2.0**exponent
         work = _times_power_of_two(work, -exponent)
         shrunk, used, failures = _shrink_with_fallback(work, penalty, tau, scale, solver or Auto(), name)
@@ -147,7 +151,9 @@ def spectral_prox(
 
 
 def _times_power_of_two(x: Tensor, exponent: int) -> Tensor:
-    """x * 2**exponent, exactly, also where 2**exponent is beyond float32."""
+    """x * 2**exponent, exactly, also where 2**exponent is beyond float32; x itself where there is nothing to do."""
+    if exponent == 0:
+        return x
     if abs(exponent) < 120:
         return x * 2.0**exponent
     return (x.double() * 2.0**exponent).to(x.dtype)

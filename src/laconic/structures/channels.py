@@ -18,6 +18,8 @@ from ..surgery.factorize import MARK, product
 from .base import InUnits, Shrinkage, check_finite, check_multiple, check_options, root_mean_square
 from .low_rank import Site
 
+ROWS = 256  # of a weight, at a time
+
 
 @dataclass(slots=True)
 class WideLayer:
@@ -221,9 +223,13 @@ def present_unfolding(module: Layer) -> Unfolding:
 def slice_energies(module: Layer, side: str) -> Tensor:
     """Squared norm of the weight's slice of each channel on one side, float64 on CPU; of a pair that of its product."""
     unfolding = present_unfolding(module)
-    weight = product(module, unfolding) if hasattr(module, MARK) else module.weight.detach().double()
-    energy = weight.square().flatten(2).sum(2) if weight.ndim > 2 else weight.square()
+    weight = product(module, unfolding) if hasattr(module, MARK) else module.weight.detach()
+    by_group = weight.unflatten(0, (unfolding.groups, -1)).flatten(3 if weight.ndim > 2 else 2)  # each has inputs of its own
     out_first = unfolding.name not in ("in,out", "in,out*k")
-    if (side == "out") is out_first:
-        return energy.sum(1).cpu()
-    return energy.unflatten(0, (unfolding.groups, -1)).sum(1).flatten().cpu()  # each group has inputs of its own
+    rows, columns = [], []
+    for part in by_group.split(ROWS, 1):  # a float64 copy of the whole weight would be the largest thing in memory
+        energy = part.double().square()
+        energy = energy.sum(3) if energy.ndim > 3 else energy
+        rows.append(energy.sum(2))
+        columns.append(energy.sum(1))
+    return (torch.cat(rows, 1) if (side == "out") is out_first else torch.stack(columns).sum(0)).flatten().cpu()

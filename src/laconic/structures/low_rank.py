@@ -14,7 +14,8 @@ from ..distributed import full, write
 from ..matricize import CHANNEL, SPATIAL, Unfolding, check_matricization, unfolding_named
 from ..penalties import L1, LogSum, Penalty
 from ..solvers import factored_prox, factored_svd, spectral_prox
-from ..solvers.gram import small_gram
+from ..solvers.eigen import eigh_inside
+from ..solvers.gram import singular_values, small_gram
 from ..surgery.factorize import factorize, narrow, pair_matrices, pair_weights
 from ..surgery.factorize import weights as pair_parameters
 from ..timing import RankTimes
@@ -148,8 +149,8 @@ class Site:
         else:
             left, right = self.factors
             matrix = torch.linalg.qr(left[0].double(), mode="r").R.to(right.dtype) @ right[0]
-        _, u = torch.linalg.eigh(small_gram(matrix[None], torch.float64)[0])
-        u = u.flip(1)[:, : self.unfolding.full_rank].to(matrix.dtype)
+        _, u = eigh_inside(small_gram(matrix[None], torch.float64))
+        u = u[0].flip(1)[:, : self.unfolding.full_rank].to(matrix.dtype)
         rows = (u.mT @ matrix).unflatten(1, (self.unfolding.sides[1], -1))  # [r, in, k]
         _, v = torch.linalg.eigh(torch.einsum("rik,rjk->ij", rows, rows).double())
         energies = torch.einsum("rik,ij->rjk", rows, v.flip(1).to(rows.dtype)).double().square().sum(2).cumsum(0).cumsum(1)
@@ -247,7 +248,7 @@ class LowRank:
         """Singular values, non-increasing, float64 on CPU; for a grouped layer the norm over its groups."""
         if site.rank is not None:
             return combined(factored_svd(*site.factors, site.name)[1])
-        return combined(torch.linalg.svdvals(site.matrix.double()))
+        return combined(singular_values(site.matrix))
 
     def cut(self, site: Site, rank: int) -> list[nn.Sequential]:
         """A pair of layers for each module that holds the weight; tied modules share the factors."""

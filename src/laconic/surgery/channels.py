@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import InvalidValueError, SurgeryError
 from ..matricize import TRANSPOSED_CONVS, Layer, is_hf_conv1d
 from .factorize import MARK, SLIM
-from .optimizer import Replacement, replace, replaced_states
+from .optimizer import Replacement, replace, states_to_slice
 
 Ints = NDArray[np.int64]
 
@@ -114,7 +114,17 @@ def slim(
         InvalidValueError: an unknown group or unit, a unit that is gone already, or no unit at all.
         SurgeryError: a layer is no longer there, or no longer has the channels that the group says.
     """
-    apply(_plan(model, groups, kept), optimizers)
+    edits = _plan(model, groups, kept)
+    replacements = [
+        Replacement(getattr(edit.module, name), new, select) for edit in edits for name, (new, select) in edit.parameters.items()
+    ]
+    states = [states_to_slice(optimizer, replacements) for optimizer in optimizers]
+    apply(edits)
+    for optimizer, found in zip(optimizers, states, strict=True):
+        replace(optimizer, replacements, found)
+    for r in replacements:
+        r.new.grad = None if r.old.grad is None else r.select(r.old.grad)
+        r.old.grad = None  # memory for the next
 
 
 @contextlib.contextmanager
@@ -135,16 +145,9 @@ def _plan(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Sequence
     return edits + [_count_edit(_module(model, path), values) for path, values in counts.items()]
 
 
-def apply(edits: Sequence[Edit], optimizers: Sequence[torch.optim.Optimizer] = ()) -> Callable[[], None]:
-    """Put the new tensors in place. All that can fail is done before the first is.
-
-    Returns what puts the model (not the optimizers) back.
-    """
+def apply(edits: Sequence[Edit]) -> Callable[[], None]:
+    """Put the new tensors in place. All that can fail is done before. Returns what puts the model back."""
     before = [(edit.module, dict(edit.module.__dict__), dict(edit.module._parameters), dict(edit.module._buffers)) for edit in edits]
-    replacements = [
-        Replacement(getattr(edit.module, name), new, select) for edit in edits for name, (new, select) in edit.parameters.items()
-    ]
-    states = [replaced_states(optimizer, replacements) for optimizer in optimizers]
     for edit in edits:
         for name, (new, _) in edit.parameters.items():
             edit.module._parameters[name] = new
@@ -152,8 +155,6 @@ def apply(edits: Sequence[Edit], optimizers: Sequence[torch.optim.Optimizer] = (
             edit.module._buffers[name] = buffer
         for name, value in edit.attributes.items():
             setattr(edit.module, name, value)
-    for optimizer, state in zip(optimizers, states, strict=True):
-        replace(optimizer, replacements, state)
 
     def undo() -> None:
         for module, attributes, parameters, buffers in before:
@@ -359,7 +360,6 @@ def _edit(module: nn.Module, tensors: Iterable[tuple[str, tuple[tuple[int, Ints]
             buffers[name] = select(old.detach())
             continue
         new = nn.Parameter(select(old.detach()), requires_grad=old.requires_grad)
-        new.grad = None if old.grad is None else select(old.grad)
         parameters[name] = new, select
     return Edit(module, parameters, buffers, attributes)
 

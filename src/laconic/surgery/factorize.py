@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..matricize import Layer, Unfolding
+from ..solvers.eigen import eigh_inside
 from ..solvers.factored import factored_svd
-from ..solvers.gram import small_gram
+from ..solvers.gram import promoted_matmul, small_gram
 
 MARK = "laconic_cut"  # attribute on the nn.Sequential: what was cut here, for the surgery record
 SLIM = "laconic_slim"  # attribute on a layer or a pair: the dense numbers of the channels it still has (see channels.py)
@@ -125,14 +126,12 @@ def leading_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     wide = matrix.shape[-2] <= matrix.shape[-1]
     if matrix.dtype != torch.float64:
-        values, vectors = torch.linalg.eigh(small_gram(matrix if wide else matrix.mT, torch.float64))
-        values, vectors = values.flip(-1)[..., :rank], vectors.flip(-1)[..., :rank]
+        values, vectors = eigh_inside(small_gram(matrix if wide else matrix.mT, torch.float64))
+        values, vectors = values.flip(-1)[..., :rank], vectors[..., vectors.shape[-1] - rank :].flip(-1)
         s = values.clamp_min(0).sqrt()
         if bool((s[..., -1:] > 1e-4 * s[..., :1]).all()):
-            work = matrix.double()
-            if wide:
-                return vectors, s, vectors.mT @ work / s[..., None]
-            return work @ vectors / s[..., None, :], s, vectors.mT
+            others = promoted_matmul(vectors.mT, matrix if wide else matrix.mT) / s[..., None]
+            return (vectors, s, others) if wide else (others.mT, s, vectors.mT)
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     return u, s, vh
 

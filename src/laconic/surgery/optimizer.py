@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..matricize import Unfolding
+from ..solvers.gram import promoted_matmul
 from .factorize import pair_matrices, pair_weights, weights
 
 FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
@@ -58,22 +59,24 @@ def carry(optimizer: torch.optim.Optimizer, old: Sequence[nn.Parameter], pair: n
         old_left, old_right = pair_matrices(unfolding, *(w.detach().double() for w in old))
         to_left, to_right = _solve(old_right.mT, right.mT), _solve(old_left, left).mT
     carried: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-    for key, value in states[0].items():
-        if not _is_moment(key, value, old[0]):
-            for target, state in zip(carried, (states[0], states[-1]), strict=True):
-                target[key] = state[key].clone() if isinstance(value, Tensor) else state[key]
+    means = [state.get("grad_avg") for state in states]
+    for key in list(states[0]):
+        values = [state.pop(key) for state in states]  # let go one by one
+        if not _is_moment(key, values[0], old[0]):
+            for target, value in zip(carried, (values[0], values[-1]), strict=True):
+                target[key] = value.clone() if isinstance(value, Tensor) else value
             continue
-        from_left, from_right = _matrices(unfolding, [state[key] for state in states])
+        from_left, from_right = _matrices(unfolding, values)
         mean_left = mean_right = None
-        if key == "square_avg" and "grad_avg" in states[0]:
-            mean_left, mean_right = _matrices(unfolding, [state["grad_avg"] for state in states])
+        if key == "square_avg" and means[0] is not None:
+            mean_left, mean_right = _matrices(unfolding, means)
         parts = pair_weights(
             unfolding,
-            _carried(key, from_left, mean_left, lambda x, power: x @ to_left.pow(power)),
-            _carried(key, from_right, mean_right, lambda x, power: to_right.pow(power) @ x),
+            _carried(key, from_left, mean_left, lambda x, power: promoted_matmul(to_left.mT.pow(power), x.mT).mT),
+            _carried(key, from_right, mean_right, lambda x, power: promoted_matmul(to_right.pow(power), x)),
         )
         for target, part, parameter in zip(carried, parts, new, strict=True):
-            target[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(part)
+            target[key] = torch.empty_like(parameter, dtype=values[0].dtype).copy_(part)
     for parameter, target in zip(new, carried, strict=True):
         optimizer.state[parameter] = target
 
@@ -92,7 +95,7 @@ def _is_moment(key: str, value: Any, weight: Tensor) -> bool:
 def _matrices(unfolding: Unfolding, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """What the left and the right factor's entry is made from: the weight's own entry, or each factor's."""
     if len(values) == 1:
-        matrix = unfolding.unfold(values[0].double())
+        matrix = unfolding.unfold(values[0])
         return matrix, matrix
     return pair_matrices(unfolding, values[0].double(), values[1].double())
 
@@ -105,7 +108,7 @@ def _carried(key: str, value: Tensor, mean: Tensor | None, gradient_map: Callabl
         return gradient_map(value, 2)
     # A little more than the square of the carried mean: rounding must not make it less.
     slack = 1 + 8 * torch.finfo(torch.float32).eps
-    return gradient_map((value - mean.square()).clamp_min(0), 2) + slack * gradient_map(mean, 1).square()
+    return gradient_map((value.double() - mean.double().square()).clamp_min(0), 2) + slack * gradient_map(mean, 1).square()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,26 +120,25 @@ class Replacement:
     select: Callable[[Tensor], Tensor]
 
 
-def replaced_states(optimizer: torch.optim.Optimizer, replacements: Sequence[Replacement]) -> dict[nn.Parameter, dict[str, Any]]:
-    """The new parameters' states; nothing is changed yet. Where an entry is neither a scalar nor of the parameter's
-    shape, nobody can say how to slice it: that parameter starts without a state."""
-    states: dict[nn.Parameter, dict[str, Any]] = {}
-    for r in replacements:
-        state = getattr(optimizer, "state", {}).get(r.old)
-        if not state or any(isinstance(v, Tensor) and v.numel() > 1 and v.shape != r.old.shape for v in state.values()):
-            continue
-        states[r.new] = {
-            key: r.select(value) if isinstance(value, Tensor) and value.shape == r.old.shape else value for key, value in state.items()
-        }
-    return states
+def states_to_slice(optimizer: torch.optim.Optimizer, replacements: Sequence[Replacement]) -> list[tuple[Replacement, dict[str, Any]]]:
+    """The old parameters' states. Where an entry is neither a scalar nor of the parameter's shape, nobody can say how to slice
+    it: that parameter is missing, and starts without a state."""
+    states = [(r, getattr(optimizer, "state", {}).get(r.old)) for r in replacements]
+    return [(r, s) for r, s in states if s and all(v.numel() == 1 or v.shape == r.old.shape for v in s.values() if isinstance(v, Tensor))]
 
 
-def replace(optimizer: torch.optim.Optimizer, replacements: Sequence[Replacement], states: dict[nn.Parameter, dict[str, Any]]) -> None:
-    """Put the new parameters in the places of the old ones in the optimizer's groups, with their states; in place."""
+def replace(
+    optimizer: torch.optim.Optimizer, replacements: Sequence[Replacement], states: Sequence[tuple[Replacement, dict[str, Any]]]
+) -> None:
+    """Put the new parameters in the places of the old ones in the optimizer's groups, with their states, in place: an entry
+    is sliced and its old self let go before the next is."""
     new = {id(r.old): r.new for r in replacements}  # by identity: `==` would compare tensors
     for group in optimizer.param_groups:
         group["params"][:] = [new.get(id(p), p) for p in group["params"]]
     for r in replacements:
         getattr(optimizer, "state", {}).pop(r.old, None)
-    for parameter, state in states.items():
-        optimizer.state[parameter] = state
+    for r, state in states:
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == r.old.shape:
+                state[key] = r.select(value)
+        optimizer.state[r.new] = state

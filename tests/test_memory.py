@@ -1,0 +1,44 @@
+"""How much memory a run needs beside the plain loop: counted by PyTorch's allocator, so it is the same every time."""
+
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import memory
+from training import Task
+
+from laconic.solvers.eigen import LARGE
+
+WIDTH, STEPS = LARGE, 20
+
+
+def perceptron():
+    layers = [m for _ in range(3) for m in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, 10))
+
+
+@pytest.fixture
+def batches():
+    g = torch.Generator().manual_seed(0)
+    return [(torch.randn(32, WIDTH, generator=g), torch.randint(10, (32,), generator=g)) for _ in range(STEPS)]
+
+
+def test_compression_needs_at_most_three_matrices_more_than_the_plain_loop_and_less_when_settled(batches, tmp_path, monkeypatch):
+    """The worst case: a network of nothing but large square matrices, whose activations are small. Layer times are measured, too."""
+    monkeypatch.setenv("LACONIC_CACHE", str(tmp_path))
+    monkeypatch.setattr(memory, "STEPS", STEPS)
+    task = Task(perceptron, lambda generator: batches[0], STEPS, 1e-3)
+    params = []
+    count = lambda model: params.append(sum(p.numel() for p in model.parameters()))  # noqa: E731
+    plain = max(memory.peaks(lambda: memory.train(task, batches, None, lambda model: None)))
+    with mock.patch("laconic.solvers.eigen._evr", memory.in_the_books):
+        ours = memory.peaks(lambda: memory.train(task, batches, 0.25, count))
+    first = next(i for i, p in enumerate(params) if p < params[0])
+    assert max(ours[: first + 1]) <= plain + 3 * 4 * WIDTH**2
+    assert max(ours[first + 1 :]) < max(ours[: first + 1])
+    assert max(ours[STEPS // 2 :]) < plain / 2  # settled
