@@ -233,14 +233,14 @@ EDITS = [
     Edit(
         "second moment not squared",
         "surgery/optimizer.py",
-        "lambda x, power: x @ to_left.pow(power)",
-        "lambda x, power: x @ to_left.abs()",
+        "to_left.mT.pow(power)",
+        "to_left.mT.abs()",
         "test_compaction",
     ),
     Edit(
         "centered as uncentered",
         "surgery/optimizer.py",
-        'if key == "square_avg" and "grad_avg" in states[0]:',
+        'if key == "square_avg" and means[0] is not None:',
         "if False:",
         "test_compaction",
     ),
