@@ -93,10 +93,10 @@ def whole(name: str, factor: float, data: Dataset, recipe: Recipe, times: bool) 
 
 
 def reloaded(epoch: int, data: Dataset, recipe: Recipe, times: bool) -> tuple[Trained, dict[str, Any]]:
-    """With both regularizers, strong, until this epoch, then cut, then trained on without them."""
+    """With both regularizers, weak, until this epoch, then cut, then trained on without them."""
     model = build(data, recipe, 0)
     optimizer = make_optimizer(model, recipe)
-    compressor = press(model, optimizer, "both", FACTORS[-1], data, recipe)
+    compressor = press(model, optimizer, "both", FACTORS[0], data, recipe)
     assert compressor is not None
 
     def shrink() -> None:
