@@ -22,3 +22,9 @@ def layer_times(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LACONIC_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def empty_table(monkeypatch, tmp_path_factory):
+    """A table of layer times of the test's own: nothing that other tests have measured."""
+    monkeypatch.setenv("LACONIC_CACHE", str(tmp_path_factory.mktemp("cache")))

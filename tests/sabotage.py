@@ -30,6 +30,15 @@ class Edit(NamedTuple):
 
 
 EDITS = [
+    Edit("milliseconds: no second look when it settles", "compressor.py", "if self._dense is not None:", "if False:", "test_shrinking"),
+    Edit(
+        "milliseconds: a bound out of reach ends the run",
+        "budget.py",
+        "    except InfeasibleBudgetError:\n        plan.fixed_ms",
+        "    except ZeroDivisionError:\n        plan.fixed_ms",
+        "test_shrinking",
+    ),
+    Edit("milliseconds: measured anew in every run", "timing.py", "    if key not in known:", "    if True:", "test_shrinking"),
     Edit(
         "large matrices: the first of a stack for all",
         "solvers/eigen.py",

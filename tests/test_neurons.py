@@ -654,7 +654,7 @@ def test_narrow_layers_stay_whole_where_a_pair_would_take_longer(monkeypatch, tm
 
 
 @pytest.mark.parametrize("share", [0.6, 0.3])
-def test_a_slim_layer_is_timed_as_it_will_be(monkeypatch, share):
+def test_a_slim_layer_is_timed_as_it_will_be(monkeypatch, empty_table, share):
     """On a machine where a layer of half the weights takes more than half of the time."""
 
     def clock(model, inputs, seconds=0.3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,8 @@ from .structures import Site
 from .widths import choose_shapes, inner_ranks, unit_costs
 
 LANES = 8  # numbers that a vector unit, or a tensor core, takes at once: 17 channels take as long as 24
+Shapes = tuple[dict[str, list[int]], Ranks]  # units that stay in each group, rank of each site
+
 CORRECTIONS = 4  # rounds of measuring where a budget in milliseconds will end
 
 
@@ -109,20 +112,40 @@ def prepare(
             raise InvalidValueError(CURRENCIES["latency"].missing)
         inputs = check_inputs(example_inputs)
         measure_times(model, plan, inputs)
-        for _ in range(CORRECTIONS):  # layers one by one do not add up to the model: correct where the budget will end
+
+        def shapes() -> Shapes:
             try:
-                kept, ranks = shapes_for_budget(plan, values, importances, budget)
+                return shapes_for_budget(plan, values, importances, budget)
             except InfeasibleBudgetError as error:  # by these tables: what they call the smallest is measured before that is said
                 share = min(1.0, 1.02 * error.smallest) if budget.currencies == ("latency",) else 1.0
-                kept, ranks = shapes_for_budget(plan, values, importances, replace(budget, latency=share, latency_ms=None))
-            if not correct_times(model, plan, inputs, kept, ranks):
-                break
+                return shapes_for_budget(plan, values, importances, replace(budget, latency=share, latency_ms=None))
+
+        correct(model, plan, inputs, shapes, lambda: model)
     shapes_for_budget(plan, values, importances, budget)
+
+
+def correct(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], shapes: Callable[[], Shapes], dense: Callable[[], nn.Module]) -> None:
+    """Layers one by one do not add up to the model: measure it where the budget ends by the tables, correct them, and look again.
+
+    Where `shapes` finds the budget out of reach of the corrected tables, they are put back.
+    """
+    before = [s.times for s in plan.sites], [x.weight_ms for x in plan.layers], plan.fixed_ms
+    try:
+        for _ in range(CORRECTIONS):
+            if not correct_times(model, plan, inputs, *shapes(), dense=dense):
+                break
+        shapes()
+    except InfeasibleBudgetError:
+        plan.fixed_ms = before[2]
+        for site, times in zip(plan.sites, before[0], strict=True):
+            site.times = times
+        for layer, ms in zip(plan.layers, before[1], strict=True):
+            layer.weight_ms = ms
 
 
 def shapes_for_budget(
     plan: Plan, values: dict[str, Floats], importances: dict[str, Floats], budget: Budget, keep_dense: frozenset[str] = frozenset()
-) -> tuple[dict[str, list[int]], Ranks]:
+) -> Shapes:
     """The units that stay in each group, by their numbers in the dense model, and the rank of each site (None: dense).
 
     Raises:

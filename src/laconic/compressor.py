@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .allocate import Floats, log_shares, numerical_rank
-from .budget import Budget, cost_weights, is_met, prepare, ranks_for_budget
+from .budget import Budget, Shapes, correct, cost_weights, is_met, prepare, ranks_for_budget, shapes_for_budget
 from .compaction import choose_ranks, cut_sites, energy_ranks, guarded, not_carried, replay_cuts, spectra, values_of
 from .costs import Ranks, present_costs
 from .cuts import all_or_nothing
@@ -36,6 +36,7 @@ from .errors import (
     OptimizerError,
     nearest,
 )
+from .latency import skeleton
 from .matricize import Unfolding
 from .measure import check_inputs
 from .moments import InputMoments, Moments
@@ -157,6 +158,7 @@ class Compressor:
         if budget is not None:
             importances = importances_of(self.plan, {})
             prepare(model, self.plan, start, importances, budget, self.example_inputs)  # out of reach: said now, not at the end
+        self._dense = skeleton(model) if budget is not None and "latency" in budget.currencies and self.cut_early else None
         self.energy: float | None = None
         self.weights = cost_weights(self.plan, budget)
         self.state = RunState(
@@ -435,19 +437,31 @@ class Compressor:
 
     def _settle(self) -> None:
         """The last cut in mid-run: to the budget."""
-        assert self.budget is not None
+        budget = self.budget
+        assert budget is not None
         self.state.settled = True
         values = spectra(self.plan)
-        kept = not_carried(self.plan, self.optimizers)
+        dense = frozenset(not_carried(self.plan, self.optimizers))
         if self.plan.neurons:
             self.state.values = values
-            self._slim(1.0, frozenset(kept), 1.0)
+            self._correct(lambda: shapes_for_budget(self.plan, values, self.state.importances, budget, dense))
+            self._slim(1.0, dense, 1.0)
             values = spectra(self.plan)
+        self._correct(lambda: ({}, self._last_ranks(values, dense)))
+        self._cut_in_mid_run(values, self._last_ranks(values, dense))
+
+    def _last_ranks(self, values: dict[str, Floats], dense: frozenset[str]) -> Ranks:
+        assert self.budget is not None
         try:
-            ranks = ranks_for_budget(self.plan, values, self.budget, frozenset(kept))
+            return ranks_for_budget(self.plan, values, self.budget, dense)
         except InfeasibleBudgetError:  # what must wait for the end is cut deep there; the rest as planned for all
-            ranks = {n: None if n in kept else r for n, r in ranks_for_budget(self.plan, values, self.budget).items()}
-        self._cut_in_mid_run(values, ranks)
+            return {n: None if n in dense else r for n, r in ranks_for_budget(self.plan, values, self.budget).items()}
+
+    def _correct(self, shapes: Callable[[], Shapes]) -> None:
+        """Where milliseconds count: measure what is to come of the network, before the last cuts, and correct the tables."""
+        if self._dense is not None:
+            assert self.example_inputs is not None
+            correct(self.model, self.plan, self.example_inputs, shapes, self._dense)
 
     def _cut_in_mid_run(self, values: dict[str, Floats], ranks: Ranks) -> None:
         self._cut(values, ranks)

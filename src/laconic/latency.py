@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,13 +14,16 @@ from torch import nn
 from .costs import Ranks, Rates, cut_costs, dense_costs, known, layer_costs, present_costs
 from .distributed import agreed
 from .errors import InvalidValueError
+from .matricize import Layer, Unfolding
 from .measure import input_shapes, measure_latency
 from .plan import Plan
 from .structures import WideLayer
 from .surgery.channels import slim, width
-from .surgery.factorize import empty_pair, finish_pair
+from .surgery.factorize import SLIM, empty_pair, finish_pair, narrow
 from .surgery.record import put
-from .timing import added, layer_times
+from .timing import added, layer_times, remembered
+
+SECONDS = 0.15  # of one timing of a whole model; each is timed twice
 
 
 def measure_times(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], seconds: float = 0.3) -> None:
@@ -69,22 +73,20 @@ def _module_ms(module: nn.Module, shapes: dict[nn.Module, list[torch.Size]], sec
 
 
 def correct_times(
-    model: nn.Module, plan: Plan, inputs: tuple[Any, ...], kept: dict[str, list[int]], ranks: Ranks, seconds: float = 0.3
+    model: nn.Module, plan: Plan, inputs: tuple[Any, ...], kept: dict[str, list[int]], ranks: Ranks, dense: Callable[[], nn.Module]
 ) -> bool:
-    """Measure the dense model cut to these units and ranks, and correct the tables, so that they agree there. True if they were off by over 1 %.
+    """Measure the model cut to these units and ranks, and correct the tables, so that they agree there. True if they were off by over 1 %.
 
     That a slim layer's time falls as its parameters do is a first guess: here each layer that is changed is timed as it would
     be, and its table scaled to that. What is left is beside the layers, and goes to `plan.fixed_ms`.
     """
     cut, changed = _cut_copy(model, plan, kept, ranks)
-    expected, guesses = _expected_times(cut, plan, kept, ranks)
+    expected, guesses = _expected_times(cut, plan, ranks)
     if not changed:  # the dense model, whose time is known
         return False
-    shapes = input_shapes(cut, [m for modules in changed.values() for m in modules], inputs)
-    # Clocks wander: all times are taken beside one of the dense model, and brought to the pace at which that was measured first.
-    pace = known(plan.latency_ms) / agreed(lambda: measure_latency(model, inputs, seconds).median_ms)
-    measured = pace * agreed(lambda: measure_latency(cut, inputs, seconds).median_ms)
-    alone = {name: pace * sum(agreed(partial(_module_ms, m, shapes)) for m in modules) for name, modules in changed.items()}
+    shares = agreed(partial(_shares_of_dense, cut, changed, inputs, dense))
+    measured = known(plan.latency_ms) * shares["whole"]
+    alone = {name: known(plan.latency_ms) * share for name, share in shares["layers"].items()}
     together = sum(alone.values())
     free = _free_layers(plan)
     off, fixed = measured - expected, known(plan.fixed_ms) - sum(x.weight_ms * math.prod(x.dense) for x in free)
@@ -102,24 +104,60 @@ def correct_times(
     return abs(off) > 0.01 * known(plan.latency_ms)
 
 
+def _shares_of_dense(
+    cut: nn.Module, changed: dict[str, list[nn.Module]], inputs: tuple[Any, ...], dense: Callable[[], nn.Module]
+) -> dict[str, Any]:
+    """Times of a cut model and of its changed layers, in units of the dense model's; from the table on disk if it has them.
+
+    So a run that is resumed decides the same. Clocks wander: all is timed beside the dense model.
+    """
+    parameters = [(name, str(p.dtype), tuple(p.shape), p.stride()) for name, p in cut.named_parameters()]
+    what = [type(cut).__qualname__, parameters, [(str(getattr(x, "dtype", "")), tuple(getattr(x, "shape", ()))) for x in inputs]]
+
+    def measure() -> dict[str, Any]:
+        whole = dense()
+        rounds = [[measure_latency(m, inputs, SECONDS).median_ms for m in (whole, cut)] for _ in range(2)]
+        of_dense, of_cut = (min(times) for times in zip(*rounds, strict=True))
+        shapes = input_shapes(cut, [m for modules in changed.values() for m in modules], inputs)
+        layers = {name: sum(_module_ms(m, shapes) for m in modules) / of_dense for name, modules in changed.items()}
+        return {"whole": of_cut / of_dense, "layers": layers}
+
+    found: dict[str, Any] = remembered(what, next(cut.parameters()).device, measure)
+    return found
+
+
+def skeleton(model: nn.Module) -> Callable[[], nn.Module]:
+    """Makes a model of the same layers, later, when this one has been cut: its parameters hold the same small number. Until then they take no memory."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
+    devices = {id(empty[id(p)]): p.device for p in model.parameters()}
+    bones = copy.deepcopy(model, dict(empty))
+
+    def flesh() -> nn.Module:
+        full = {id(p): nn.Parameter(torch.full_like(p, 0.01, device=devices[id(p)]), requires_grad=False) for p in bones.parameters()}
+        return copy.deepcopy(bones, full)
+
+    return flesh
+
+
 def _cut_copy(model: nn.Module, plan: Plan, kept: dict[str, list[int]], ranks: Ranks) -> tuple[nn.Module, dict[str, list[nn.Module]]]:
-    """A copy of the dense model cut to these units and ranks, with numbers that are quick to compute with; and what stands for each changed layer in it."""
+    """A copy of the model cut to these units and ranks; and what stands in it for each layer that is not as in the dense model.
+
+    New pairs hold a number that is quick to compute with.
+    """
     cut = copy.deepcopy(model)
     slim(cut, [g.group for g in plan.neurons], kept)
     changed: dict[str, list[nn.Module]] = {}
     for site in plan.sites:
         rank = ranks[site.name]
-        for paths, before in zip(site.paths, site.modules, strict=True):
+        for paths in site.paths:
             module: Any = cut.get_submodule(paths[0])
-            if rank is not None:
+            if rank is not None and rank != site.rank:
                 unfolding = site.unfolding.resized(width(module, "out"), width(module, "in"))
-                pair = finish_pair(empty_pair(module, unfolding, rank), module, unfolding, rank)
-                for parameter in pair.parameters():
-                    parameter.data = torch.full_like(parameter, 0.01)
+                pair = narrow(module, unfolding, rank) if site.rank is not None else _new_pair(module, unfolding, rank)
                 for path in paths:
                     put(cut, path, pair)
                 module = pair
-            if rank is not None or module.weight.shape != before.weight.shape:
+            if rank is not None or hasattr(module, SLIM):
                 changed.setdefault(site.layer, []).append(module)
     for layer in _free_layers(plan):
         module = cut.get_submodule(layer.path)
@@ -128,16 +166,23 @@ def _cut_copy(model: nn.Module, plan: Plan, kept: dict[str, list[int]], ranks: R
     return cut, changed
 
 
+def _new_pair(module: Layer, unfolding: Unfolding, rank: int) -> nn.Sequential:
+    pair = finish_pair(empty_pair(module, unfolding, rank), module, unfolding, rank)
+    for parameter in pair.parameters():
+        parameter.data = torch.full_like(parameter, 0.01)
+    return pair
+
+
 def _free_layers(plan: Plan) -> list[WideLayer]:
     """Those whose weights are under no site: they can only become slim."""
     return [layer for layer in plan.layers if layer.site is None and layer.weight]
 
 
-def _expected_times(cut: nn.Module, plan: Plan, kept: dict[str, list[int]], ranks: Ranks) -> tuple[float, dict[str, float]]:
+def _expected_times(cut: nn.Module, plan: Plan, ranks: Ranks) -> tuple[float, dict[str, float]]:
     """What the tables say of the model that is cut so, and of the weight of each layer in it."""
     total = float(present_costs(plan, ["latency"], ranks)[0])
     of_layer = {s.layer: float(dense_costs(s, ["latency"])[0] if (r := ranks[s.name]) is None else cut_costs(s, [r], ["latency"])[0, 0]) for s in plan.sites}  # fmt: skip
-    for layer in plan.layers if kept else ():
+    for layer in plan.layers:
         module, rank = cut.get_submodule(layer.path), ranks[layer.site.name] if layer.site is not None else None
         rates, ranked = Rates.of(layer), None if rank is None else [rank]
         out, taken = width(module, "out"), width(module, "in") if layer.site or layer.weight else layer.taken

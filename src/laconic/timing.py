@@ -74,13 +74,23 @@ def layer_times(module: Layer, unfolding: Unfolding, shape: Sequence[int], break
 
     Read from the table on disk, or measured and written there.
     """
-    key = _key(module, unfolding, shape, break_even, training)
+    what = _all_that_matters(module, unfolding, shape, break_even, training)
+    return RankTimes.from_json(
+        remembered(what, module.weight.device, lambda: _measure(module, unfolding, shape, break_even, training).to_json())
+    )
+
+
+def remembered(what: Sequence[Any], device: torch.device, measure: Callable[[], Any]) -> Any:
+    """The entry of the table on disk for this, or measured and written there; machine, threads and versions are part of its name."""
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.processor() or platform.machine()}"
+    key = hashlib.sha256(repr([FORMAT, torch.__version__, machine, torch.get_num_threads(), *what]).encode()).hexdigest()[:24]
     path = table_path()
     known = _read(path)
     if key not in known:
-        known = {**_read(path), key: _measure(module, unfolding, shape, break_even, training).to_json()}
+        measured = measure()
+        known = {**_read(path), key: measured}
         _write(path, known)
-    return RankTimes.from_json(known[key])
+    return known[key]
 
 
 def table_path() -> Path:
@@ -89,16 +99,14 @@ def table_path() -> Path:
     return Path(folder) / "layer-times.json"
 
 
-def _key(module: Layer, unfolding: Unfolding, shape: Sequence[int], break_even: int, training: bool) -> str:
-    """Everything that a time depends on."""
+def _all_that_matters(module: Layer, unfolding: Unfolding, shape: Sequence[int], break_even: int, training: bool) -> list[Any]:
+    """Everything that a layer's time depends on."""
     weight = module.weight
-    device = torch.cuda.get_device_name(weight.device) if weight.device.type == "cuda" else f"{weight.device.type} {platform.processor() or platform.machine()}"  # fmt: skip
-    what = [
-        FORMAT, torch.__version__, device, torch.get_num_threads(), str(weight.dtype), type(module).__name__, unfolding.name, tuple(shape),
-        tuple(weight.shape), weight.stride(), break_even, training, module.bias is not None,
+    return [
+        str(weight.dtype), type(module).__name__, unfolding.name, tuple(shape), tuple(weight.shape), weight.stride(), break_even, training,
+        module.bias is not None,
         *(str(getattr(module, name, None)) for name in ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")),
     ]  # fmt: skip
-    return hashlib.sha256(repr(what).encode()).hexdigest()[:24]
 
 
 def _read(path: Path) -> dict[str, Any]:
