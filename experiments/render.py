@@ -24,7 +24,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
 LABELS = {name: f"**{method.label}**" if name == "laconic" else method.label for name, method in METHODS.items()}
 DENSE_OF = {
-    f"{task}-{part}": task for task in ("cifar10", "cifar10-full", "scene") for part in ("tenth", "twentieth", "latency", "latency-quarter")
+    f"{task}-{part}": task
+    for task in ("cifar10", "cifar10-full", "scene", "lenet-5", "lenet-300-100")
+    for part in ("half", "quarter", "eighth", "tenth", "twentieth", "latency", "latency-quarter")
 }  # recipes that differ in their budget alone share the dense runs
 SAME_NETWORK = {"svd": "low-rank", "thin-long": "thin", "distilled": "thin", "found": "laconic", "late": "low-rank"}  # not timed twice
 TIMES_OF = {f"cifar10-full{part}": f"cifar10{part}" for part in ("", "-tenth")}  # the same network, in the same shares of a run
@@ -216,7 +218,7 @@ def structures(task: str) -> str:
     """One task at several budgets: accuracy of each method, and training time relative to dense where it was measured."""
     methods = ("thin", "thin-long", "torch-pruning", "channels", "low-rank", "laconic")
     lines = ["| parameters | " + " | ".join(LABELS[m] for m in methods) + " |", "|---" * (len(methods) + 1) + "|"]
-    for recipe in (task, f"{task}-fast", f"{task}-tenth", f"{task}-twentieth"):
+    for recipe in (f"{task}-half", task, f"{task}-fast", f"{task}-eighth", f"{task}-tenth", f"{task}-twentieth"):
         runs, times = load(recipe), times_of(recipe)["train"]
         if "laconic" not in runs:
             continue
@@ -237,6 +239,27 @@ def structures(task: str) -> str:
     if len(lines) == 2:
         return "(no results yet)\n"
     return "\n".join([*lines, *(["", f"Dense: {percent(dense)}."] if dense else [])]) + "\n"
+
+
+def no_loss(_: str) -> str:
+    """The smallest budget at which laconic's mean accuracy is not below that of the dense network, and the next smaller one."""
+    tasks = {
+        "photographs": ("scene", ("", "-half", "-eighth", "-tenth", "-twentieth")),
+        "CIFAR-10, part": ("cifar10", ("", "-half", "-tenth", "-twentieth")),
+        "MNIST, LeNet-300-100": ("lenet-300-100", ("", "-quarter")),
+        "MNIST, LeNet-5": ("lenet-5", ("", "-tenth")),
+        "digits": ("digits", ("",)),
+    }
+    lines = ["| task | dense, % | parameters removed at no loss | laconic there, % | next smaller | laconic there, % |", "|---" * 6 + "|"]
+    for label, (task, parts) in tasks.items():
+        dense = load(task)["dense"]
+        found = sorted((r for part in parts if (r := load(task + part).get("laconic"))), key=lambda r: -r[0]["budget"]["params"])
+        good = [r for r in found if (mean(r, "accuracy") or 0) >= (mean(dense, "accuracy") or 0)]
+        smaller = [r for r in found if not good or r[0]["budget"]["params"] < good[-1][0]["budget"]["params"]]
+        cells = [f"{1 - good[-1][0]['budget']['params']:.0%}", percent(good[-1])] if good else ["none tried", "-"]
+        cells += [f"{1 - smaller[0][0]['budget']['params']:.0%}", percent(smaller[0])] if smaller else ["-", "-"]
+        lines.append(f"| {label} | {percent(dense)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def milliseconds(task: str) -> str:
@@ -312,6 +335,7 @@ TABLES = {
     "structures-cifar10": lambda _: structures("cifar10"),
     "structures-cifar10-full": lambda _: structures("cifar10-full"),
     "structures-scene": lambda _: structures("scene"),
+    "no-loss": no_loss,
     "milliseconds-scene": lambda _: milliseconds("scene"),
     "inference": inference,
     "training": training,

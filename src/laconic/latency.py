@@ -111,14 +111,15 @@ def _shares_of_dense(
 
     So a run that is resumed decides the same. Clocks wander: all is timed beside the dense model.
     """
+    shapes = input_shapes(cut, [m for modules in changed.values() for m in modules], inputs)
     parameters = [(name, str(p.dtype), tuple(p.shape), p.stride()) for name, p in cut.named_parameters()]
-    what = [type(cut).__qualname__, parameters, [(str(getattr(x, "dtype", "")), tuple(getattr(x, "shape", ()))) for x in inputs]]
+    taken = {name: [tuple(s) for m in modules for s in shapes[m]] for name, modules in changed.items()}
+    what = [str(cut), parameters, taken, [(str(getattr(x, "dtype", "")), tuple(getattr(x, "shape", ()))) for x in inputs]]
 
     def measure() -> dict[str, Any]:
         whole = dense()
         rounds = [[measure_latency(m, inputs, SECONDS).median_ms for m in (whole, cut)] for _ in range(2)]
         of_dense, of_cut = (min(times) for times in zip(*rounds, strict=True))
-        shapes = input_shapes(cut, [m for modules in changed.values() for m in modules], inputs)
         layers = {name: sum(_module_ms(m, shapes) for m in modules) / of_dense for name, modules in changed.items()}
         return {"whole": of_cut / of_dense, "layers": layers}
 
