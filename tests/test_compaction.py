@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import sys
 from functools import partial
 
 import numpy as np
@@ -547,8 +548,8 @@ OPTIMIZERS = {
 @pytest.fixture
 def capturable_here(monkeypatch):
     """PyTorch allows `capturable=True` on accelerators alone, but its arithmetic, without a number that leaves the tensors, runs anywhere."""
-    for module in ("adam", "rmsprop"):
-        monkeypatch.setattr(f"torch.optim.{module}._get_capturable_supported_devices", lambda *args, **options: ["cpu"])
+    for module in ("adam", "rmsprop"):  # names in torch.optim that functions have taken
+        monkeypatch.setattr(sys.modules[f"torch.optim.{module}"], "_get_capturable_supported_devices", lambda *args, **options: ["cpu"])
 
 
 HALF = laconic.Schedule(settle=0.5)
