@@ -106,8 +106,8 @@ EDITS = [
     Edit(
         "three layers that cost more than a pair",
         "widths.py",
-        "(rank, inner - max(1, inner // STEP)), (rank, 0)]",
-        "(rank, inner - max(1, inner // STEP))]",
+        "(rank, _step_down(inner, multiple)), (rank, 0)]",
+        "(rank, _step_down(inner, multiple))]",
         "test_inner",
     ),
     Edit("entries of the second cut for nothing", "costs.py", " + s * rates.entry * taken", "", "test_inner"),
@@ -136,7 +136,13 @@ EDITS = [
         "pass",
         "test_shrinking",
     ),
-    Edit("a clock that wanders", "latency.py", "pace = known(plan.latency_ms) / agreed(", "pace = 1.0 or agreed(", "test_shrinking"),
+    Edit(
+        "a clock that wanders",
+        "latency.py",
+        "of_dense, of_cut = (min(times) for times in zip(*rounds, strict=True))",
+        "of_dense, of_cut = known(1.0), min(cut for _, cut in rounds)",
+        "test_shrinking",
+    ),
     Edit(
         "unread neurons stay",
         "surgery/constants.py",
@@ -148,8 +154,8 @@ EDITS = [
     Edit(
         "neurons go by default at the end",
         "plan.py",
-        "if trains_on and example_inputs is not None else",
-        "if example_inputs is not None else",
+        "if not trains_on:",
+        "if False:",
         "test_neurons",
     ),
     Edit("a run made twice", "bench.py", "if _alive(claim):", "if False:", "test_bench"),
@@ -571,7 +577,7 @@ def survives(edit: Edit) -> str | None:
         return "its place is not in the source any more"
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for part in ("src", "tests"):
+        for part in ("src", "tests", "benchmarks"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         (copy / "src/laconic" / edit.file).write_text(source.replace(edit.right, edit.wrong))

@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 from .allocate import Floats, log_shares, numerical_rank
+from .arguments import check_arguments, check_processes
 from .budget import Budget, Shapes, correct, cost_weights, is_met, prepare, ranks_for_budget, shapes_for_budget
 from .compaction import choose_ranks, cut_sites, energy_ranks, guarded, not_carried, replay_cuts, spectra, values_of
 from .costs import Ranks, present_costs
 from .cuts import all_or_nothing
-from .distributed import agreed, bare, is_sharded, load_whole, reshard, world_size
+from .distributed import agreed, bare, is_sharded, load_whole, reshard
 from .errors import (
     CheckpointError,
     InfeasibleBudgetError,
@@ -34,7 +35,6 @@ from .errors import (
     LaconicError,
     NonFiniteError,
     OptimizerError,
-    nearest,
 )
 from .latency import skeleton
 from .matricize import Unfolding
@@ -59,7 +59,7 @@ from .report import CompactReport, Snapshot
 from .schedule import Controller, Schedule
 from .slimming import consumers, importances_of, slim_neurons, watch_inputs
 from .state import VERSION, RunState
-from .structures import Channels, Entries, LowRank, Neurons, Site, Structure, Weight, shrink
+from .structures import LowRank, Neurons, Site, Structure, Weight, shrink
 from .surgery.constants import dead_constants, fold, unread_units
 from .timing import RankTimes, ShapeWatch, layer_times
 from .widths import choose_shapes
@@ -130,7 +130,7 @@ class Compressor:
         trains_on = cut == "early" and not self.sharded
         multiple = budget.multiple if isinstance(budget, Budget) else 1
         structures, unasked = check_structures(structures, example_inputs, trains_on, multiple)
-        _check_arguments(structures, budget, total_steps, every, cut, schedule)
+        check_arguments(structures, budget, total_steps, every, cut, schedule)
         model = bare(model)
         optimizers = check_optimizers(optimizer)
         trained = {p for o in optimizers for g in o.param_groups for p in g["params"]}
@@ -147,7 +147,7 @@ class Compressor:
         self.schedule = schedule or Schedule()
         self.rebuild = rebuild
         self.cut_early = cut == "early" and budget is not None
-        _check_processes(structures, self.sharded, self.cut_early, budget, rebuild)
+        check_processes(structures, self.sharded, self.cut_early, budget, rebuild)
         self.plan = make_plan(model, structures, example_inputs, trained)
         self.plan.notes += unasked
         reshard(model)  # counting ran it forward
@@ -763,40 +763,3 @@ class Compressor:
         self._watch_inputs()
         self._scaling = scale_gradients(self.plan.sites, run.gradient_scales)
         self._parameters = named_by_identity(self.model)
-
-
-def _check_processes(structures: Sequence[Structure], sharded: bool, cut_early: bool, budget: Budget | None, rebuild: Any) -> None:
-    if sharded and cut_early:
-        raise InvalidValueError(
-            'a sharded model (FSDP2) cannot be cut in mid-run: cut="end", and compact(into=MyNet()) when training is over'
-        )
-    if sharded and any(isinstance(s, Channels) for s in structures):
-        raise InvalidValueError("a sharded model (FSDP2) cannot lose neurons: structures=[laconic.LowRank()]")
-    if sharded and budget is not None and "latency" in budget.currencies:
-        raise InvalidValueError("a sharded model (FSDP2) cannot be timed as it will be served: give the budget in params or macs")
-    if world_size() > 1 and cut_early and rebuild is None:
-        raise InvalidValueError(
-            f'{world_size()} processes: a cut in mid-run makes new parameters, so pass rebuild= (it wraps the model in a new DistributedDataParallel), or cut="end"'
-        )
-    if rebuild is not None and not callable(rebuild):
-        raise InvalidTypeError(f"rebuild = {rebuild!r}: expected a function of the bare model")
-
-
-def _check_arguments(structures: Sequence[Structure], budget: Any, total_steps: Any, every: Any, cut: Any, schedule: Any) -> None:
-    if budget is None and any(s.strength is None for s in structures):
-        raise InvalidValueError(
-            "Compressor needs a budget=laconic.Budget(params=0.25) (with total_steps=), or structures=[laconic.LowRank(strength=...)]"
-        )
-    if budget is not None and not isinstance(budget, Budget):
-        raise InvalidTypeError(f"budget = {budget!r}: expected laconic.Budget(params=0.25)")
-    if budget is not None and any(isinstance(s, Entries) for s in structures):
-        raise InvalidValueError("Entries and a budget: zeros among the entries save nothing that a budget counts; leave one of them out")
-    if budget is not None and total_steps is None:
-        raise InvalidValueError("a budget needs total_steps= (epochs x steps per epoch), to know when to press and when to cut")
-    for name, value in (("total_steps", total_steps), ("every", every)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InvalidValueError(f"{name} = {value!r}: must be a whole number, at least 1")
-    if budget is None and schedule is not None:
-        raise InvalidValueError("schedule= has no effect without a budget: a strength presses from the first step to the last")
-    if cut not in ("early", "end"):
-        raise InvalidValueError(f"cut = {cut!r} is unknown{nearest(str(cut), ('early', 'end'))}")
