@@ -250,14 +250,17 @@ def no_loss(_: str) -> str:
         "MNIST, LeNet-5": ("lenet-5", ("", "-tenth")),
         "digits": ("digits", ("",)),
     }
-    lines = ["| task | dense, % | parameters removed at no loss | laconic there, % | next smaller | laconic there, % |", "|---" * 6 + "|"]
+    lines = [
+        "| task | dense, % | parameters removed at no loss | laconic there, % | removed at the next budget tried | laconic there, % |",
+        "|---" * 6 + "|",
+    ]
     for label, (task, parts) in tasks.items():
         dense = load(task)["dense"]
         found = sorted((r for part in parts if (r := load(task + part).get("laconic"))), key=lambda r: -r[0]["budget"]["params"])
         good = [r for r in found if (mean(r, "accuracy") or 0) >= (mean(dense, "accuracy") or 0)]
         smaller = [r for r in found if not good or r[0]["budget"]["params"] < good[-1][0]["budget"]["params"]]
-        cells = [f"{1 - good[-1][0]['budget']['params']:.0%}", percent(good[-1])] if good else ["none tried", "-"]
-        cells += [f"{1 - smaller[0][0]['budget']['params']:.0%}", percent(smaller[0])] if smaller else ["-", "-"]
+        cells = [f"{100 * (1 - good[-1][0]['budget']['params']):.3g}%", percent(good[-1])] if good else ["none of those tried", "-"]
+        cells += [f"{100 * (1 - smaller[0][0]['budget']['params']):.3g}%", percent(smaller[0])] if smaller else ["-", "-"]
         lines.append(f"| {label} | {percent(dense)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

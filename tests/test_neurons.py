@@ -1,5 +1,6 @@
 """Whole neurons under a budget: the proximal step, what is priced how, and runs in which ranks and neurons go together."""
 
+import copy
 import itertools
 import math
 
@@ -693,3 +694,29 @@ def test_a_head_counts_as_the_channels_that_it_has(multiple, heads):
     plan = make_plan(model, [laconic.Channels(multiple=multiple)], (torch.randint(12, (2, 16)),))
     of = {group.name: group.multiple for group in plan.neurons}
     assert of == {"blocks.0.query": heads, "blocks.0.up": multiple}
+
+
+def test_an_end_that_fails_after_the_cuts_gives_back_the_optimizer_and_the_gradients(monkeypatch):
+    """Cuts take the states apart entry by entry, and slice the gradients; on an error all of it is there again."""
+    model = wide_mlp()
+    both = [laconic.LowRank(), laconic.Channels()]
+    compressor = compressor_for(model, (8, 64), structures=both, budget=laconic.Budget(params=0.3), total_steps=20, cut="end")
+    (optimizer,) = compressor.optimizers
+    train(model, optimizer, (8, 64), 5)
+    model(noise(model, (8, 64), 5)).square().mean().backward()
+    parameters = dict(model.named_parameters())
+    gradients = {name: p.grad.clone() for name, p in parameters.items()}
+    before = copy.deepcopy(optimizer.state_dict())
+    cut = compressor._cut
+
+    def fails(*args, **options):
+        cut(*args, **options)
+        assert any(p.shape != parameters[n].shape for n, p in model.named_parameters() if n in parameters)
+        raise RuntimeError("after the cuts")
+
+    monkeypatch.setattr(compressor, "_cut", fails)
+    with pytest.raises(RuntimeError, match="after the cuts"):
+        compressor.compact()
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert_same(optimizer.state_dict(), before)
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in parameters.items())

@@ -68,7 +68,9 @@ def all_or_nothing(model: nn.Module, plan: Plan, optimizers: Sequence[Any] = ())
     sites = [(s, s.unfolding, s.times, s.rank, s.modules) for s in (*plan.sites, *plan.inner)]
     layers = [(x, x.out, x.taken) for x in plan.layers]
     neurons = [(g, g.kept) for g in plan.neurons]
-    held = [(o, [list(g["params"]) for g in o.param_groups], dict(getattr(o, "state", {}))) for o in optimizers]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    held = [(o, [list(g["params"]) for g in o.param_groups], getattr(o, "state", {})) for o in optimizers]
+    held = [(o, params, {p: (entries, dict(entries)) for p, entries in state.items()}) for o, params, state in held]
     try:
         yield
     except BaseException:
@@ -78,6 +80,8 @@ def all_or_nothing(model: nn.Module, plan: Plan, optimizers: Sequence[Any] = ())
         with torch.no_grad():
             for tensor, value in values:
                 tensor.copy_(value)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         for site, unfolding, times, rank, of_site in sites:
             site.unfolding, site.times, site.rank, site.modules = unfolding, times, rank, of_site
         for layer, out, taken in layers:
@@ -89,7 +93,10 @@ def all_or_nothing(model: nn.Module, plan: Plan, optimizers: Sequence[Any] = ())
                 group["params"][:] = params
             if hasattr(optimizer, "state"):
                 optimizer.state.clear()
-                optimizer.state.update(state)
+                for parameter, (entries, content) in state.items():  # cuts take entries out of them one by one
+                    entries.clear()
+                    entries.update(content)
+                    optimizer.state[parameter] = entries
         raise
 
 
