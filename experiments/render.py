@@ -31,6 +31,19 @@ DENSE_OF = {
 SAME_NETWORK = {"svd": "low-rank", "thin-long": "thin", "distilled": "thin", "found": "laconic", "late": "low-rank"}  # not timed twice
 TIMES_OF = {f"cifar10-full{part}": f"cifar10{part}" for part in ("", "-tenth")}  # the same network, in the same shares of a run
 
+TASKS = {
+    **{f"scene{part}": "photographs" for part in ("-half", "", "-tenth", "-twentieth", "-latency", "-latency-quarter")},
+    "dec3": "photographs, Dec_3",
+    **{f"cifar10{part}": "CIFAR-10, part" for part in ("-half", "", "-tenth", "-twentieth")},
+    **{f"cifar10-full{part}": "CIFAR-10, all" for part in ("", "-tenth")},
+    "resnet20-tenth": "CIFAR-10, part, ResNet-20",
+    **{f"lenet-300-100{part}": "MNIST, LeNet-300-100" for part in ("-quarter", "")},
+    **{f"lenet-5{part}": "MNIST, LeNet-5" for part in ("-tenth", "")},
+    "digits": "digits",
+    "shakespeare": "Shakespeare, GPT (bits)",
+}
+COSTS = {"params": "parameters", "macs": "MACs", "latency": "milliseconds"}
+
 
 def load(recipe: str) -> dict[str, list[dict[str, Any]]]:
     """Results of one recipe by method, in the order of LABELS, each sorted by seed."""
@@ -265,6 +278,40 @@ def no_loss(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def both(_: str) -> str:
+    """Both structures against the better one alone, in accuracy and in cross-entropy."""
+    lines = [
+        "| task | bound | ranks alone | neurons alone | **both** | ahead of the better one by | in bits of cross-entropy | seeds |",
+        "|---" * 8 + "|",
+    ]
+    for recipe, name in TASKS.items():
+        runs = load(recipe)
+        if "laconic" not in runs or not runs.keys() & {"low-rank", "channels"}:
+            continue
+        text, ours = is_text(runs), runs["laconic"]
+        better = max(
+            (runs[m] for m in ("low-rank", "channels") if m in runs),
+            key=lambda r: -(mean(r, "bits") or 0) if text else mean(r, "accuracy") or 0,
+        )
+        cells = [score(runs[m], text) if m in runs else "-" for m in ("low-rank", "channels", "laconic")]
+        cells += ["-" if text else paired(ours, better, "accuracy", 100, 2), paired(ours, better, "bits", -1, 3)]
+        bound = ", ".join(f"{share:g} of {COSTS[c]}" for c, share in ours[0]["budget"].items() if share < 1)
+        count = len({r["seed"] for r in ours} & {r["seed"] for r in better})
+        lines.append(f"| {name} | {bound} | {' | '.join(cells)} | {count} |")
+    return "\n".join(lines) + "\n"
+
+
+def paired(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], metric: str, scale: float, digits: int) -> str:
+    """Mean of the differences seed by seed, on those that both have, with its standard error."""
+    of_seed = {r["seed"]: r["metrics"].get(metric) for r in theirs}
+    pairs = [(r["metrics"].get(metric), of_seed[r["seed"]]) for r in ours if r["seed"] in of_seed]
+    if not pairs or any(x is None for pair in pairs for x in pair):
+        return "-"
+    differences = [scale * (a - b) for a, b in pairs]
+    error = f" ± {statistics.stdev(differences) / len(pairs) ** 0.5:.{digits}f}" if len(pairs) > 1 else ""
+    return f"{statistics.mean(differences):+.{digits}f}{error}"
+
+
 def milliseconds(task: str) -> str:
     """Budgets in milliseconds: accuracy of each method, and what its network takes beside the dense one."""
     methods = ("thin", "thin-long", "channels", "low-rank", "laconic")
@@ -339,6 +386,7 @@ TABLES = {
     "structures-cifar10-full": lambda _: structures("cifar10-full"),
     "structures-scene": lambda _: structures("scene"),
     "no-loss": no_loss,
+    "both": both,
     "milliseconds-scene": lambda _: milliseconds("scene"),
     "inference": inference,
     "training": training,
