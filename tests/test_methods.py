@@ -113,7 +113,13 @@ def test_the_polar_factor_is_near():
         assert float(values.min()) > 0.6
         assert float(values.max()) < 1.3
         u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-        torch.testing.assert_close(spectral_penalties.polar(matrix, 5), u @ (u.mT @ spectral_penalties.polar(matrix) @ vh.mT) @ vh)
+        torch.testing.assert_close(spectral_penalties.polar(matrix), u @ (u.mT @ spectral_penalties.polar(matrix) @ vh.mT) @ vh)
+
+
+def test_polar_express_is_nearer_over_three_decades():
+    u, _, vh = torch.linalg.svd(torch.randn(12, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    matrix = (u * torch.logspace(0, -2.5, 12, dtype=torch.float64)) @ vh
+    torch.testing.assert_close(spectral_penalties.polar(matrix, spectral_penalties.POLAR_EXPRESS), u @ vh, atol=0.05, rtol=0)
 
 
 def test_the_directions_are_the_gradients_of_their_norms():
@@ -283,7 +289,8 @@ def test_thin_networks_keep_the_other_bounds_too(bound, data, monkeypatch):
 
 def test_calibration_sees_every_class_of_a_set_that_is_sorted_by_class(data):
     order = torch.argsort(data.train_y)
-    labels = data.train_y[order].repeat_interleave(3)
+    labels = data.train_y[order].repeat_interleave(5)
+    assert 2 * 2048 < len(labels) < 3.6 * 2048, "every third of them ends before the last class"
     data = dataclasses.replace(
         data, train_x=torch.arange(len(labels), dtype=torch.float32)[:, None], train_y=labels
     )  # each image is its number

@@ -12,12 +12,12 @@ from .cuttlefish import CUTTLEFISH
 from .dense import DENSE
 from .distilled import DISTILLED
 from .fixed_rank import PUFFERFISH, SPECTRAL_INIT
-from .found import FOUND
+from .found import FOUND, FOUND_WIDTHS
 from .learning_compression import LC
 from .magnitude import MAGNITUDE
 from .ours import CHANNELS, LACONIC, LATE, LOW_RANK, compressor_for
 from .pat import PAT
-from .spectral_penalties import SLORR_HOYER, SPECTRAL_WEIGHT_DECAY
+from .spectral_penalties import SLORR_HOYER, SLORR_HOYER_TUNED, SLORR_NUC, SPECTRAL_WEIGHT_DECAY
 from .svd import SVD, SVD_ENERGY, SVD_ENERGY_TUNED
 from .svd import cut as cut_after_training
 from .svd_training import SVD_TRAINING
@@ -41,6 +41,7 @@ METHODS: dict[str, Method] = {
     "thin-long": THIN_LONG,
     "distilled": DISTILLED,
     "found": FOUND,
+    "found-widths": FOUND_WIDTHS,
     "pufferfish": PUFFERFISH,
     "cuttlefish": CUTTLEFISH,
     "spectral-init": SPECTRAL_INIT,
@@ -49,7 +50,9 @@ METHODS: dict[str, Method] = {
     "lc": LC,
     "svd-training": SVD_TRAINING,
     "spectral-decay": SPECTRAL_WEIGHT_DECAY,
+    "slorr-nuc": SLORR_NUC,
     "slorr-hoyer": SLORR_HOYER,
+    "slorr-hoyer-tuned": SLORR_HOYER_TUNED,
     "pat": PAT,
     "magnitude": MAGNITUDE,
     "torch-pruning": TORCH_PRUNING,

@@ -95,10 +95,14 @@ def example(data: Dataset, batch: int = 1) -> tuple[torch.Tensor]:
     return (data.train_x[:batch].to(data.device),)
 
 
+def sample(data: Dataset, count: int) -> torch.Tensor:
+    """Numbers of so many training images at random, always the same ones: some sets are sorted by class."""
+    return torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(0))[:count]
+
+
 def calibration(data: Dataset) -> list[torch.Tensor]:
-    """Inputs for BatchNorm re-estimation: 2,048 training images, without augmentation, from all over the set: some are sorted by class."""
-    every = max(1, len(data.train_x) // 2048)
-    return list(data.train_x[::every][:2048].to(data.device).split(256))
+    """Inputs for BatchNorm re-estimation: 2,048 training images, without augmentation."""
+    return list(data.train_x[sample(data, 2048)].to(data.device).split(256))
 
 
 def after_step(optimizer: torch.optim.Optimizer, step: int, act: Callable[[], None]) -> None:

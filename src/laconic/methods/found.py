@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -13,19 +14,23 @@ from . import ours
 from .base import Method, Trained
 
 
-def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    """Every layer, also of a pair, is initialised as PyTorch does. It cannot resume: the run starts afresh."""
-    del restart
-    found = ours.train(data, recipe, seed)
-    torch.manual_seed(seed)
-    for module in found.model.modules():
-        reset: Any = getattr(module, "reset_parameters", None)
-        if reset is not None:
-            reset()
-    curve = fit(found.model, data, recipe, seed, make_optimizer(found.model, recipe), report=report)
-    return Trained(
-        found.model, curve, found.report, notes=["the shape of laconic's network, from scratch; the time to find it is not counted"]
-    )
+def from_scratch(label: str, **changes: Any) -> Method:
+    """What laconic ends with under the recipe with these changes, initialised anew as PyTorch does, layers of pairs too. It cannot resume: the run starts afresh."""
+
+    def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
+        del restart
+        found = ours.train(data, dataclasses.replace(recipe, **changes), seed)
+        torch.manual_seed(seed)
+        for module in found.model.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+        curve = fit(found.model, data, recipe, seed, make_optimizer(found.model, recipe), report=report)
+        notes = ["the shape of laconic's network, from scratch; the time to find it is not counted"]
+        return Trained(found.model, curve, found.report, notes=notes)
+
+    return Method(label, train)
 
 
-FOUND = Method("laconic's shape, from scratch", train)
+FOUND = from_scratch("laconic's shape, from scratch")
+FOUND_WIDTHS = from_scratch("dense with laconic's widths, from scratch", structures=("channels",))

@@ -16,7 +16,7 @@ from ..errors import InfeasibleBudgetError, missing_extra
 from ..measure import count_params, evaluating
 from ..recipe import Recipe
 from ..training import Report, Restart, cross_entropy, fit, make_optimizer, steps_per_epoch
-from .base import Method, Trained, after_step, build, example, start_afresh
+from .base import Method, Trained, after_step, build, example, sample, start_afresh
 
 SCORED = 512  # training images whose loss gives the gradients of the Taylor importances
 
@@ -52,7 +52,8 @@ def train(
     def prune() -> None:
         if taylor:
             optimizer.zero_grad()
-            cross_entropy(model(example(data, SCORED)[0]), data.train_y[:SCORED].to(data.device)).backward()
+            scored = sample(data, SCORED)
+            cross_entropy(model(data.train_x[scored].to(data.device)), data.train_y[scored].to(data.device)).backward()
         while (before := count_params(model)) > limit:
             pruner.step()
             if count_params(model) == before and pruner.current_step >= pruner.iterative_steps:
