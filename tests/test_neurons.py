@@ -111,6 +111,69 @@ def test_importance_is_the_variance_that_the_consumers_would_lose():
 # ---- prices and shapes ----------------------------------------------------------------------------------------------
 
 
+def faint() -> nn.Sequential:
+    """The first half of its units hardly says anything."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 4))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight[:20] *= 1e-3
+            layer.bias[:20] *= 1e-3
+    return model
+
+
+MANY = torch.randn(256, 8, generator=torch.Generator().manual_seed(1))
+SEEN = {"one input": (MANY[:1], None), "many": (MANY, None), "calibration": (MANY[:1], [MANY[:128], MANY[128:]])}
+
+
+@pytest.mark.parametrize("case", SEEN)
+@torch.no_grad()
+def test_the_faintest_units_go_however_little_was_seen(case):
+    """The variance over one input is 0 for every unit."""
+    inputs, calibration = SEEN[case]
+    model = faint()
+    before = model(MANY)
+    report = laconic.compress(model, laconic.Channels(), laconic.Budget(params=0.4), example_inputs=(inputs,), calibration=calibration)
+    assert float((model(MANY) - before).norm() / before.norm()) < 0.01
+    said = [note for note in report.notes if note.startswith("neurons of 0, 2 were chosen by the weights alone")]
+    assert len(said) == (case == "one input")
+
+
+@pytest.mark.parametrize("calibration", [False, True], ids=["last step of training", "calibration"])
+def test_a_cut_at_the_end_goes_by_training_or_by_calibration(calibration):
+    """With the calibration's inputs, the first half of the units is silent; in training they are the others."""
+    model = faint()
+    with torch.no_grad():
+        model[0].weight[:, 0] = torch.where(torch.arange(40) < 20, 3.0, 0.0)  # the first half hears the first input alone
+        model[0].bias.zero_()
+    optimizer = optim.SGD(model.parameters(), lr=1e-6)
+    compressor = laconic.Compressor(
+        model, optimizer, laconic.Channels(include="0", strength=0.0), budget=laconic.Budget(params=0.6), cut="end", every=1, total_steps=4, example_inputs=(MANY[:1],)
+    )  # fmt: skip
+    for _ in range(4):
+        model(torch.eye(8)[:1] * torch.linspace(-3, 3, 32)[:, None]).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    silent = MANY.clone()
+    silent[:, 0] = 0
+    compressor.compact(calibration=iter([silent]) if calibration else None)
+    kept = set(compressor.plan.neurons[0].kept.tolist())
+    assert len(kept) < 30
+    heard = set(range(20, 40) if calibration else range(20))
+    assert kept <= heard or kept >= heard
+
+
+def test_units_that_a_penalty_has_zeroed_go_even_where_the_budget_has_room():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    optimizer = optim.SGD(model.parameters(), lr=0.05)
+    structure = laconic.Channels(penalty=laconic.KeepLargest(8))
+    compressor = compressor_for(model, (16,), structure, optimizer=optimizer, budget=laconic.Budget(params=0.5), total_steps=20)
+    train(model, optimizer, (16,), 20)
+    compressor.compact()
+    assert [layer.out_features for layer in model[::2]] == [8, 8, 4]
+
+
 @pytest.mark.parametrize("currency", ["params", "macs"])
 @pytest.mark.parametrize("structures", STRUCTURES.values(), ids=STRUCTURES)
 @pytest.mark.parametrize(("build", "shape"), NETWORKS.values(), ids=NETWORKS)
@@ -221,7 +284,7 @@ def further(compressor: laconic.Compressor, currency: str, limit: float) -> list
 
 
 def test_neurons_go_on_the_way_and_never_come_back():
-    build, shape = NETWORKS["CNN with BatchNorm"]
+    build, shape = NETWORKS["CNN with BatchNorm"][0], (8, *IMAGE[1:])
     compressor = compressor_for(build(), shape, budget=laconic.Budget(params=0.1), total_steps=100)
     kept = []
     for t in range(100):
@@ -700,7 +763,7 @@ def test_an_end_that_fails_after_the_cuts_gives_back_the_optimizer_and_the_gradi
     """Cuts take the states apart entry by entry, and slice the gradients; on an error all of it is there again."""
     model = wide_mlp()
     both = [laconic.LowRank(), laconic.Channels()]
-    compressor = compressor_for(model, (8, 64), structures=both, budget=laconic.Budget(params=0.3), total_steps=20, cut="end")
+    compressor = compressor_for(model, (8, 64), structures=both, budget=laconic.Budget(params=0.1), total_steps=20, cut="end")
     (optimizer,) = compressor.optimizers
     train(model, optimizer, (8, 64), 5)
     model(noise(model, (8, 64), 5)).square().mean().backward()

@@ -25,7 +25,7 @@ from .outcome import make_report
 from .penalties import check_share
 from .plan import Plan, check_structures, make_plan
 from .report import CompactReport
-from .slimming import importances_of, slim_neurons, took_out, watch_inputs
+from .slimming import importances_of, slim_neurons, took_out, unseen, watch_inputs
 from .structures import Entries, Site, Structure
 from .surgery.batchnorm import batch_norms, reestimate
 from .surgery.channels import slim
@@ -349,5 +349,5 @@ def compress(
         ranks, times, notes = choose_ranks(model, plan, values, choose, only_faster, example_inputs)
         result.add(cut_sites(model, plan, values, ranks, example_inputs=example_inputs, calibration=batches))
     result.timings = times
-    result.notes[:0] = [*unasked, *notes]
+    result.notes[:0] = [*unasked, *notes, *(unseen(plan, moments) if budget is not None else [])]
     return make_report(model, plan, result, example_inputs, budget.limit_ms(plan) if budget is not None else None)

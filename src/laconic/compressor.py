@@ -57,7 +57,7 @@ from .penalties import check_share
 from .plan import check_structures, make_plan, use_unfoldings
 from .report import CompactReport, Snapshot
 from .schedule import Controller, Schedule
-from .slimming import consumers, importances_of, slim_neurons, watch_inputs
+from .slimming import consumers, importances_of, slim_neurons, unseen, watch_inputs
 from .state import VERSION, RunState
 from .structures import LowRank, Neurons, Site, Structure, Weight, shrink
 from .surgery.constants import dead_constants, fold, unread_units
@@ -526,6 +526,7 @@ class Compressor:
         elif self.sharded:
             raise InvalidValueError("the model is sharded (FSDP2) and cannot be cut in place: compact(into=MyNet()), a fresh dense model")
         notes = self._notes_at_the_end()
+        calibration = list(calibration) if calibration is not None else None
         if self.state.settled and (self.budget is None or is_met(self.plan, self.budget)):
             if calibration is not None:
                 notes.append("calibration had no effect: the model trained on after the cut")
@@ -540,7 +541,7 @@ class Compressor:
                     values = spectra(self.plan)
                     kept = not_carried(self.plan, self.optimizers)
                     if self.plan.neurons:
-                        self._slim_at_the_end(values)
+                        notes += self._slim_at_the_end(values, calibration)
                         values = spectra(self.plan)
                     choose = partial(self._choose, values, energy, frozenset(kept))
                     ranks, times, more = choose_ranks(self.model, self.plan, values, choose, only_faster, self.example_inputs)
@@ -577,15 +578,17 @@ class Compressor:
         )
         return self._report
 
-    def _slim_at_the_end(self, values: dict[str, Floats]) -> None:
-        """To the budget; without one, the neurons whose rows are zero, and those that nothing reads."""
+    def _slim_at_the_end(self, values: dict[str, Floats], calibration: Sequence[Any] | None) -> list[str]:
+        """To the budget; without one, the neurons whose rows are zero, and those that nothing reads. What there is to say about it."""
         state = self.state
         if self.budget is not None:
             state.values = values
-            self._moments = watch_inputs(self.model, self.plan, [self.example_inputs])
+            if calibration is not None or not self._moments:  # else of the last step that was watched in training
+                self._moments = watch_inputs(self.model, self.plan, calibration or [self.example_inputs])
             state.importances = importances_of(self.plan, self._moments)
+            notes = unseen(self.plan, self._moments)
             self._slim(1.0, frozenset(), 1.0)
-            return
+            return notes
         groups = [g.group for g in self.plan.neurons]
         dead = dead_constants(self.model, groups, self.example_inputs)
         fold(self.model, groups, dead)
@@ -596,6 +599,7 @@ class Compressor:
         state.cuts.notes += [
             f"{name}: unit {unit} is dead, but stays: {why}" for name, found in dead.items() for unit, why in found.stays.items()
         ]
+        return []
 
     def _move(self, into: nn.Module) -> None:
         """Go on with a fresh dense model that has the trained weights."""

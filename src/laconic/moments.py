@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .distributed import gathered
 from .surgery.factorize import MARK
 
+FEWEST = 8  # observations of a channel: from fewer a variance says next to nothing, from one it is 0
+
 
 @dataclass(frozen=True, slots=True)
 class Moments:
@@ -50,7 +52,7 @@ class InputMoments:
         return note
 
     def finish(self) -> dict[str, Moments]:
-        """The moments seen, by all processes together; layers that did not run are missing."""
+        """The moments seen, by all processes together; layers that did not run, or that saw too little, are missing."""
         for handle in self._handles:
             handle.remove()
         found = {}
@@ -58,6 +60,8 @@ class InputMoments:
         for name in self._sums:
             seen = [sums[name] for sums in everywhere]
             count = sum(n for n, _, _ in seen)
+            if count < FEWEST:
+                continue
             mean = torch.stack([total for _, total, _ in seen]).sum(0) / count
             square = torch.stack([squares for _, _, squares in seen]).sum(0) / count
             found[name] = Moments(mean, (square - mean.square()).clamp_min(0))

@@ -16,7 +16,7 @@ from .errors import SurgeryError
 from .graph import unread
 from .matricize import TRANSPOSED_CONVS, Layer, is_hf_conv1d
 from .measure import check_inputs, evaluating
-from .moments import InputMoments, Moments
+from .moments import FEWEST, InputMoments, Moments
 from .plan import Plan
 from .surgery.channels import Group, channels_kept, slim, slimmed, width
 from .surgery.factorize import MARK
@@ -123,6 +123,13 @@ def importances_of(plan: Plan, moments: dict[str, Moments]) -> dict[str, Floats]
     """Shares of the units of each group, from what the consumers were seen to take in, or else from the weights alone."""
     variances = {path: m.variance for path, m in moments.items()}
     return {g.name: g.structure.importance(g, variances) for g in plan.neurons}
+
+
+def unseen(plan: Plan, moments: dict[str, Moments]) -> list[str]:
+    """What to say where importances come from the weights alone."""
+    blind = [g.name for g in plan.neurons if not all(end.path in moments for end in g.group.consumers)]
+    why = f"too few inputs were seen (fewer than {FEWEST}); calibration= takes batches of them"
+    return [f"neurons of {', '.join(blind)} were chosen by the weights alone: {why}"] if blind else []
 
 
 def watch_inputs(model: nn.Module, plan: Plan, batches: Iterable[Any]) -> dict[str, Moments]:

@@ -142,6 +142,8 @@ class Walk:
                 self.touching[end.path].add(group.name)
         for site in plan.sites:
             self.touching[site.layer].add(site.name)
+        for group in plan.neurons:
+            self.bury(group)
 
     def cost(self, path: str, size: tuple[int, int] | None = None) -> Floats:
         """Of a layer at its rank, with these numbers of channels (None: its own)."""
@@ -233,6 +235,13 @@ class Walk:
         unfolding = site.unfolding.resized(*self.sizes[site.layer])
         return min((unfolding.dense_params - 1) // unfolding.unit_params, unfolding.full_rank)
 
+    def bury(self, group: Neurons) -> None:
+        """Units that count nothing go whatever the limits say: nothing is lost."""
+        alive = np.count_nonzero(self.importances.get(group.name, [1.0] * self.units[group.name]))
+        least = -(-max(int(alive), 1) // group.multiple) * group.multiple
+        if least < self.units[group.name]:
+            self.go(group, (least, 0))
+
     def down(self) -> None:
         """The walk: until the limits hold."""
         items: dict[str, Neurons | Site] = {g.name: g for g in self.plan.neurons} | {s.name: s for s in self.plan.sites}
@@ -316,9 +325,9 @@ class Walk:
                 if count > start[group.name]:
                     continue
                 more = self.change(self.resized(group, count))
-                if np.all(self.spent + more <= self.limits):
-                    shares = self.shares[group.name]
-                    found.append(((shares[count - 1] - shares[self.units[group.name] - 1]) / float(more @ weights), group.name, count))
+                gain = self.shares[group.name][count - 1] - self.shares[group.name][self.units[group.name] - 1]
+                if gain > 0 and np.all(self.spent + more <= self.limits):
+                    found.append((gain / float(more @ weights), group.name, count))
             if not found:
                 return
             _, name, count = max(found)

@@ -19,6 +19,7 @@ from .base import InUnits, Shrinkage, check_finite, check_multiple, check_option
 from .low_rank import Site
 
 ROWS = 256  # of a weight, at a time
+SILENT = 1e-12  # share of a unit that is alive, where its consumers were not seen to receive anything that varies
 
 
 @dataclass(slots=True)
@@ -189,10 +190,12 @@ class Channels:
         r"""What the consumers would lose of their input, a share for each unit that is there (float64, sums to 1).
 
         :math:`\sum_c \|W_{c,u}\|_2^2 v_u`, with `variances` of the consumers' inputs by path; where they are unknown, the
-        squared norm of the unit's own row (or the norm's scale behind it) stands for them.
+        squared norm of the unit's own row (or the norm's scale behind it) stands for them. Only a unit whose own row is
+        zero counts nothing at all.
         """
         total = torch.zeros(len(site.kept), dtype=torch.float64)
         spread = self.values(site).square()
+        dead = spread == 0
         norms = [site.model.get_submodule(e.path) for e in site.group.carriers]
         scales = [m.weight.detach().double().cpu().square() for m in norms if isinstance(m, NORMS) and m.weight is not None]
         ends = [e for e, m in zip(site.group.carriers, norms, strict=True) if isinstance(m, NORMS) and m.weight is not None]
@@ -204,6 +207,7 @@ class Channels:
             known = (variances or {}).get(end.path)
             weight = energy[index] * (known[index] if known is not None else spread[:, None])
             total += weight.sum(1)
+        total = total.clamp_min(SILENT * float(total.sum())).masked_fill(dead, 0.0)
         return (total / total.sum().clamp_min(math.ulp(0.0))).numpy()
 
 
