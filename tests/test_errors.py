@@ -69,6 +69,36 @@ def compress(**options):
     return laconic.compress(options.pop("model", None) or mlp(), **options)
 
 
+def with_running_var_inf() -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    model[1].running_var[2] = float("inf")
+    return model
+
+
+def changed_after_settling(change):
+    model = mlp()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    compressor = laconic.Compressor(model, optimizer, laconic.LowRank(), budget=laconic.Budget(params=0.5), total_steps=10)
+    for _ in range(10):
+        model(X).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    change(model)
+    compressor.compact()
+
+
+def spoil(model: nn.Module) -> None:
+    with torch.no_grad():
+        model[4].bias[0] = float("nan")
+
+
+def twice():
+    model = mlp()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        laconic.Compressor(model, optimizer, by_strength())
+
+
 V, T = ValueError, TypeError
 # what is done, type, builtin type, the message
 BAD = {
@@ -79,6 +109,9 @@ BAD = {
     "Inf gradient": (lambda: step_with(float("inf"), "gradient"), errors.NonFiniteError, V, r"2\.weight.*its gradient holds them too"),
     "NaN weight in training": (lambda: step_with(float("nan"), "weight"), errors.NonFiniteError, V, r"2\.weight.*its last gradient was finite"),
     "NaN weight when compacting": (compact_with_nan, errors.NonFiniteError, V, r"2\.weight holds NaN or Inf: load the last good"),
+    "NaN in settled training": (lambda: changed_after_settling(spoil), errors.NonFiniteError, V, r"4\.bias holds NaN or Inf: load the last good"),
+    "NaN in the example inputs": (lambda: compressor(by_strength(), example_inputs=(X * float("nan"),)), errors.NonFiniteError, V, r"example_inputs\[0\] holds NaN"),
+    "Inf in a running statistic": (lambda: compressor(by_strength(), with_running_var_inf(), example_inputs=(X,)), errors.NonFiniteError, V, r"1\.running_var holds NaN or Inf"),
     "NaN matrix": (lambda: laconic.svt(torch.full((2, 2), float("nan")), 0.1), errors.NonFiniteError, V, "NaN or Inf"),
     # budgets
     "budget 0": (lambda: laconic.Budget(params=0), errors.InvalidValueError, V, r"params=0\): a fraction .* above 0 and at most 1; absolute: max_params="),
@@ -92,6 +125,10 @@ BAD = {
     "budget out of reach, post hoc": (lambda: compress(budget=laconic.Budget(max_params=5)), errors.InfeasibleBudgetError, V, r"at most 5 params .* smallest feasible"),
     "budget in MACs without inputs": (lambda: budgeted(budget=laconic.Budget(macs=0.5)), errors.InvalidValueError, V, "example_inputs"),
     "budget without total_steps": (lambda: budgeted(total_steps=None), errors.InvalidValueError, V, "needs total_steps="),
+    "budget in words": (lambda: laconic.Budget(params="0.25"), errors.InvalidTypeError, T, r"params='0\.25'\): expected a number"),
+    "budget of another type, post hoc": (lambda: compress(budget=0.5), errors.InvalidTypeError, T, r"0\.5: expected budget=laconic\.Budget"),
+    "budget in the place of structures": (lambda: laconic.compress(mlp(), laconic.Budget(params=0.5)), errors.InvalidTypeError, T, "by name"),
+    "budget that an embedding breaks": (lambda: compress(model=nn.Sequential(nn.Embedding(500, 8), nn.Linear(8, 64), nn.Linear(64, 8)), budget=laconic.Budget(params=0.3)), errors.InfeasibleBudgetError, V, r"no budget reaches 0\.weight, 4,000 parameters: Embedding"),
     "budget of another type": (lambda: compressor(budget=0.25, total_steps=10), errors.InvalidTypeError, T, r"budget = 0\.25: expected laconic\.Budget"),
     "energy beside a budget": (energy_beside_a_budget, errors.InvalidValueError, V, "the budget rules here"),
     "energy above 1": (lambda: compress(energy=1.5), errors.InvalidValueError, V, r"1\.5"),
@@ -114,6 +151,10 @@ BAD = {
     "structures that overlap": (lambda: compressor([by_strength(), by_strength()]), errors.InvalidValueError, V, r"0\.weight is claimed by 2"),
     "include matches nothing": (lambda: compressor(by_strength(include="conv*")), errors.PatternError, V, r"include='conv\*' matches no module or parameter; there are: 0"),
     "exclude matches nothing": (lambda: compressor(by_strength(exclude=("0", "9"))), errors.PatternError, V, "exclude='9' matches no"),
+    "include an empty list": (lambda: laconic.LowRank(include=[]), errors.InvalidValueError, V, r"include = \[\]: an empty list selects nothing"),
+    "include a number": (lambda: laconic.LowRank(include=3), errors.InvalidTypeError, T, "include = 3: expected a pattern"),
+    "include and exclude leave nothing of one structure": (lambda: compressor([by_strength(), laconic.Channels(strength=0.1, include="0", exclude="0")], example_inputs=(X,)), errors.PatternError, V, r"Channels\(include=\('0',\), exclude=\('0',\)\): nothing that Channels could act on"),
+    "neurons of the output": (lambda: compressor([by_strength(), laconic.Channels(strength=0.1, include="4")], example_inputs=(X,)), errors.PatternError, V, "nothing that Channels could act on"),
     # the run
     "every 0": (lambda: compressor(by_strength(), every=0), errors.InvalidValueError, V, "every = 0: must be a whole number, at least 1"),
     "every a fraction": (lambda: compressor(by_strength(), every=2.5), errors.InvalidValueError, V, r"every = 2\.5"),
@@ -123,6 +164,9 @@ BAD = {
     "schedule backwards": (lambda: laconic.Schedule(warmup=0.6, settle=0.5), errors.InvalidValueError, V, "need 0 <= warmup < settle <= 1"),
     "schedule without a budget": (lambda: compressor(by_strength(), schedule=laconic.Schedule()), errors.InvalidValueError, V, "no effect without a budget"),
     "example_inputs a dict": (lambda: compressor(by_strength(), example_inputs={"x": X}), errors.InvalidTypeError, T, "must be a tuple .* got dict"),
+    "example_inputs of another shape": (lambda: compressor(by_strength(), example_inputs=(X[:, :3],)), errors.InvalidValueError, V, r"example_inputs: Sequential does not run on \(\(2, 3\) torch\.float64\): RuntimeError: "),
+    "two compressors at once": (twice, errors.OptimizerError, V, r"another Compressor is on this model and optimizer already: detach\(\)"),
+    "a layer replaced after settling": (lambda: changed_after_settling(lambda m: m.append(nn.Linear(4, 4))), errors.OptimizerError, V, r"parameters changed in mid-run \(added: 5\.bias"),
     "only_faster without inputs": (lambda: compress(energy=0.5, only_faster=True), errors.InvalidValueError, V, "only_faster=True needs example_inputs"),
     "step() of a hooked optimizer": (lambda: compressor(by_strength()).step(), errors.LaconicError, Exception, r"optimizer\.step\(\) is enough"),
     # models and optimizers
@@ -137,7 +181,7 @@ BAD = {
     "optimizer without groups": (lambda: compressor(by_strength(), optimizer=object()), errors.UnsupportedOptimizerError, T, "object has no param_groups"),
     # files, recipes, data
     "load: missing": (lambda: laconic.load("/nowhere/at/all", mlp()), errors.CheckpointNotFoundError, FileNotFoundError, "does not exist"),
-    "state of another version": (lambda: compressor(by_strength()).load_state_dict({"version": 0}), errors.CheckpointError, V, "format version 0; this laconic reads 6"),
+    "state of another version": (lambda: compressor(by_strength()).load_state_dict({"version": 0}), errors.CheckpointError, V, "format version 0; this laconic reads 7"),
     "recipe unknown": (lambda: load_recipe("digit"), errors.RecipeError, V, "neither a file nor a shipped recipe; did you mean 'digits'"),
     "data missing": (lambda: load_dataset("scene", "/nowhere/at/all"), errors.DataNotFoundError, FileNotFoundError, "/nowhere/at/all"),
     "data unknown": (lambda: load_dataset("scen"), errors.InvalidValueError, V, "did you mean 'scene'"),

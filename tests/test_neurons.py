@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -741,7 +742,11 @@ def test_sizes_are_multiples_of_eight_where_milliseconds_count():
     optimizer = optim.SGD(model.parameters(), lr=0.1)
 
     def plan_for(structures=None, **budget):
-        return laconic.Compressor(model, optimizer, structures, budget=laconic.Budget(**budget), total_steps=20, example_inputs=inputs).plan
+        compressor = laconic.Compressor(
+            model, optimizer, structures, budget=laconic.Budget(**budget), total_steps=20, example_inputs=inputs
+        )
+        compressor.detach()
+        return compressor.plan
 
     plan = plan_for(latency_ms=1e6)
     assert {s.structure.rank_multiple for s in plan.sites} == {g.multiple for g in plan.neurons} == {8}
@@ -783,3 +788,64 @@ def test_an_end_that_fails_after_the_cuts_gives_back_the_optimizer_and_the_gradi
     assert all(p is parameters[name] for name, p in model.named_parameters())
     assert_same(optimizer.state_dict(), before)
     assert all(torch.equal(p.grad, gradients[name]) for name, p in parameters.items())
+
+
+class Noisy(nn.Module):
+    """Random in eval mode, too, as a variational autoencoder is."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = wide_mlp()
+
+    def forward(self, x):
+        return self.inner(x + 0.1 * torch.randn_like(x))
+
+
+def test_a_model_that_is_random_in_eval_mode_is_cut_as_any_other():
+    model = Noisy()
+    compressor = compressor_for(model, (8, 64), budget=laconic.Budget(params=0.2), total_steps=20)
+    train(model, compressor.optimizers[0], (8, 64), 20)
+    report = compressor.compact()
+    assert any(g.kept < g.units for g in report.groups)
+    assert count_params(model) <= 0.2 * report.params_before
+
+
+def test_inputs_are_watched_in_the_step_before_a_proximal_step_alone_and_copies_do_not_watch():
+    """Half of the run is warm-up: nothing is seen there, and of the rest one step in ten."""
+    model = wide_mlp()
+    compressor = compressor_for(
+        model, (8, 64), budget=laconic.Budget(params=0.5), total_steps=80, every=10, schedule=laconic.Schedule(warmup=0.5, settle=0.9)
+    )
+    watched = []
+    for t in range(70):
+        on = compressor._inputs is not None
+        watched += [t + 1] if on else []
+        if on:
+            twin = copy.deepcopy(model)
+            pickle.dumps(model)
+            twin(noise(model, (8, 64), 0)).sum().backward()
+            assert compressor._inputs._sums == {}
+        train(model, compressor.optimizers[0], (8, 64), range(t, t + 1))
+    assert watched == [40, 50, 60, 70]
+
+
+def test_the_report_says_that_no_step_was_seen_or_one_of_two_optimizers_lagged():
+    model = wide_mlp()
+    ours, others = optim.SGD(model[:1].parameters(), lr=0.1), optim.Adam(model[1:].parameters(), lr=0.1)
+    compressor = compressor_for(model, (8, 64), optimizer=[ours, others], budget=laconic.Budget(params=0.5), total_steps=20)
+    train(model, ours, (8, 64), 20)
+    with (
+        pytest.warns(UserWarning, match="no step of Adam was seen: is that what trains"),
+        pytest.warns(UserWarning, match="after 0 of 20 steps"),
+    ):
+        report = compressor.compact()
+    assert any(note.startswith("the run ended after 0 of 20 steps") for note in report.notes)
+
+
+def test_many_more_steps_than_total_steps_are_told_once():
+    model = wide_mlp()
+    compressor = compressor_for(model, (8, 64), budget=laconic.Budget(params=0.5), total_steps=10)
+    with pytest.warns(UserWarning, match=r"13 optimizer steps, but total_steps = 10") as caught:
+        train(model, compressor.optimizers[0], (8, 64), 30)
+    assert len([w for w in caught if "total_steps" in str(w.message)]) == 1
+    assert any(note.startswith("30 optimizer steps, but total_steps = 10") for note in compressor.compact().notes)

@@ -304,3 +304,50 @@ def test_macs_count_every_call_of_a_weight(build):
     assert [s.unit_macs for s in plan.sites] == [3 * 2 * 20, 3 * 14]
     assert plan.macs == 3 * 240
     assert plan.fixed_macs == 0
+
+
+class ReadsThroughOtherNames(nn.Module):
+    """What the source of the class does not show."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(20, 64), nn.Linear(64, 64)])
+        self.last = nn.Linear(64, 3)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.layers
+        x = second(first(x).relu()) if self.how == "as it should be" else READ[self.how](second, first(x).relu())
+        return self.last(x.relu())
+
+
+READ = {
+    "weight": lambda layer, x: nn.functional.linear(x, layer.weight, layer.bias),
+    "bias": lambda layer, x: layer(x) + layer.bias,
+    "size": lambda layer, x: layer(x) * layer.in_features**-0.5,
+}
+
+
+@pytest.mark.parametrize("how", [*READ, "as it should be"])
+def test_a_layer_whose_attributes_are_read_in_a_run_stays_dense_and_is_named(how):
+    torch.manual_seed(0)
+    model, x = ReadsThroughOtherNames(how), torch.randn(8, 20)
+    before = model(x)
+    plan = make_plan(model, [laconic.LowRank()], (x,))
+    reasons = {left.name: left.reason for left in plan.left_alone}
+    names = [s.name for s in plan.sites]
+    assert ("layers.1.weight" in names) == (how == "as it should be")
+    assert "layers.0.weight" in names
+    if how in READ:
+        assert "the model's own code reads its ." in reasons["layers.1.weight"]
+    assert torch.equal(model(x), before)
+    assert all(isinstance(layer, nn.Linear) for layer in model.layers)  # and nothing stands in their places
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
+def test_a_compiled_model_is_taken_out_of_its_wrapper():
+    model = mlp()
+    plan = laconic.Compressor(
+        torch.compile(model), torch.optim.SGD(model.parameters(), lr=0.1), laconic.LowRank(strength=0.1, include="2")
+    ).plan
+    assert [s.name for s in plan.sites] == ["2.weight"]

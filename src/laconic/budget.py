@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from .allocate import Choice, Floats, low_rank_choice, product_rule
 from .costs import CURRENCIES, Ranks, cut_costs, dense_costs, fixed_costs, model_costs, named_ranks, present_costs
-from .errors import InfeasibleBudgetError, InvalidValueError
+from .errors import InfeasibleBudgetError, InvalidTypeError, InvalidValueError
 from .latency import correct_times, measure_times
 from .measure import check_inputs
 from .plan import Plan
@@ -45,6 +46,10 @@ class Budget:
     latency_ms: float | None = None
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            given = getattr(self, f.name)
+            if given is not None and (isinstance(given, bool) or not isinstance(given, Real)):
+                raise InvalidTypeError(f"Budget({f.name}={given!r}): expected a number")
         for c in CURRENCIES.values():
             share, amount = getattr(self, c.fraction), getattr(self, c.absolute)
             if share is not None and not 0 < share <= 1:
@@ -264,6 +269,7 @@ def infeasible(plan: Plan, budget: Budget, choices: list[Choice], limits: Floats
             parts.append(
                 f"at most {asked} {currency.unit} are asked for, but {left} are left with every weight at its lowest rank; smallest feasible: {name}={fraction}"
             )
+            parts[-1] += plan.out_of_reach if name == "params" else ""
     if not parts:
         factor = _smallest_factor(choices, fixed_costs(plan, names), limits)
         parts = [f"the bounds cannot hold together; feasible: each of them times {factor:.2f}"]

@@ -18,7 +18,7 @@ from .allocate import Floats, energy_rule, log_shares
 from .budget import Budget, prepare, ranks_for_budget, shapes_for_budget
 from .costs import Ranks
 from .cuts import CutResult, all_or_nothing, check_in_place, largest_difference, outputs
-from .errors import InfeasibleBudgetError, InvalidValueError, NonFiniteError, SurgeryError
+from .errors import InfeasibleBudgetError, InvalidTypeError, InvalidValueError, NonFiniteError, SurgeryError
 from .matricize import Layer
 from .measure import check_inputs, input_shapes, measure_latency
 from .outcome import make_report
@@ -117,7 +117,7 @@ def _cut(
             )
 
     done: list[tuple[str, nn.Module]] = []
-    hint = "exclude the layer that something reads directly: LowRank(exclude=...)"
+    hint = f"exclude the layer that something reads directly, one of {', '.join(s.layer for s, _ in to_cut)}: LowRank(exclude=...)"
     try:
         for site, _ in to_cut:
             for pair, paths in zip(pairs[site.name], site.paths, strict=True):
@@ -319,6 +319,9 @@ def compress(
     Raises:
         InfeasibleBudgetError, InvalidValueError, NothingToCompressError, PatternError, SurgeryError.
     """
+    if isinstance(structures, Budget) or (budget is not None and not isinstance(budget, Budget)):
+        given = structures if isinstance(structures, Budget) else budget
+        raise InvalidTypeError(f"compress: {given!r}: expected budget=laconic.Budget(params=0.5), by name")
     if (budget is None) == (energy is None):
         raise InvalidValueError("compress needs exactly one of budget=laconic.Budget(...) and energy=0.99")
     multiple = budget.multiple if isinstance(budget, Budget) else 1

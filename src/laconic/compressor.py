@@ -39,10 +39,12 @@ from .errors import (
 from .latency import skeleton
 from .matricize import Unfolding
 from .measure import check_inputs
-from .moments import InputMoments, Moments
+from .moments import InputMoments
 from .optimizers import (
+    attached_to,
     check_optimizers,
     check_parameters,
+    check_trained,
     has_hooks,
     holds,
     last_holder,
@@ -138,6 +140,8 @@ class Compressor:
             raise OptimizerError(
                 "the optimizer does not own any of the model's weights: build it from model.parameters() of this very model, after moving it to its device"
             )
+        if any(other.model is model for o in optimizers for other in attached_to(o, Compressor)):
+            raise OptimizerError("another Compressor is on this model and optimizer already: detach() that one first, or go on with it")
 
         self.model = model
         self.optimizers = optimizers
@@ -176,7 +180,6 @@ class Compressor:
         self._changed = False  # by this step, in mid-run
         self._watch: ShapeWatch | None = None
         self._inputs: InputMoments | None = None
-        self._moments: dict[str, Moments] = {}
         self._report: CompactReport | None = None
         self._handles = [o.register_step_post_hook(partial(self._after_step, i)) for i, o in enumerate(optimizers) if has_hooks(o)]
         self._unhooked = [i for i, o in enumerate(optimizers) if not has_hooks(o)]
@@ -247,7 +250,10 @@ class Compressor:
         if was_skipped(optimizer):
             return
         state = self.state
+        overran = self._overran
         state.steps[index] += 1
+        if self._overran and not overran:
+            warnings.warn(f"laconic: {self._overrun()}", stacklevel=2)
         round_done = index == len(self.optimizers) - 1
         if self.cut_early and round_done and state.shapes is None:
             self._watch_shapes()
@@ -285,8 +291,9 @@ class Compressor:
         """See what the consumers of the neurons take in during the step that the next proximal step follows."""
         if self.budget is None or not self.plan.neurons or self.state.settled or self._inputs is not None:
             return
-        settles = self.cut_early and (self.steps + 1) / (self.total_steps or 1) >= self.schedule.settle
-        if settles or (self.steps + 1) % self.state.every == 0:
+        next_progress = (self.steps + 1) / (self.total_steps or 1)
+        settles = self.cut_early and next_progress >= self.schedule.settle
+        if next_progress >= self.schedule.warmup and (settles or (self.steps + 1) % self.state.every == 0):
             self._inputs = InputMoments(consumers(self.model, self.plan))
 
     def strength(self, site: Weight | Site | Neurons) -> float:
@@ -302,7 +309,7 @@ class Compressor:
         state = self.state
         check_parameters(self.model, self._parameters, self.optimizers, [w for x in self._pressed for w in x.weights])
         if self._inputs is not None:
-            self._moments, self._inputs = self._inputs.finish(), None
+            state.moments, self._inputs = self._inputs.finish(), None
         for site in sites:
             owed, state.owed[site.name] = state.owed[site.name], 0.0
             tau = self.strength(site) * owed
@@ -324,7 +331,7 @@ class Compressor:
                 state.solvers[site.name] = result.solver
             state.failures += [f"step {self.steps}, {site.name}: {line}" for line in result.failures]
         if self.budget is not None:
-            state.importances = importances_of(self.plan, self._moments)
+            state.importances = importances_of(self.plan, state.moments)
         gap = self.gap()
         if state.controller is not None and math.isfinite(gap):
             way = (self.progress - self.schedule.warmup) / (self.settle - self.schedule.warmup)
@@ -383,7 +390,7 @@ class Compressor:
         before = {s.name: s.unfolding for s in self.plan.sites}
         result = slim_neurons(
             self.model, self.plan, state.importances, kept, example_inputs=self.example_inputs, optimizers=self.optimizers,
-            means={path: m.mean for path, m in self._moments.items()},
+            means={path: m.mean for path, m in state.moments.items()},
         )  # fmt: skip
         if not result.kept:
             return
@@ -397,7 +404,7 @@ class Compressor:
             if site.unfolding != before[site.name]:
                 state.values |= values_of(site)
                 self._resize_times(site, before[site.name])
-        self._moments = {}
+        state.moments = {}
         self._parameters = named_by_identity(self.model)
         self._scale(state.gradient_scales)  # on the new parameters
         state.cuts.add(result)
@@ -525,6 +532,9 @@ class Compressor:
             self._move(into)
         elif self.sharded:
             raise InvalidValueError("the model is sharded (FSDP2) and cannot be cut in place: compact(into=MyNet()), a fresh dense model")
+        if into is None:
+            check_parameters(self.model, self._parameters, self.optimizers, [])
+            check_trained(self.model)
         notes = self._notes_at_the_end()
         calibration = list(calibration) if calibration is not None else None
         if self.state.settled and (self.budget is None or is_met(self.plan, self.budget)):
@@ -583,10 +593,10 @@ class Compressor:
         state = self.state
         if self.budget is not None:
             state.values = values
-            if calibration is not None or not self._moments:  # else of the last step that was watched in training
-                self._moments = watch_inputs(self.model, self.plan, calibration or [self.example_inputs])
-            state.importances = importances_of(self.plan, self._moments)
-            notes = unseen(self.plan, self._moments)
+            if calibration is not None or not state.moments:  # else of the last step that was watched in training
+                state.moments = watch_inputs(self.model, self.plan, calibration or [self.example_inputs])
+            state.importances = importances_of(self.plan, state.moments)
+            notes = unseen(self.plan, state.moments)
             self._slim(1.0, frozenset(), 1.0)
             return notes
         groups = [g.group for g in self.plan.neurons]
@@ -620,14 +630,32 @@ class Compressor:
         self.model, self.plan, self.sharded = into, plan, False
 
     def _notes_at_the_end(self) -> list[str]:
-        if not self.cut_early or self.state.settled:
-            return []
-        note = (
-            f"the run ended after {self.steps} of {self.total_steps} steps, before it settled at {self.schedule.settle:.0%}: "
-            "cut to the budget now, without training afterwards, which costs accuracy"
+        """What the numbers of steps say: an optimizer that never stepped, an end before the structure was final, many more steps than were told."""
+        steps, total = min(self.state.steps), self.total_steps
+        notes = []
+        idle = [type(o).__name__ for o, count in zip(self.optimizers, self.state.steps, strict=True) if count == 0]
+        if idle:
+            notes.append(
+                f"no step of {', '.join(idle)} was seen: is that what trains the model? (one without hooks needs compressor.step())"
+            )
+        if self.cut_early and not self.state.settled:
+            notes.append(
+                f"the run ended after {steps} of {total} steps, before it settled at {self.schedule.settle:.0%}: "
+                "cut to the budget now, without training afterwards, which costs accuracy"
+            )
+        for note in notes if self.budget is not None else ():
+            warnings.warn(f"laconic: {note}", stacklevel=3)
+        return [*notes, self._overrun()] if self._overran else notes
+
+    @property
+    def _overran(self) -> bool:
+        return self.budget is not None and self.total_steps is not None and self.steps > 1.1 * self.total_steps + 1
+
+    def _overrun(self) -> str:
+        return (
+            f"{self.steps} optimizer steps, but total_steps = {self.total_steps}: the schedule ended there; "
+            "it counts optimizer steps, epochs x steps per epoch"
         )
-        warnings.warn(f"laconic: {note}", stacklevel=3)
-        return [note]
 
     def _choose(self, values: dict[str, Floats], energy: float | None, not_carried: frozenset[str], keep_dense: frozenset[str]) -> Ranks:
         if self.budget is not None:

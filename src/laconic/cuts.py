@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from .allocate import Floats
 from .errors import SurgeryError
-from .measure import evaluating
+from .measure import evaluating, seeded
 from .plan import Plan
 from .structures import Site
 
@@ -115,7 +115,7 @@ def check_in_place(model: nn.Module, site: Site) -> None:
 
 
 def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    with evaluating(model):
+    with evaluating(model), seeded():  # what is random in eval mode, too, is the same before and after a cut
         return [x.detach().clone() for x in tree_leaves(_plain(model(*inputs))) if isinstance(x, Tensor)]
 
 

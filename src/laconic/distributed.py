@@ -40,8 +40,14 @@ def agreed(compute: Callable[[], T]) -> T:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel or DataParallel."""
-    return model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
+    """The model inside DistributedDataParallel, DataParallel, or what `torch.compile` returned."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def is_sharded(weight: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from .errors import InvalidTypeError, InvalidValueError
+from .errors import InvalidTypeError, InvalidValueError, NonFiniteError
 
 Inputs = Sequence[Any]
 
@@ -78,9 +78,41 @@ def check_inputs(example_inputs: Any) -> tuple[Any, ...]:
     return tuple(example_inputs)
 
 
+def check_run(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """The model runs on them, and nothing that it starts from is NaN or Inf.
+
+    Raises:
+        InvalidValueError: it does not, with its own message. NonFiniteError: names the input or the statistic.
+    """
+    for i, x in enumerate(inputs):
+        if isinstance(x, Tensor) and x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            raise NonFiniteError(f"example_inputs[{i}] holds NaN or Inf: give inputs as the model will get them")
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in ("running_mean", "running_var") and not bool(torch.isfinite(buffer).all()):
+            raise NonFiniteError(f"{name} holds NaN or Inf: run batches through the model in training mode again, or load it again")
+    try:
+        with evaluating(model), seeded():
+            call(model, inputs)
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        given = ", ".join(f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
+        raise InvalidValueError(
+            f"example_inputs: {type(model).__name__} does not run on ({given}): {type(error).__name__}: {reason}; pass a tuple of its positional arguments"
+        ) from error
+
+
 def count_params(model: nn.Module) -> int:
     """Number of parameters; a tied one counts once."""
     return sum(p.numel() for p in model.parameters())
+
+
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """The same chances every time, and outside as if nothing had happened."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        yield
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from .distributed import gathered
 from .surgery.factorize import MARK
+from .watch import Watch
 
 FEWEST = 8  # observations of a channel: from fewer a variance says next to nothing, from one it is 0
 
@@ -24,37 +24,26 @@ class Moments:
 
 
 class InputMoments:
-    """Collects the moments from now on until `finish`; layers are named by the caller.
-
-    Of training steps only, or (`training=False`) of whatever runs: a validation between two steps must leave no trace.
-    """
+    """Collects the moments from now on until `finish`, see `Watch`; layers are named by the caller."""
 
     def __init__(self, layers: dict[str, nn.Module], training: bool = True):
-        self._training = training
         self._sums: dict[str, tuple[int, Tensor, Tensor]] = {}
-        self._handles = [m.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, m in layers.items()]
+        self._watch = Watch(layers, self._note, training)
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            if given and (not self._training or (module.training and torch.is_grad_enabled())):
-                first = module[0] if hasattr(module, MARK) else module
-                x = given[0].detach()
-                axis = x.ndim - 1 - (len(first.kernel_size) if hasattr(first, "kernel_size") else 0)
-                rest = [d for d in range(x.ndim) if d != axis]
-                x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-                count, total, squares = x.numel() // x.shape[axis], x.sum(rest).double().cpu(), x.square().sum(rest).double().cpu()
-                if name in self._sums:
-                    before = self._sums[name]
-                    count, total, squares = before[0] + count, before[1] + total, before[2] + squares
-                self._sums[name] = count, total, squares
-
-        return note
+    def _note(self, name: str, module: Any, x: Tensor) -> None:
+        first = module[0] if hasattr(module, MARK) else module
+        axis = x.ndim - 1 - (len(first.kernel_size) if hasattr(first, "kernel_size") else 0)
+        rest = [d for d in range(x.ndim) if d != axis]
+        x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        count, total, squares = x.numel() // x.shape[axis], x.sum(rest).double().cpu(), x.square().sum(rest).double().cpu()
+        if name in self._sums:
+            before = self._sums[name]
+            count, total, squares = before[0] + count, before[1] + total, before[2] + squares
+        self._sums[name] = count, total, squares
 
     def finish(self) -> dict[str, Moments]:
         """The moments seen, by all processes together; layers that did not run, or that saw too little, are missing."""
-        for handle in self._handles:
-            handle.remove()
+        self._watch.close()
         found = {}
         everywhere = gathered(self._sums)
         for name in self._sums:

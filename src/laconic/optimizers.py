@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import OptimizerError, UnsupportedOptimizerError
+from .errors import NonFiniteError, OptimizerError, UnsupportedOptimizerError
 
 
 def check_optimizers(optimizer: Any) -> list[Any]:
@@ -87,3 +87,22 @@ def check_parameters(model: nn.Module, known: dict[int, str], optimizers: Sequen
     lost = sorted(known[id(w)] for w in weights if id(w) not in held)
     if lost:
         raise OptimizerError(f"the optimizer no longer holds {', '.join(lost)}: build a new Compressor after changing its groups")
+
+
+def check_trained(model: nn.Module) -> None:
+    """Nothing is NaN or Inf at the end of training.
+
+    Raises:
+        NonFiniteError: names the parameters.
+    """
+    bad = [name for name, p in model.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise NonFiniteError(f"{bad[0]}{more} holds NaN or Inf: load the last good checkpoint of the model")
+
+
+def attached_to(optimizer: Any, kind: type) -> list[Any]:
+    """The objects of a class whose methods hang on the optimizer's steps."""
+    hooks = getattr(optimizer, "_optimizer_step_post_hooks", {}).values()
+    owners = [getattr(getattr(hook, "func", hook), "__self__", None) for hook in hooks]
+    return [owner for owner in owners if isinstance(owner, kind)]

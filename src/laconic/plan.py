@@ -20,8 +20,8 @@ from .distributed import full, is_sharded, own_class
 from .errors import InvalidTypeError, InvalidValueError, NothingToCompressError, PatternError
 from .graph import find_groups
 from .matricize import choose_unfolding, unfoldings
-from .measure import check_inputs, count_macs, count_params, input_shapes, layer_macs
-from .readers import weight_readers
+from .measure import check_inputs, check_run, count_macs, count_params, input_shapes, layer_macs
+from .readers import read_in_a_run, weight_readers
 from .structures import Channels, Entries, LowRank, Neurons, Site, Structure, Weight, WideLayer, inner_site
 from .surgery.channels import width
 from .surgery.factorize import MARK, empty_pair
@@ -72,6 +72,13 @@ class Plan:
     def inner(self) -> list[Site]:
         """The sites within the pairs of others."""
         return [s.inner for s in self.sites if s.inner is not None]
+
+    @property
+    def out_of_reach(self) -> str:
+        """What to say of the largest weights that stay dense, where a budget cannot be met."""
+        largest = sorted(((math.prod(x.shape), x) for x in self.left_alone), key=lambda pair: -pair[0])[:3]
+        named = "; ".join(f"{x.name}, {count:,} parameters: {x.reason}" for count, x in largest)
+        return f" (no budget reaches {named})" if named else ""
 
     def forgo_inner(self, why: str) -> None:
         """All pairs stay pairs."""
@@ -175,11 +182,14 @@ def make_plan(
             holders.setdefault(parameter, []).append((module, attribute))
     _check_patterns(structures, modules, holders)
 
+    if example_inputs is not None:
+        check_run(model, check_inputs(example_inputs))
     readers = weight_readers(modules)
     sites: list[Site] = []
     left: list[LeftAlone] = []
     entries: list[Weight] = []
     low_rank = any(isinstance(s, LowRank) for s in structures)
+    acting: set[int] = set()  # structures that select something
     for parameter, held in holders.items():
         names = [_join(path, attribute) for module, attribute in held for path in modules[module]]
         if isinstance(parameter, UninitializedParameter):
@@ -194,6 +204,7 @@ def make_plan(
         wanted = [s for s in structures if isinstance(s, LowRank) and _selected(s, modules, held, names)]
         if len(wanted) > 1:
             raise InvalidValueError(f"{names[0]} is claimed by {len(wanted)} LowRank structures: separate them with include= and exclude=")
+        acting |= {id(s) for s in wanted}
         if not low_rank:
             continue
         reason = "not selected by include= / exclude=" if not wanted else _why_not(parameter, held, modules, readers, trained)
@@ -206,15 +217,31 @@ def make_plan(
             sites.append(site)
         else:
             left.append(LeftAlone(names[0], tuple(parameter.shape), reason))
+    if example_inputs is not None and sites and not any(is_sharded(p) for p in holders):
+        layers = {module: modules[module] for site in sites for module in site.modules}
+        asked = read_in_a_run(model, layers, check_inputs(example_inputs))
+        for site in [s for s in sites if not asked.keys().isdisjoint(s.modules)]:
+            sites.remove(site)
+            what = next(asked[m] for m in site.modules if m in asked)
+            left.append(
+                LeftAlone(site.name, tuple(site.weights[0].shape), f"the model's own code reads its .{what} in a run on the example inputs")
+            )
+    acting |= {id(weight.structure) for weight in entries}
     plan = Plan(sites, left, count_params(model), None, entries=entries)
     if example_inputs is None:
         plan.notes.append("whole neurons stay: it takes example_inputs=(...) to see what is tied to them")
     if any(isinstance(s, Channels) for s in structures):
-        _add_neurons(model, plan, structures, modules, example_inputs, trained)
+        acting |= _add_neurons(model, plan, structures, modules, example_inputs, trained)
     if not sites and not plan.neurons and not entries:
         reasons = [f"{x.name}: {x.reason}" for x in left] + [f"{path}: {reason}" for path, reason in plan.whole.items()]
         why = "; ".join(reasons[:5]) or "it has no weight of two or more dimensions"
         raise NothingToCompressError(f"nothing to compress in {type(model).__name__} ({why})")
+    for structure in structures:
+        if id(structure) not in acting and (structure.include or structure.exclude):
+            kind = type(structure).__name__
+            raise PatternError(
+                f"{kind}(include={structure.include}, exclude={structure.exclude}): nothing that {kind} could act on is left; correct or leave out"
+            )
     if example_inputs is not None:
         _count(model, plan, check_inputs(example_inputs))
     return plan
@@ -227,8 +254,9 @@ def _add_neurons(
     modules: dict[nn.Module, list[str]],
     example_inputs: Any,
     trained: set[Tensor] | None,
-) -> None:
-    """Fill in the groups of neurons, the layers that they widen, and why the neurons of other layers all stay."""
+) -> set[int]:
+    """Fill in the groups of neurons, the layers that they widen, and why the neurons of other layers all stay; which structures select any."""
+    acting: set[int] = set()
     if example_inputs is None:
         raise InvalidValueError("Channels needs example_inputs=(...), to see which layers are tied to which")
     groups, plan.whole = find_groups(model, check_inputs(example_inputs))
@@ -238,6 +266,7 @@ def _add_neurons(
         held = [(model.get_submodule(end.path), "weight") for end in group.producers]
         names = [_join(end.path, "weight") for end in group.producers]
         wanted = [s for s in structures if isinstance(s, Channels) and _selected(s, modules, held, names)]
+        acting |= {id(s) for s in wanted}
         reason = None
         if len(wanted) > 1:
             raise InvalidValueError(
@@ -266,6 +295,7 @@ def _add_neurons(
         for site in plan.sites
         if plan.neurons and all(x.site is not site for x in plan.layers)
     ]
+    return acting
 
 
 def _wide_layer(path: str, module: Any, site: Site | None) -> WideLayer:

@@ -1,4 +1,4 @@
-"""Whose own code reads a layer's weight: a layer that cannot be replaced by two."""
+"""Which layers' weights some other code reads: a layer that cannot be replaced by two. Seen in the source, and in a run."""
 
 from __future__ import annotations
 
@@ -6,15 +6,61 @@ import ast
 import fnmatch
 import inspect
 import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from torch import nn
+
+from .measure import call, evaluating, seeded
+
+
+def read_in_a_run(model: nn.Module, layers: dict[nn.Module, list[str]], inputs: tuple[Any, ...]) -> dict[nn.Module, str]:
+    """Of these layers (with their paths), those of which an attribute is read that a pair of layers does not have, with the first such attribute.
+
+    A forward pass in which something stands in the place of each layer that calls it, and notes what is asked of it besides.
+    """
+    stands = {layer: _StandIn(layer) for layer in layers}
+    by_path = {path: stands[layer] for layer, paths in layers.items() for path in paths}
+    with suppress(Exception), _replaced(model, by_path), evaluating(model), seeded():
+        call(model, inputs)  # what looks at the class of a layer may go astray: the check after the cut will tell
+    return {layer: stand.asked[0] for layer, stand in stands.items() if stand.asked}
+
+
+class _StandIn(nn.Module):
+    """Its own attributes are those that every module has, as a pair's are."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.asked: list[str] = []
+        object.__setattr__(self, "_layer", layer)  # not a child: the names in the model stay what they are
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._layer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        self.__dict__["asked"].append(name)
+        return getattr(self.__dict__["_layer"], name)
+
+
+@contextmanager
+def _replaced(model: nn.Module, by_path: Mapping[str, nn.Module]) -> Iterator[None]:
+    places = {path: (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in by_path}
+    before = {path: parent._modules[name] for path, (parent, name) in places.items()}
+    try:
+        for path, (parent, name) in places.items():
+            parent._modules[name] = by_path[path]
+        yield
+    finally:
+        for path, (parent, name) in places.items():
+            parent._modules[name] = before[path]
 
 
 def weight_readers(modules: dict[nn.Module, list[str]]) -> dict[str, str]:
     """Paths of layers whose weight or other attributes an ancestor reads in its own code, with the reason.
 
     `self.fc.weight` in a parent's method would fail once `fc` is an `nn.Sequential`. Read from the source, so that it
-    is known before anything is touched; what reads through other names is caught by the check after the cut.
+    is known without example inputs, too, and of methods that they do not reach.
     """
     found: dict[str, str] = {}
     cache: dict[type, set[tuple[str, ...]]] = {}
@@ -32,7 +78,9 @@ def weight_readers(modules: dict[nn.Module, list[str]]) -> dict[str, str]:
     return found
 
 
-_READ = frozenset({"weight", "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "nf"})
+_READ = frozenset(
+    {"weight", "bias", "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "nf"}
+)
 
 
 def _attribute_chains(kind: type) -> set[tuple[str, ...]]:

@@ -11,11 +11,12 @@ import torch
 
 from .allocate import Floats
 from .cuts import CutResult
+from .moments import Moments
 from .report import Snapshot
 from .schedule import Controller
 from .timing import RankTimes
 
-VERSION = 6
+VERSION = 7
 MAX_SNAPSHOTS = 200
 
 
@@ -27,6 +28,7 @@ class RunState:
     owed: learning rates summed up since the last proximal step, by site.
     values: singular values after the last proximal step, by site.
     importances: shares of the units that were there at the last proximal step, by group.
+    moments: of what the consumers took in during the step before it, by path.
     ranks: by site, current.
     solvers: used last, by site.
     failures: one line for each solver that failed.
@@ -48,6 +50,7 @@ class RunState:
     spectra_start: dict[str, Floats]
     values: dict[str, Floats] = field(default_factory=dict)
     importances: dict[str, Floats] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     solvers: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
@@ -80,6 +83,9 @@ class RunState:
         if state["shapes"] is not None:
             state["shapes"] = {name: tuple(shape) for name, shape in state["shapes"].items()}
         state["step_times"] = {name: RankTimes.from_json(t) for name, t in state["step_times"].items()}
+        state["moments"] = {
+            path: Moments(torch.from_numpy(m["mean"]), torch.from_numpy(m["variance"])) for path, m in state["moments"].items()
+        }
         cuts = CutResult(**state["cuts"])
         cuts.timings = {name: (ms[0], ms[1]) for name, ms in cuts.timings.items()}
         state["cuts"] = cuts

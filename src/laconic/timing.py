@@ -24,6 +24,7 @@ from torch.utils.benchmark import Timer
 
 from .matricize import Layer, Unfolding
 from .surgery.factorize import empty_pair, finish_pair
+from .watch import Watch
 
 FORMAT = 3
 ROUNDS = 2
@@ -214,17 +215,8 @@ class ShapeWatch:
 
     def __init__(self, modules: dict[str, nn.Module]):
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._handles = [m.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, m in modules.items()]
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            if given and module.training and torch.is_grad_enabled():
-                self.shapes.setdefault(name, tuple(given[0].shape))
-
-        return note
+        self._watch = Watch(modules, lambda name, _, x: self.shapes.setdefault(name, tuple(x.shape)))
 
     def finish(self) -> dict[str, tuple[int, ...]]:
-        for handle in self._handles:
-            handle.remove()
+        self._watch.close()
         return self.shapes

@@ -281,7 +281,7 @@ class Walk:
         asked, left = (f"{x[worst]:.0f}" if currency.whole else f"{x[worst]:.3g}" for x in (self.limits, self.spent))
         return (
             f"budget out of reach: at most {asked} {currency.unit} are asked for, but {left} are left with every layer at its narrowest and "
-            f"every weight at its lowest rank; smallest feasible: {name}={fraction}",
+            f"every weight at its lowest rank; smallest feasible: {name}={fraction}{self.plan.out_of_reach if name == 'params' else ''}",
             fraction,
         )
 

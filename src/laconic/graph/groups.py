@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..matricize import unfoldings
-from ..measure import _countable_attention, call, check_inputs
+from ..measure import _countable_attention, call, check_inputs, seeded
 from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, End, Group, Ints, channels_kept, groups_of
 from ..surgery.factorize import MARK
 from .tracer import Decision, Tracer
-from .trial import line, seeded, tried
+from .trial import line, tried
 
 OPAQUE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
 

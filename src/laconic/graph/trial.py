@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..matricize import CONVS, TRANSPOSED_CONVS, Layer
-from ..measure import call
+from ..measure import call, seeded
 from ..surgery.channels import Count, Group, channels_kept, slim, slimmed
 from ..surgery.factorize import MARK
 from .labels import leaves
@@ -150,15 +150,6 @@ class Trial:
         except Exception as error:
             return f"the model does not train without some of its units ({line(error)})"
         return None
-
-
-@contextlib.contextmanager
-def seeded() -> Iterator[None]:
-    """The same chances every time, and outside as if nothing had happened."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        yield
 
 
 def _some(units: int, generator: np.random.Generator) -> list[int]:

@@ -19,6 +19,10 @@ def check_options(structure: Any) -> None:
     """What all structures have in common."""
     for name in ("include", "exclude"):
         value = getattr(structure, name)
+        if not isinstance(value, (str, list, tuple)) or not all(isinstance(x, str) for x in value):
+            raise InvalidTypeError(f"{name} = {value!r}: expected a pattern such as 'encoder.*', or a list of them")
+        if name == "include" and value == []:
+            raise InvalidValueError("include = []: an empty list selects nothing; leave it out for all layers")
         object.__setattr__(structure, name, (value,) if isinstance(value, str) else tuple(value))
     if not isinstance(structure.penalty, Penalty):
         raise InvalidTypeError(f"penalty = {structure.penalty!r}: expected an object with value, prox and cutoff, such as laconic.LogSum()")

@@ -1,0 +1,44 @@
+"""Look at what layers take in, for a while, and leave no trace in copies of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+See = Callable[[str, nn.Module, Tensor], Any]
+
+
+class Watch:
+    """Shows `see(name, layer, first tensor)` what layers take in, from now on until `close`.
+
+    Of training steps only, or (`training=False`) of whatever runs: a validation between two steps must leave no trace.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], see: See, training: bool = True):
+        self._handles = [m.register_forward_pre_hook(_Hook(see, name, training), with_kwargs=True) for name, m in layers.items()]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Hook:
+    """A copy or a pickle of the model takes one along that sees nothing: the state does not go with it."""
+
+    see: See | None = None
+
+    def __init__(self, see: See, name: str, training: bool):
+        self.see, self.name, self.training = see, name, training
+
+    def __getstate__(self) -> None:
+        return None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.see is None or (self.training and not (module.training and torch.is_grad_enabled())):
+            return
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if given:
+            self.see(self.name, module, given[0].detach())
