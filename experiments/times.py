@@ -54,7 +54,7 @@ class Options:
 def training(model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, recipe: Recipe) -> Iterator[float]:
     """Train; yield the seconds of every block of steps, without those of preparing the batches."""
     total = recipe.epochs * steps_per_epoch(data, recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, recipe.lr_warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, recipe))
     generator = torch.Generator().manual_seed(1)
     seconds, step = 0.0, 0
     model.train()

@@ -190,6 +190,12 @@ EDITS = [
         "build(widths).parameters()) <= 2 * limit",
         "test_models",
     ),
+    Edit("capital and small letters apart", "data/files.py", "CHARACTERS[label.lower()]", "ord(label) % 36", "test_data"),
+    Edit("characters that are left out are counted as kept", "data/files.py", "label.lower() not in CHARACTERS]", "False]", "test_data"),
+    Edit("a step late", "training.py", "sum(step >= round(", "sum(step > round(", "test_training"),
+    Edit("a milestone between two steps", "training.py", "step >= round(share * total)", "step >= share * total", "test_training"),
+    Edit("no momentum", "training.py", "momentum=recipe.momentum", "momentum=0.1", "test_training"),
+    Edit("3 x 3 whatever the recipe says", "models/__init__.py", "partial(square, kernel=s.kernel)", "square", "test_models"),
     Edit("text labels not shifted", "data/sets.py", "for start in (0, 1))", "for start in (0, 0))", "test_data"),
     Edit(
         "threshold without lr",

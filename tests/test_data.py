@@ -28,10 +28,12 @@ def write_idx(path: Path, values: np.ndarray, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
-def test_idx_files(name, packed, tmp_path):
-    folder = tmp_path / name
-    folder.mkdir()
+@pytest.mark.parametrize(("name", "place"), [
+    ("mnist", "mnist"), ("fashion-mnist", "fashion-mnist"), ("mnist", "MNIST/raw"), ("fashion-mnist", "FashionMNIST/raw"),
+])  # fmt: skip
+def test_idx_files(name, place, packed, tmp_path):
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
     images = {part: RNG.integers(0, 256, (n, 28, 28), dtype=np.uint8) for part, n in (("train", 20), ("t10k", 10))}
     for part, x in images.items():
         write_idx(folder / f"{part}-images-idx3-ubyte", x, packed)
@@ -50,6 +52,8 @@ def test_idx_files(name, packed, tmp_path):
 ])  # fmt: skip
 def test_python_batches(name, folder, files, key, classes, tmp_path):
     (tmp_path / folder).mkdir()
+    (tmp_path / f"{folder}.tar.gz").write_bytes(b"")  # torchvision leaves the archive beside it
+    (tmp_path / folder / "batches.meta").write_bytes(b"")
     images = {}
     for file in files:
         images[file] = RNG.integers(0, 256, (classes, 3072), dtype=np.uint8)
@@ -122,6 +126,70 @@ def test_a_list_of_words_as_in_the_robust_reading_competitions(tmp_path):
     assert labels == ["Tiredness", 'a, \\"b']
 
 
+ENTRIES = {  # what a part of the set holds, and the class of each: capital and small letters are one
+    "train": {"1": 1, "A": 10, "a": 10, "z": 35, "0": 0, "&": None, "é": None, "ab": None, "&quot;": None},
+    "test": {"Z": 35, "b": 11, "!": None},
+}
+
+
+def write_characters(root: Path, part: str, form: str) -> None:
+    """Two folders of images, as in ICDAR 2003 (entries in Latin-1), or side by side with a list of lines; brightness tells them apart."""
+    folder = root / "icdar" / part
+    labels = list(ENTRIES[part])
+    names = [f"char/{1 + i // 4}/{i}.jpg" if form == "char.xml" else f"{i}.png" for i in range(len(labels))]
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9, 14), 20 * i).save(folder / name)
+    if form == "char.xml":
+        escaped = [label.replace("&", "&amp;") if label == "&" else label for label in labels]
+        lines = [f'  <image file="{name}" tag="{tag}" />' for name, tag in zip(names, escaped, strict=True)]
+        text = "\n".join(['<?xml version="1.0" encoding="ISO-8859-1"?>', "<imagelist>", *lines, "</imagelist>"])
+        (folder / form).write_bytes(text.encode("latin-1"))
+    else:
+        lines = [f'{name}, "{label}"' for name, label in zip(names, labels, strict=True)]
+        (folder / form).write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize("form", ["char.xml", "gt.txt"])
+def test_the_characters_of_icdar_2003(form, tmp_path):
+    for part in ENTRIES:
+        write_characters(tmp_path, part, form)
+    data = load_dataset("icdar", tmp_path, size=16)
+    assert data.classes == 36
+    for part, x, y in (("train", data.train_x, data.train_y), ("test", data.test_x, data.test_y)):
+        kept = [(i, label) for i, label in enumerate(ENTRIES[part].values()) if label is not None]
+        assert y.tolist() == [label for _, label in kept]
+        brightness = (x[:] * data.train_x.std + data.train_x.mean).mean((1, 2, 3))
+        torch.testing.assert_close(brightness, torch.tensor([20.0 * i for i, _ in kept]), atol=2, rtol=0)  # JPEG
+    train, test = data.notes
+    assert "train: 4 of 9 images left out" in train
+    assert "'&'" in train
+    assert "'ab', 'é'" in train
+    assert test == "test: 1 of 3 images left out, which show no single letter or digit, but '!'"
+    assert data.validation(0.4).notes == data.notes
+
+
+def test_a_list_of_tags_makes_the_classes_of_a_folder_too(tmp_path):
+    for part in ENTRIES:
+        write_characters(tmp_path, part, "char.xml")
+    files, tags = listed(tmp_path / "icdar" / "train")
+    assert tags == ["1", "A", "a", "z", "0", "&", "é", "ab", '"']
+    assert files[4] == tmp_path / "icdar" / "train" / "char" / "2" / "4.jpg"
+    with pytest.raises(errors.InvalidValueError, match="!, Z, b not among the classes"):  # as they are
+        load_dataset(str(tmp_path / "icdar"))
+
+
+def test_what_was_left_out_is_said_and_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for part in ENTRIES:
+        write_characters(tmp_path, part, "char.xml")
+    Path("own.toml").write_text('task = "icdar"\nsize = 8\nwidths = [8]\nepochs = 1\nbatch_size = 4\nparams = 1.0\n')
+    main(["train", "own.toml", "--data", ".", "--method", "dense", "--no-times", "--json", "--threads", "1"])
+    told = capsys.readouterr()
+    assert "test: 1 of 3 images left out" in json.loads(told.out)["notes"][1]
+    assert "train: 4 of 9 images left out" in told.err
+
+
 def test_a_network_trains_on_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "images", {"train": ["a", "b"] * 64, "test": ["a", "b"] * 4})
@@ -152,6 +220,26 @@ BAD = {
     ),
     "not an image": (lambda p: write_broken(p), errors.InvalidValueError, "not an image that can be read"),
     "line of another form": (lambda p: (p / "gt.txt").write_text("word_1.png") and listed(p), errors.InvalidValueError, "word_1.png.*expected lines"),
+    "characters without a list": (
+        lambda p: write_folder(p / "icdar", {"train": ["char"], "test": ["char"]}) or load_dataset("icdar", p),
+        errors.DataNotFoundError, r"icdar/train: neither char\.xml nor gt\.txt",
+    ),
+    "no character": (lambda p: write_tags(p, '<i><image file="1.png" tag="ab"/></i>'), errors.InvalidValueError, "no image shows.*, but 'ab'"),
+    "list of characters cut short": (lambda p: write_tags(p, '<i><image file="1.png"'), errors.InvalidValueError, r"char\.xml: not XML"),
+    "list in an unknown encoding": (
+        lambda p: write_tags(p, '<?xml version="1.0" encoding="nope"?><i/>'), errors.InvalidValueError, r"char\.xml: not XML",
+    ),
+    "list of nothing": (lambda p: write_tags(p, "<imagelist/>"), errors.InvalidValueError, "no entry: expected entries of the form <image"),
+    "entry without a tag": (lambda p: write_tags(p, '<i><image file="1.png"/></i>'), errors.InvalidValueError, r"an entry with \{'file': '1.png'\}: expected"),
+    "character missing": (
+        lambda p: write_tags(p, '<i><image file="char/1/7.jpg" tag="a"/></i>'), errors.DataNotFoundError, "names char/1/7.jpg, which is not in",
+    ),
+    "text that is none": (
+        lambda p: (p / "x.txt").write_bytes(b"\xff\xfe\x00") and load_dataset(str(p / "x.txt")), errors.InvalidValueError, r"x\.txt: not a text in UTF-8",
+    ),
+    "text that is not there": (
+        lambda p: load_dataset(str(p / "x.txt")), errors.InvalidValueError, r"x\.txt' is unknown.*no \.npz or \.txt file or folder of images",
+    ),
     "word missing": (lambda p: (p / "gt.txt").write_text('w.png, "x"') and listed(p), errors.DataNotFoundError, "names w.png"),
 }  # fmt: skip
 
@@ -160,6 +248,14 @@ def write_mnist(root: Path, raw: bytes):
     (root / "mnist").mkdir()
     (root / "mnist" / "train-images-idx3-ubyte").write_bytes(raw)
     return load_dataset("mnist", root)
+
+
+def write_tags(root: Path, xml: str):
+    for part in ("train", "test"):
+        (root / "icdar" / part).mkdir(parents=True)
+        (root / "icdar" / part / "char.xml").write_text(xml)
+        Image.new("L", (9, 14)).save(root / "icdar" / part / "1.png")
+    return load_dataset("icdar", root)
 
 
 def write_broken(root: Path):
@@ -193,6 +289,17 @@ def test_a_text_is_predicted_character_by_character(tmp_path, monkeypatch, capsy
     metrics = json.loads(capsys.readouterr().out)["metrics"]
     assert metrics["accuracy"] == 1.0  # each letter says the next one
     assert metrics["bits"] < 0.1
+
+
+def test_a_text_of_ones_own_is_named_by_its_path(tmp_path):
+    text = "".join("aé☺b"[i] for i in RNG.integers(0, 4, 8001))
+    (tmp_path / "own.txt").write_text(text, encoding="utf-8")
+    data = load_dataset(str(tmp_path / "own.txt"), size=8)
+    assert data.classes == 4
+    assert (len(data.train_x), len(data.test_x)) == (900, 100)  # the last tenth of a thousand windows
+    numbers = ["abé☺".index(letter) for letter in text]  # in the order of their code points
+    assert data.train_x.flatten().tolist() == numbers[:7200]
+    assert data.test_y.flatten().tolist() == numbers[7201:]
 
 
 def test_a_text_that_is_too_short_is_refused(tmp_path):

@@ -1,15 +1,17 @@
 """The networks of the experiments: as many parameters and MACs as published, and scaled to a budget."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from laconic import Budget, Compressor, load, save
 from laconic.errors import InvalidValueError, RecipeError
 from laconic.measure import count_macs, count_params
-from laconic.models import MODELS, Shape, thin_widths
-from laconic.recipe import Recipe
+from laconic.models import MODELS, CharNet, Shape, decomposeme, thin_widths
+from laconic.recipe import Recipe, load_recipe
 
 IMAGENET = (3, 224, 224)
 VGG = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
@@ -26,7 +28,7 @@ PUBLISHED = {
     "ResNet-50": ("resnet-imagenet", IMAGENET, Shape(widths=(64, 128, 256, 512), depth=50), 25_557_032, 4_089_184_256),
     "AlexNet": ("alexnet", IMAGENET, Shape(widths=(64, 192, 384, 256, 256, 4096)), 61_100_840, 714_188_480),
     "VGG-B": ("vgg-b", IMAGENET, Shape(widths=(64, 64, 128, 128, 256, 256, 512, 512, 512, 512, 4096)), 133_047_848, 11_308_466_176),
-    "ViT-Ti/16": ("vit", IMAGENET, Shape(widths=(192,), depth=12, kernel=16, heads=3), 5_717_416, None),
+    "ViT-Ti/16": ("vit", IMAGENET, Shape(widths=(192,), depth=12, kernel=16, heads=3), 5_717_416, 1_253_683_200),
     "VGG-16": ("convnet", CIFAR, Shape(widths=VGG, pools=(1, 3, 6, 9, 12)), 14_728_266 - 4_224, 313_201_664),
 }
 
@@ -37,7 +39,135 @@ def test_parameters_and_macs_are_the_published_ones(name):
     with torch.device("meta"):
         network = MODELS[model](image, 1000 if image == IMAGENET else 10, shape).eval()
         assert count_params(network) == params
-        assert macs is None or count_macs(network, (torch.randn(1, *image),)) == macs
+        assert count_macs(network, (torch.randn(1, *image),)) == macs
+
+
+def shape_of(recipe: Recipe) -> Shape:
+    return Shape(widths=recipe.widths, pools=recipe.pools, depth=recipe.depth, kernel=recipe.kernel, heads=recipe.heads)
+
+
+def chain(image: tuple[int, int, int], classes: int, shape: Shape, layer: Callable[[int, int, int], tuple[int, int]]) -> tuple[int, int]:
+    """Parameters and MACs of convolutions that keep the size, pooled, and of a linear layer; `layer` says its filters' entries, and its biases."""
+    channels, side, _ = image
+    params = macs = 0
+    for i, width in enumerate(shape.widths):
+        entries, biases = layer(channels, width, shape.kernel)
+        params, macs = params + entries + biases + 2 * width, macs + side * side * entries  # two of a norm
+        channels, side = width, side // 2 if i in shape.pools else side
+    return params + (channels + 1) * classes, macs + channels * classes
+
+
+def pair(channels: int, width: int, k: int) -> tuple[int, int]:
+    return k * channels * width + k * width * width, width
+
+
+def whole(channels: int, width: int, k: int) -> tuple[int, int]:
+    return k * k * channels * width, 0
+
+
+def transformer(tokens: int, shape: Shape) -> tuple[int, int]:
+    """Blocks of four maps in attention and two of a perceptron that is four times as wide, with biases, two norms; then a norm."""
+    (w,) = shape.widths
+    params = shape.depth * (12 * w * w + 4 * w + 4 * w + w + 4 * w) + 2 * w
+    return params, shape.depth * (12 * tokens * w * w + 2 * tokens * tokens * w)
+
+
+def dec3() -> tuple[int, int]:
+    return chain((1, 32, 32), 36, shape_of(load_recipe("dec3")), pair)
+
+
+def dec3_twin() -> tuple[int, int]:
+    return chain((1, 32, 32), 36, shape_of(load_recipe("dec3-twin")), whole)
+
+
+def dec8() -> tuple[int, int]:
+    return chain(IMAGENET, 1000, shape_of(load_recipe("imagenet-dec8")), pair)
+
+
+def dec8_640() -> tuple[int, int]:
+    return chain(IMAGENET, 1000, wide_dec8(), pair)
+
+
+def wide_dec8() -> Shape:
+    """As the recipe says: 640 instead of 512."""
+    shape = shape_of(load_recipe("imagenet-dec8"))
+    return dataclasses.replace(shape, widths=tuple(640 if w == 512 else w for w in shape.widths))
+
+
+def gpt() -> tuple[int, int]:
+    shape, letters, window = shape_of(load_recipe("shakespeare")), 65, load_recipe("shakespeare").size
+    (w,) = shape.widths
+    params, macs = transformer(window, shape)
+    return params + 2 * letters * w + window * w, macs + window * w * letters
+
+
+def vit() -> tuple[int, int]:
+    shape = PUBLISHED["ViT-Ti/16"][2]
+    (w,), pixels, patches = shape.widths, 3 * shape.kernel**2, (224 // shape.kernel) ** 2
+    params, macs = transformer(patches + 1, shape)
+    params += (pixels + 1) * w + w + (patches + 1) * w + (w + 1) * 1000
+    return params, macs + patches * pixels * w + 1000 * w
+
+
+def charnet() -> tuple[int, int]:
+    """Of 24 x 24: 16 x 16, 8 x 8, then a single position; a maxout makes no parameters, but divides the channels behind it."""
+    layers = [(1, 2 * 48, 9, 16), (48, 2 * 64, 9, 8), (64, 4 * 128, 8, 1), (128, 4 * 36, 1, 1)]
+    params = sum(k * k * before * out + out for before, out, k, _ in layers)
+    return params, sum(side * side * k * k * before * out for before, out, k, side in layers)
+
+
+COUNTED = {
+    # name, input, classes, shape, parameters and MACs by a formula of their own, and the parameters that are written somewhere
+    "Dec_3": ("decomposeme", (1, 32, 32), 36, lambda: shape_of(load_recipe("dec3")), dec3, 365_316),
+    "twin of Dec_3": ("convnet", (1, 32, 32), 36, lambda: shape_of(load_recipe("dec3-twin")), dec3_twin, 584_820),
+    "Dec_8": ("decomposeme", IMAGENET, 1000, lambda: shape_of(load_recipe("imagenet-dec8")), dec8, 6_576_104),
+    "Dec_8, 640": ("decomposeme", IMAGENET, 1000, wide_dec8, dec8_640, 9_080_552),
+    "GPT": ("gpt", (64,), 65, lambda: shape_of(load_recipe("shakespeare")), gpt, 818_176),
+    "ViT-Ti/16": ("vit", IMAGENET, 1000, lambda: PUBLISHED["ViT-Ti/16"][2], vit, 5_717_416),
+    "CharNet": ("charnet", (1, 24, 24), 36, lambda: Shape(widths=(48, 64, 128)), charnet, 2_621_904),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_parameters_and_macs_are_those_of_a_closed_formula(name):
+    model, inputs, classes, shape, counted, written = COUNTED[name]
+    with torch.device("meta"):
+        network = MODELS[model](inputs, classes, shape()).eval()
+        x = torch.zeros(1, *inputs, dtype=torch.int64) if model == "gpt" else torch.randn(1, *inputs)
+        assert (count_params(network), count_macs(network, (x,))) == counted()
+    assert count_params(network) == written
+
+
+def test_what_is_written_of_a_network_is_its_size():
+    assert "6.58 million" in (decomposeme.__doc__ or "")
+    assert "9.08 with 640" in (decomposeme.__doc__ or "")
+    assert "2,621,904 parameters for 36" in (CharNet.__doc__ or "")
+
+
+def test_the_twin_of_dec3_differs_in_its_convolutions_alone():
+    own = {"name", "model", "thin_epochs"}
+    dec3, twin = (dataclasses.asdict(load_recipe(name)) for name in ("dec3", "dec3-twin"))
+    assert {key for key in dec3 if dec3[key] != twin[key]} == own
+    assert (twin["model"], twin["kernel"], twin["params"]) == ("convnet", 5, 0.1)
+
+
+def test_a_convnet_starts_from_the_weights_it_always_had_and_takes_larger_kernels():
+    shape = Shape(widths=(4, 6), pools=(0,))
+    torch.manual_seed(0)
+    network = MODELS["convnet"]((1, 12, 12), 5, shape)
+    torch.manual_seed(0)
+    first, second, head = nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.Linear(6, 5)
+    drawn = [p for p in network.parameters() if p.ndim > 1]
+    assert all(torch.equal(a, b) for a, b in zip(drawn, (first.weight, second.weight, head.weight), strict=True))
+    wide = MODELS["convnet"]((1, 12, 12), 5, dataclasses.replace(shape, kernel=5))
+    assert [m.kernel_size for m in wide.modules() if isinstance(m, nn.Conv2d)] == [(5, 5)] * 2
+    assert wide.features(torch.randn(1, 1, 12, 12)).shape == (1, 6, 6, 6)
+
+
+@pytest.mark.parametrize("model", ["convnet", "decomposeme"])
+def test_a_kernel_that_would_change_the_size_is_refused(model):
+    with pytest.raises(InvalidValueError, match=r"kernel = 4: must be odd"):
+        MODELS[model]((1, 12, 12), 5, Shape(widths=(4,), kernel=4))
 
 
 def test_decomposeme_has_a_pair_of_filters_along_one_axis_each_for_each_layer():

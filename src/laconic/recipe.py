@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
@@ -12,18 +13,23 @@ from typing import Any
 from .errors import RecipeError, nearest
 from .models import MODELS
 
+CHOICES = {"tier": ("cpu", "gpu"), "optimizer": ("adamw", "sgd"), "schedule": ("cosine", "steps"), "model": tuple(MODELS)}
+ITEMS: dict[str, type | tuple[type, ...]] = {"tuple[str, ...]": str, "tuple[int, ...]": int, "tuple[float, ...]": (int, float)}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """Attributes:
     name: of the recipe; where its results go.
     tier: "cpu": runs in minutes on a core; "gpu": full published schedules, which `laconic bench` runs only with --tier gpu.
-    task: data set: one of `laconic.data.DATASETS`, an .npz file, or a folder of images.
+    task: data set: one of `laconic.data.DATASETS`, an .npz file, a text (.txt), or a folder of images.
     size: of the images of a folder in pixels, of the windows of a text in characters.
     train_limit: use only a prefix of the training images; 0: all.
     model: one of `laconic.models.MODELS`; widths, pools, depth, kernel, heads: of it, as far as it has them.
-    epochs, batch_size, lr, weight_decay, label_smoothing, lr_warmup: of the training with AdamW; the learning rate
-        rises over the share `lr_warmup` of the steps, then falls to zero as a cosine.
+    epochs, batch_size, lr, weight_decay, label_smoothing: of the training.
+    optimizer: "adamw", or "sgd" with `momentum` (Nesterov's if `nesterov`).
+    lr_warmup, schedule: the learning rate rises over the share `lr_warmup` of the steps; then it falls to zero as a "cosine", or in
+        "steps": it is multiplied by `gamma` at each of the `milestones`, shares of the run.
     init: weights to start from instead of random ones (a file or a saved model); "": none.
     thin_epochs: of the rival that is given laconic's training time instead of its steps; 0: twice the epochs.
     params: the budget as a fraction of the dense parameters (1: no bound); macs, latency: of the dense MACs, and of the
@@ -55,6 +61,12 @@ class Recipe:
     weight_decay: float = 0.01
     label_smoothing: float = 0.0
     lr_warmup: float = 0.2
+    optimizer: str = "adamw"
+    momentum: float = 0.9
+    nesterov: bool = False
+    schedule: str = "cosine"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
     init: str = ""
     thin_epochs: int = 0
     params: float = 0.25
@@ -75,9 +87,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), str(field.type)
-            if kind.startswith("tuple"):
-                item = str if "str" in kind else int
-                fine = isinstance(value, (list, tuple)) and all(isinstance(v, item) and not isinstance(v, bool) for v in value)
+            if kind in ITEMS:
+                fine = isinstance(value, (list, tuple)) and all(isinstance(v, ITEMS[kind]) and not isinstance(v, bool) for v in value)
                 object.__setattr__(self, field.name, tuple(value) if fine else value)
             elif kind == "float":
                 fine = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -85,15 +96,25 @@ class Recipe:
                 fine = type(value).__name__ == kind
             if not fine:
                 raise RecipeError(f"recipe: {field.name} = {value!r} should be a {kind}")
-        if self.tier not in ("cpu", "gpu"):
-            raise RecipeError(f"recipe: tier = {self.tier!r} must be 'cpu' or 'gpu'")
-        if self.model not in MODELS:
-            raise RecipeError(f"recipe: model = {self.model!r} is unknown{nearest(self.model, MODELS)}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise RecipeError(f"recipe: {name} = {getattr(self, name)!r} is unknown{nearest(getattr(self, name), choices)}")
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"recipe: {name} = {getattr(self, name)} must be at least 1")
         if not self.lr > 0:
             raise RecipeError(f"recipe: lr = {self.lr} must be above 0")
+        if not 0 <= self.momentum < 1:
+            raise RecipeError(f"recipe: momentum = {self.momentum} must be at least 0 and below 1")
+        if self.nesterov and not self.momentum:
+            raise RecipeError("recipe: nesterov = true needs a momentum above 0")
+        if not 0 < self.gamma <= 1:
+            raise RecipeError(f"recipe: gamma = {self.gamma} must be above 0 and at most 1: the rate is multiplied by it")
+        bounds = (self.lr_warmup if self.schedule == "steps" else 0, *self.milestones, 1)
+        if any(not a < b for a, b in itertools.pairwise(bounds)):
+            raise RecipeError(
+                f"recipe: milestones = {list(self.milestones)} must be rising shares of the run, after lr_warmup = {self.lr_warmup} and below 1"
+            )
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,10 @@ def evaluate(trained: Trained, data: Dataset, times: bool = True) -> dict[str, A
     return metrics
 
 
-def make_result(recipe: Recipe, method: str, seed: int, metrics: dict[str, Any], trained: Trained) -> dict[str, Any]:
-    """A result file's content."""
+def make_result(
+    recipe: Recipe, method: str, seed: int, metrics: dict[str, Any], trained: Trained, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A result file's content; `notes` on the data."""
     commit, dirty = repository_state()
     return {
         "task": recipe.task,
@@ -58,7 +61,7 @@ def make_result(recipe: Recipe, method: str, seed: int, metrics: dict[str, Any],
         "ranks": {x.name: x.rank for x in trained.report.layers} if trained.report else {},
         "total_steps": trained.total_steps,
         "history": [dataclasses.asdict(h) for h in trained.report.history] if trained.report else [],
-        "notes": [*trained.notes, *(trained.report.notes if trained.report else ())],
+        "notes": [*notes, *trained.notes, *(trained.report.notes if trained.report else ())],
         "recipe": dataclasses.asdict(recipe),
         "versions": versions(),
         "commit": commit,

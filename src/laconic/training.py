@@ -54,6 +54,7 @@ class Curve:
 
 Report = Callable[[Progress], None]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Groups = list[dict[str, Any]]
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -106,20 +107,44 @@ def bits(model: nn.Module, x: Images, y: Tensor, batch_size: int = 500) -> float
     return total / y.numel() / math.log(2)
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; no decay on biases and norms."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    other = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": other, "weight_decay": 0.0}]
+def adamw(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.lr)
 
 
-def learning_rate_factor(step: int, total: int, warmup: float) -> float:
-    """Linear rise over the share `warmup`, then half a cosine to zero."""
-    rise = max(1, round(warmup * total))
-    if step < rise:
-        return (step + 1) / rise
+def sgd(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, Recipe], torch.optim.Optimizer]] = {"adamw": adamw, "sgd": sgd}
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's; no decay on biases and norms."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    other = [p for p in model.parameters() if p.ndim <= 1]
+    groups: Groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": other, "weight_decay": 0.0}]
+    return OPTIMIZERS[recipe.optimizer](groups, recipe)
+
+
+def cosine(step: int, rise: int, total: int, recipe: Recipe) -> float:
+    """Half a cosine to zero."""
+    del recipe  # same signature as the other
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def steps(step: int, rise: int, total: int, recipe: Recipe) -> float:
+    """Times `gamma` at each milestone."""
+    del rise
+    return float(recipe.gamma ** sum(step >= round(share * total) for share in recipe.milestones))
+
+
+SCHEDULES: dict[str, Callable[[int, int, int, Recipe], float]] = {"cosine": cosine, "steps": steps}
+
+
+def learning_rate_factor(step: int, total: int, recipe: Recipe) -> float:
+    """Linear rise over the share `lr_warmup`, then as the recipe's schedule says."""
+    rise = max(1, round(recipe.lr_warmup * total))
+    return (step + 1) / rise if step < rise else SCHEDULES[recipe.schedule](step, rise, total, recipe)
 
 
 def join(device: str) -> torch.device:
@@ -202,7 +227,7 @@ def fit(
     epochs = epochs or recipe.epochs
     total = epochs * steps_per_epoch(data, recipe)
     generator = torch.Generator().manual_seed(seed + 1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, recipe.lr_warmup))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, recipe))
     curve, at = Curve(), Position(torch.empty(0, dtype=torch.int64))
 
     def save() -> None:

@@ -87,12 +87,14 @@ def train(
     first, times = rank() == 0, times and world_size() == 1
     console.quiet = not first
     dataset = dataclasses.replace(load_dataset(chosen.task, data, chosen.train_limit or None, chosen.size), device=place)
+    for note in dataset.notes:
+        console.print(f"note: {note}", markup=False)
     if validation:
         dataset = dataset.validation()
     rows = []
     for name, trained in runs(method, dataset, chosen, seed, out, show=first and not json, every=checkpoint_every, resume=resume):
         folder = result_path(out, chosen, name, seed).with_suffix("")
-        result = make_result(chosen, name, seed, evaluate(trained, dataset, times), trained) | {"validation": validation}
+        result = make_result(chosen, name, seed, evaluate(trained, dataset, times), trained, dataset.notes) | {"validation": validation}
         if not first:
             continue
         checkpoint.save(trained.model, folder / "model", report=trained.report.to_json() if trained.report else None)

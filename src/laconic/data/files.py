@@ -6,10 +6,12 @@ import gzip
 import os
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+import string
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor
 from ..errors import DataNotFoundError, InvalidValueError, missing_extra
 
 Arrays = tuple[Any, Any, Any, Any]  # train_x [n, c, h, w], train_y, test_x, test_y
+Labelled = list[tuple[Path, str]]  # images with their labels
+CHARACTERS = {c: i for i, c in enumerate(string.digits + string.ascii_lowercase)}  # the classes of a character, capital or small
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp"}
 
 
@@ -149,39 +153,101 @@ class LazyImages:
         return LazyImages([self.files[i] for i in chosen], self.size, self.mean, self.std)
 
 
+def lines_of(truth: Path) -> Labelled:
+    """Lines `file, "label"`: the Robust Reading competitions from 2011 on."""
+    lines = [line for line in truth.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    pairs = [re.fullmatch(r'\s*(.+?),\s*"(.*)"\s*', line) for line in lines]
+    wrong = next((line for line, pair in zip(lines, pairs, strict=True) if pair is None), None)
+    if wrong is not None:
+        raise InvalidValueError(f'{truth}: {wrong!r}: expected lines of the form word_1.png, "label"')
+    return [(truth.parent / p[1], p[2]) for p in pairs if p is not None]
+
+
+def tags_of(truth: Path) -> Labelled:
+    """Entries `<image file="char/1/1.jpg" tag="A" />`: ICDAR 2003."""
+    try:
+        entries = list(ElementTree.parse(truth).iter("image"))
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the last two: encodings that it cannot read
+        raise InvalidValueError(f"{truth}: not XML ({error})") from None
+    wrong = next((dict(entry.attrib) for entry in entries if not {"file", "tag"} <= entry.attrib.keys()), None)
+    if wrong is not None or not entries:
+        found = "no entry" if wrong is None else f"an entry with {wrong}"
+        raise InvalidValueError(f'{truth}: {found}: expected entries of the form <image file="char/1/1.jpg" tag="A" />')
+    return [(truth.parent / entry.attrib["file"], entry.attrib["tag"]) for entry in entries]
+
+
+LISTS: dict[str, Callable[[Path], Labelled]] = {"gt.txt": lines_of, "char.xml": tags_of}
+
+
+def label_file(folder: Path) -> Path | None:
+    """The file in it that names the label of each image."""
+    return next((folder / name for name in LISTS if (folder / name).exists()), None)
+
+
 def listed(folder: Path) -> tuple[list[Path], list[str]]:
-    """Images and labels below a folder: a subfolder for each class (ImageNet), or a `gt.txt` with lines `file, "label"` (ICDAR)."""
-    truth = folder / "gt.txt"
-    if truth.exists():
-        lines = [line for line in truth.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        pairs = [re.fullmatch(r'\s*(.+?),\s*"(.*)"\s*', line) for line in lines]
-        wrong = next((line for line, pair in zip(lines, pairs, strict=True) if pair is None), None)
-        if wrong is not None:
-            raise InvalidValueError(f'{truth}: {wrong!r}: expected lines of the form word_1.png, "label"')
-        found = [(folder / p[1], p[2]) for p in pairs if p is not None]
+    """Images and labels below a folder: by its `gt.txt` or `char.xml` (ICDAR), or a subfolder for each class (ImageNet)."""
+    truth = label_file(folder)
+    if truth is not None:
+        found = LISTS[truth.name](truth)
         absent = next((path for path, _ in found if not path.exists()), None)
         if absent is not None:
-            raise DataNotFoundError(f"{truth} names {absent.name}, which is not in {folder}")
+            raise DataNotFoundError(f"{truth} names {os.path.relpath(absent, folder)}, which is not in {folder}")
     else:
         files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
         found = [(p, p.relative_to(folder).parts[0]) for p in files if len(p.relative_to(folder).parts) > 1]
     if not found:
-        raise DataNotFoundError(f"{folder}: no images in subfolders named by their class, and no gt.txt")
+        raise DataNotFoundError(f"{folder}: no images in subfolders named by their class, and no {' or '.join(LISTS)}")
     return [p for p, _ in found], [label for _, label in found]
 
 
-def folder_set(root: Path, size: int) -> tuple[LazyImages, Tensor, LazyImages, Tensor, list[str]]:
-    """`root/train` and `root/test` (or `root/val`); the classes are numbered in the order of their names."""
+def parts_of(root: Path) -> tuple[Path, Path]:
+    """`root/train`, and `root/test` or `root/val`."""
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or test is None:
         raise DataNotFoundError(f"{root}: expected a folder train and a folder test or val in it")
-    train_files, train_labels = listed(root / "train")
+    return root / "train", test
+
+
+def lazy_set(train_files: list[Path], train_y: list[int], test_files: list[Path], test_y: list[int], size: int) -> Arrays:
+    """All normalised as the training images are."""
+    train = LazyImages(train_files, size)
+    return train, torch.tensor(train_y), LazyImages(test_files, size, train.mean, train.std), torch.tensor(test_y)
+
+
+def folder_set(root: Path, size: int) -> tuple[Arrays, list[str]]:
+    """`root/train` and `root/test` (or `root/val`), and the classes, which are numbered in the order of their names."""
+    train, test = parts_of(root)
+    train_files, train_labels = listed(train)
     test_files, test_labels = listed(test)
     classes = sorted(set(train_labels))
     number = {label: i for i, label in enumerate(classes)}
     unknown = sorted(set(test_labels) - set(classes))
     if unknown:
-        raise InvalidValueError(f"{test}: {', '.join(unknown[:5])} not among the classes of {root / 'train'}")
-    train = LazyImages(train_files, size)
-    y = [torch.tensor([number[label] for label in labels]) for labels in (train_labels, test_labels)]
-    return train, y[0], LazyImages(test_files, size, train.mean, train.std), y[1], classes
+        raise InvalidValueError(f"{test}: {', '.join(unknown[:5])} not among the classes of {train}")
+    y = [[number[label] for label in labels] for labels in (train_labels, test_labels)]
+    return lazy_set(train_files, y[0], test_files, y[1], size), classes
+
+
+def characters_of(folder: Path) -> tuple[list[Path], list[int], list[str]]:
+    """Images of letters and digits, their classes in `CHARACTERS`, and the labels of the images that are left out because they show neither."""
+    if label_file(folder) is None:
+        raise DataNotFoundError(f"{folder}: neither char.xml nor gt.txt, which name the character of each image, is in it")
+    files, labels = listed(folder)
+    kept = [(file, CHARACTERS[label.lower()]) for file, label in zip(files, labels, strict=True) if label.lower() in CHARACTERS]
+    left_out = [label for label in labels if label.lower() not in CHARACTERS]
+    if not kept:
+        raise InvalidValueError(f"{folder}: no image shows a single letter or digit, but {', '.join(map(repr, left_out[:5]))}")
+    return [file for file, _ in kept], [y for _, y in kept], left_out
+
+
+def character_set(root: Path, size: int) -> tuple[Arrays, list[str]]:
+    """As `folder_set`, with the 36 letters and digits as classes whichever of them are there; and a note on each part from which images were left out."""
+    parts = parts_of(root)
+    (train_files, train_y, _), (test_files, test_y, _) = found = [characters_of(part) for part in parts]
+    notes = [
+        f"{part.name}: {len(left_out)} of {len(y) + len(left_out)} images left out, which show no single letter or digit, but "
+        + ", ".join(map(repr, sorted(set(left_out))[:8]))
+        for part, (_, y, left_out) in zip(parts, found, strict=True)
+        if left_out
+    ]
+    return lazy_set(train_files, train_y, test_files, test_y, size), notes

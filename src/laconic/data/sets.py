@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import DataNotFoundError, InvalidValueError, missing_extra, nearest
 from .augment import crop, crop_and_flip, keep, zoom_and_flip
-from .files import LazyImages, folder_set, idx_set, npz_set, python_batches
+from .files import CHARACTERS, LazyImages, character_set, folder_set, idx_set, label_file, npz_set, python_batches
 
 Images = Tensor | LazyImages
 CPU = torch.device("cpu")
@@ -36,6 +36,7 @@ class Dataset:
     classes: int
     augment: Callable[[Tensor, torch.Generator], Tensor] = keep
     device: torch.device = CPU  # of the model; the images wait in the CPU's memory
+    notes: tuple[str, ...] = ()  # what was left out
 
     def validation(self, share: float = 0.15, seed: int = 0) -> Dataset:
         """The same with a part of the training set in place of the test set: for tuning."""
@@ -120,12 +121,12 @@ def cifar10(root: Path | None, _: int) -> Dataset:
 
 def mnist(root: Path | None, _: int) -> Dataset:
     """60,000 and 10,000 handwritten digits, 28 x 28, grey, in the idx files of MNIST."""
-    return _prepared("mnist", *idx_set(_file("mnist", root)), crop)
+    return _prepared("mnist", *idx_set(_file("mnist", root, "MNIST/raw")), crop)
 
 
 def fashion_mnist(root: Path | None, _: int) -> Dataset:
     """60,000 and 10,000 pieces of clothing, 28 x 28, grey, in idx files like MNIST's."""
-    return _prepared("fashion-mnist", *idx_set(_file("fashion-mnist", root)), crop_and_flip)
+    return _prepared("fashion-mnist", *idx_set(_file("fashion-mnist", root, "FashionMNIST/raw")), crop_and_flip)
 
 
 def cifar10_original(root: Path | None, _: int) -> Dataset:
@@ -146,7 +147,10 @@ def tiny_shakespeare(root: Path | None, size: int) -> Dataset:
 
 def text_set(name: str, path: Path, size: int) -> Dataset:
     """A text in windows of `size` characters side by side, labelled by the characters that follow."""
-    text = path.read_text()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidValueError(f"{path}: not a text in UTF-8 ({error})") from None
     letters = sorted(set(text))
     number = {letter: i for i, letter in enumerate(letters)}
     tokens = torch.tensor([number[letter] for letter in text])
@@ -159,10 +163,10 @@ def text_set(name: str, path: Path, size: int) -> Dataset:
 
 
 def folders(name: str, path: Path, size: int) -> Dataset:
-    """A folder of images, see `folder_set`. Characters and words (with a `gt.txt`) keep their sides; others are mirrored, large ones zoomed into."""
-    train_x, train_y, test_x, test_y, classes = folder_set(path, size)
-    augment = crop if (path / "train" / "gt.txt").exists() else crop_and_flip if size <= 64 else zoom_and_flip
-    return Dataset(name, train_x, train_y, test_x, test_y, len(classes), augment)
+    """A folder of images, see `folder_set`. Characters and words (with a `gt.txt` or `char.xml`) keep their sides; others are mirrored, large ones zoomed into."""
+    arrays, classes = folder_set(path, size)
+    augment = crop if label_file(path / "train") else crop_and_flip if size <= 64 else zoom_and_flip
+    return Dataset(name, *arrays, len(classes), augment)
 
 
 def imagenet(root: Path | None, size: int) -> Dataset:
@@ -171,8 +175,10 @@ def imagenet(root: Path | None, size: int) -> Dataset:
 
 
 def icdar(root: Path | None, size: int) -> Dataset:
-    """Characters of ICDAR 2003: train and test with a `gt.txt` each."""
-    return folders("icdar", _file("icdar", root), size)
+    """Characters of ICDAR 2003, 36 classes: capital and small letters are one, what is neither a letter nor a digit is left out and
+    counted in the notes. Train and test have a `char.xml` each, as it is distributed, or a `gt.txt`."""
+    arrays, notes = character_set(_file("icdar", root), size)
+    return Dataset("icdar", *arrays, len(CHARACTERS), crop, notes=tuple(notes))
 
 
 DATASETS: dict[str, Callable[[Path | None, int], Dataset]] = {
@@ -189,9 +195,14 @@ DATASETS: dict[str, Callable[[Path | None, int], Dataset]] = {
     "icdar": icdar,
 }
 
+FILES: dict[str, Callable[[str, int], Dataset]] = {
+    ".npz": lambda name, _: _prepared(name, *npz_set(Path(name)), keep),
+    ".txt": lambda name, size: text_set(name, Path(name), size),
+}
+
 
 def load_dataset(name: str, root: str | Path | None = None, train_limit: int | None = None, size: int = 32) -> Dataset:
-    """Load a data set by name, an .npz file (see `npz_set`), or a folder of images (see `folder_set`).
+    """Load a data set by name, an .npz file (see `npz_set`), a .txt file (see `text_set`), or a folder of images (see `folder_set`).
 
     Args:
         root: the folder in which the data sets of a name are.
@@ -203,25 +214,29 @@ def load_dataset(name: str, root: str | Path | None = None, train_limit: int | N
     """
     if name in DATASETS:
         data = DATASETS[name](Path(root) if root is not None else None, size)
-    elif Path(name).suffix == ".npz" and Path(name).is_file():
-        data = _prepared(name, *npz_set(Path(name)), keep)
+    elif Path(name).suffix in FILES and Path(name).is_file():
+        data = FILES[Path(name).suffix](name, size)
     elif Path(name).is_dir():
         data = folders(name, Path(name), size)
     else:
-        raise InvalidValueError(f"task = {name!r} is unknown{nearest(name, DATASETS)}, and neither an .npz file nor a folder of images")
+        raise InvalidValueError(
+            f"task = {name!r} is unknown{nearest(name, DATASETS)}, and no {' or '.join(FILES)} file or folder of images"
+        )
     if train_limit is None:
         return data
     some = slice(train_limit)
     return dataclasses.replace(data, train_x=taken(data.train_x, some), train_y=data.train_y[some])
 
 
-def _file(name: str, root: Path | None) -> Path:
+def _file(name: str, root: Path | None, torchvision: str = "") -> Path:
+    """Where it is. `torchvision` keeps it under another name, which goes first: where cases are not told apart, `mnist` would find `MNIST` instead of `MNIST/raw`."""
+    names = [torchvision, name] if torchvision else [name]
     given = root or (Path(os.environ["LACONIC_DATA"]) if os.environ.get("LACONIC_DATA") else None)
     places = [given] if given else [Path("data"), Path("../shared/data")]
-    for place in places:
-        if (place / name).exists():
-            return place / name
+    found = next((place / name for place in places for name in names if (place / name).exists()), None)
+    if found is not None:
+        return found
     looked = " or ".join(str(p) for p in places)
     raise DataNotFoundError(
-        f"{name} is not in {looked}: name its folder with --data DIR or LACONIC_DATA=DIR (docs/data.md says how the file is made); the task 'digits' needs no file"
+        f"{' or '.join(names)} is not in {looked}: name its folder with --data DIR or LACONIC_DATA=DIR (docs/data.md says how the file is made); the task 'digits' needs no file"
     )

@@ -15,7 +15,7 @@ from torch import nn
 
 from .alexnet import alexnet, vgg_b
 from .charnet import CharNet
-from .convnet import ConvNet
+from .convnet import ConvNet, square
 from .decomposeme import decomposed
 from .lenet import LeNet5, LeNet300100
 from .resnet import ImageNetResNet, ResNet
@@ -35,7 +35,7 @@ class Shape:
 
 Builder = Callable[[Sequence[int], int, Shape], nn.Module]
 MODELS: dict[str, Builder] = {
-    "convnet": lambda image, classes, s: ConvNet(image[0], classes, s.widths, s.pools),
+    "convnet": lambda image, classes, s: ConvNet(image[0], classes, s.widths, s.pools, partial(square, kernel=s.kernel)),
     "decomposeme": lambda image, classes, s: ConvNet(image[0], classes, s.widths, s.pools, partial(decomposed, kernel=s.kernel)),
     "lenet-300-100": lambda image, classes, s: LeNet300100(torch.Size(image).numel(), classes, s.widths),
     "lenet-5": lambda image, classes, s: LeNet5(image, classes, s.widths),

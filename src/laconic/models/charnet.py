@@ -19,7 +19,7 @@ class Maxout(nn.Module):
 
 
 class CharNet(nn.Module):
-    """48, 64 and 128 channels behind a maxout of 2, 2 and 4, then one for each class, behind a maxout of 4: 2,622,936 parameters for 36.
+    """48, 64 and 128 channels behind a maxout of 2, 2 and 4, then one for each class, behind a maxout of 4: 2,621,904 parameters for 36.
 
     For characters of 24 x 24; over a larger image it slides, and the mean is taken. Without padding, as published.
     """

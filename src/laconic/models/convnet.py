@@ -1,4 +1,4 @@
-"""A plain convolutional network: 3 x 3 convolutions with BatchNorm, pooling where asked, one linear layer."""
+"""A plain convolutional network: square convolutions with BatchNorm, pooling where asked, one linear layer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from ..errors import InvalidValueError
 
-def square(channels: int, width: int) -> list[nn.Module]:
-    """A 3 x 3 convolution."""
-    return [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
+
+def same(kernel: int) -> int:
+    """The padding that keeps the size of an image."""
+    if kernel < 1 or kernel % 2 == 0:
+        raise InvalidValueError(f"kernel = {kernel}: must be odd, so that a convolution keeps the size of its input")
+    return kernel // 2
+
+
+def square(channels: int, width: int, kernel: int = 3) -> list[nn.Module]:
+    """A `kernel` x `kernel` convolution."""
+    return [nn.Conv2d(channels, width, kernel, padding=same(kernel), bias=False)]
 
 
 class ConvNet(nn.Module):
