@@ -159,6 +159,8 @@ BAD = {
     "every 0": (lambda: compressor(by_strength(), every=0), errors.InvalidValueError, V, "every = 0: must be a whole number, at least 1"),
     "every a fraction": (lambda: compressor(by_strength(), every=2.5), errors.InvalidValueError, V, r"every = 2\.5"),
     "every a truth value": (lambda: compressor(by_strength(), every=True), errors.InvalidValueError, V, "every = True"),
+    "total_steps a fraction of numpy's": (lambda: budgeted(total_steps=np.float64(10)), errors.InvalidValueError, V, "total_steps = .*10"),
+    "total_steps a truth value of numpy's": (lambda: budgeted(total_steps=np.bool_(True)), errors.InvalidValueError, V, "total_steps = .*True"),
     "total_steps 0": (lambda: budgeted(total_steps=0), errors.InvalidValueError, V, "total_steps = 0"),
     "cut unknown": (lambda: budgeted(cut="erly"), errors.InvalidValueError, V, "cut = 'erly' is unknown; did you mean 'early'"),
     "schedule backwards": (lambda: laconic.Schedule(warmup=0.6, settle=0.5), errors.InvalidValueError, V, "need 0 <= warmup < settle <= 1"),
@@ -181,6 +183,10 @@ BAD = {
     "optimizer without groups": (lambda: compressor(by_strength(), optimizer=object()), errors.UnsupportedOptimizerError, T, "object has no param_groups"),
     # files, recipes, data
     "load: missing": (lambda: laconic.load("/nowhere/at/all", mlp()), errors.CheckpointNotFoundError, FileNotFoundError, "does not exist"),
+    "load: a class": (lambda: laconic.load("/nowhere/at/all", nn.Linear), errors.InvalidTypeError, T, r"got the class Linear itself: build one first, Linear\(\.\.\.\)"),
+    "load: no model": (lambda: laconic.load("/nowhere/at/all", None), errors.InvalidTypeError, T, r"expected a torch\.nn\.Module, got NoneType"),
+    "save: a class": (lambda: laconic.save(nn.Linear, "/nowhere/at/all"), errors.InvalidTypeError, T, "got the class Linear itself"),
+    "state None": (lambda: compressor(by_strength()).load_state_dict(None), errors.InvalidTypeError, T, r"expected the dict that Compressor\.state_dict\(\) returned, got NoneType"),
     "state of another version": (lambda: compressor(by_strength()).load_state_dict({"version": 0}), errors.CheckpointError, V, "format version 0; this laconic reads 7"),
     "recipe unknown": (lambda: load_recipe("digit"), errors.RecipeError, V, "neither a file nor a shipped recipe; did you mean 'digits'"),
     "data missing": (lambda: load_dataset("scene", "/nowhere/at/all"), errors.DataNotFoundError, FileNotFoundError, "/nowhere/at/all"),
@@ -200,6 +206,11 @@ def test_bad_input_is_one_clear_line_of_the_documented_type(do, kind, builtin, m
     assert isinstance(caught.value, laconic.LaconicError)
     assert isinstance(caught.value, builtin)
     assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    made = budgeted(total_steps=np.int64(60), every=np.int32(2))
+    assert (made.total_steps, type(made.total_steps), made.every, type(made.every)) == (60, int, 2, int)
 
 
 def test_an_unknown_recipe_key_is_answered_with_the_nearest_valid_one(tmp_path):

@@ -1,11 +1,15 @@
 """The smallest model that is good enough."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import laconic
 from laconic.errors import InfeasibleBudgetError, InvalidValueError
+
+from .models import cnn, mlp
 
 
 def layered(rank: int, size: int = 24) -> nn.Sequential:
@@ -92,9 +96,52 @@ def test_with_training_every_trial_starts_from_the_given_weights():
         ({"lowest": 0.0}, r"lowest = 0\.0: a fraction"),
         ({"precision": 1.0}, r"precision = 1\.0"),
         ({"evaluate": lambda m: float("nan")}, r"evaluate returned nan"),
+        ({"evaluate": lambda m: None}, r"evaluate returned None: the score must be a finite number"),
+        ({"evaluate": lambda m: torch.ones(40, 2)}, r"evaluate returned Tensor tensor\(.*: the score must be a finite number"),
     ],
 )
 def test_bad_input_is_one_clear_line(options, message):
     arguments = {"evaluate": lambda m: 0.0, "max_loss": 0.1, **options}
     with pytest.raises(InvalidValueError, match=message):
         laconic.smallest(layered(5), **arguments)
+
+
+def shrinks_nothing(model: nn.Module, budget: laconic.Budget) -> None:
+    pass
+
+
+def shrinks_a_copy(model: nn.Module, budget: laconic.Budget) -> laconic.CompactReport:
+    return laconic.compress(copy.deepcopy(model), budget=budget, example_inputs=(torch.zeros(1, 24),))
+
+
+@pytest.mark.parametrize("shrink", [shrinks_nothing, shrinks_a_copy])
+@pytest.mark.parametrize(("currency", "cost"), [("params", "624 params"), ("macs", "624 macs")])
+def test_a_shrink_that_leaves_the_model_as_it_was_is_refused(shrink, currency, cost):
+    scored = []
+    options = {"currency": currency, "shrink": shrink, "example_inputs": (torch.zeros(1, 24),), "lowest": 0.5}
+    message = (
+        rf"Budget\({currency}=0\.5\), but the model still has {cost}, above the budget's 312: did shrink call compact\(\), and does it"
+    )
+    with pytest.raises(InvalidValueError, match=message) as caught:
+        laconic.smallest(layered(5), lambda m: float(len(scored.append(m) or scored)), 0.1, **options)
+    assert "\n" not in str(caught.value)
+    assert len(scored) == 1  # the dense one
+
+
+@pytest.mark.parametrize(
+    ("build", "x"), [(lambda: layered(5), torch.zeros(4, 24)), (cnn, torch.zeros(2, 3, 8, 8)), (mlp, torch.zeros(2, 6).double())]
+)
+@pytest.mark.parametrize("currency", ["params", "macs"])
+def test_what_the_package_itself_shrinks_is_within_the_budget_by_the_same_count(build, x, currency):
+    def shrink(candidate: nn.Module, budget: laconic.Budget) -> laconic.CompactReport:
+        structures = [laconic.LowRank(), laconic.Channels()]
+        return laconic.compress(candidate, structures, budget, example_inputs=(x,))
+
+    for how in (None, shrink):
+        found = laconic.smallest(build().eval(), lambda m: 0.0, 0.1, currency=currency, shrink=how, example_inputs=(x,))
+        assert found.budget < 1
+
+
+def test_a_time_is_not_held_against_a_shrink():
+    found = laconic.smallest(layered(5), lambda m: 0.0, 0.1, currency="latency", shrink=shrinks_nothing)
+    assert found.budget < 1

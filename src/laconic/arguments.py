@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from .budget import Budget
+from .checks import whole_number
 from .distributed import world_size
 from .errors import InvalidTypeError, InvalidValueError, nearest
 from .structures import Channels, Entries, Structure
 
 
-def check_arguments(structures: Sequence[Structure], budget: Any, total_steps: Any, every: Any, cut: Any, schedule: Any) -> None:
+def check_arguments(
+    structures: Sequence[Structure], budget: Any, total_steps: Any, every: Any, cut: Any, schedule: Any
+) -> tuple[int | None, int | None]:
+    """Returns `total_steps` and `every` as Python's own numbers."""
     if budget is None and any(s.strength is None for s in structures):
         raise InvalidValueError(
             "Compressor needs a budget=laconic.Budget(params=0.25) (with total_steps=), or structures=[laconic.LowRank(strength=...)]"
@@ -22,13 +26,13 @@ def check_arguments(structures: Sequence[Structure], budget: Any, total_steps: A
         raise InvalidValueError("Entries and a budget: zeros among the entries save nothing that a budget counts; leave one of them out")
     if budget is not None and total_steps is None:
         raise InvalidValueError("a budget needs total_steps= (epochs x steps per epoch), to know when to press and when to cut")
-    for name, value in (("total_steps", total_steps), ("every", every)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InvalidValueError(f"{name} = {value!r}: must be a whole number, at least 1")
+    total_steps = whole_number("total_steps", total_steps, 1) if total_steps is not None else None
+    every = whole_number("every", every, 1) if every is not None else None
     if budget is None and schedule is not None:
         raise InvalidValueError("schedule= has no effect without a budget: a strength presses from the first step to the last")
     if cut not in ("early", "end"):
         raise InvalidValueError(f"cut = {cut!r} is unknown{nearest(str(cut), ('early', 'end'))}")
+    return total_steps, every
 
 
 def check_processes(structures: Sequence[Structure], sharded: bool, cut_early: bool, budget: Budget | None, rebuild: Any) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from . import _version
+from .checks import check_module
 from .distributed import bare
 from .errors import ArchitectureMismatchError, CheckpointError, CheckpointNotFoundError
 from .surgery.record import Cut, Slim, find_cuts, find_slims, replay, replay_slims, undo
@@ -44,6 +45,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: dict[str, 
     Raises:
         CheckpointError: the path holds something that is not a saved model, or the model holds state that is not tensors.
     """
+    check_module(model)
     model = bare(model)
     target = Path(directory)
     if target.exists() and not (target.is_dir() and ((target / RECORD).exists() or not any(target.iterdir()))):
@@ -97,7 +99,9 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         CheckpointNotFoundError: the directory or one of its files is missing.
         CheckpointError: a file was cut short or altered, or has another format.
         ArchitectureMismatchError: the model is not of the architecture that was saved; names what differs.
+        InvalidTypeError: no model, or the class in place of an instance.
     """
+    check_module(model)
     source = _find(Path(directory))
     manifest, tensors = _read(source)
     make_wide = replay_slims(model, [Slim.from_json(s) for s in manifest.get("slims", [])])

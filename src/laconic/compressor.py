@@ -8,11 +8,12 @@ One object, one file, and therefore a long one: the run, its end, and its resump
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -23,6 +24,7 @@ from torch import nn
 from .allocate import Floats, log_shares, numerical_rank
 from .arguments import check_arguments, check_processes
 from .budget import Budget, Shapes, correct, cost_weights, is_met, prepare, ranks_for_budget, shapes_for_budget
+from .checks import check_module
 from .compaction import choose_ranks, cut_sites, energy_ranks, guarded, not_carried, replay_cuts, spectra, values_of
 from .costs import Ranks, present_costs
 from .cuts import all_or_nothing
@@ -126,13 +128,12 @@ class Compressor:
         schedule: Schedule | None = None,
         rebuild: Callable[[nn.Module], Any] | None = None,
     ):
-        if not isinstance(model, nn.Module):
-            raise InvalidTypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        check_module(model)
         self.sharded = any(is_sharded(p) for p in model.parameters())
         trains_on = cut == "early" and not self.sharded
         multiple = budget.multiple if isinstance(budget, Budget) else 1
         structures, unasked = check_structures(structures, example_inputs, trains_on, multiple)
-        check_arguments(structures, budget, total_steps, every, cut, schedule)
+        total_steps, every = check_arguments(structures, budget, total_steps, every, cut, schedule)
         model = bare(model)
         optimizers = check_optimizers(optimizer)
         trained = {p for o in optimizers for g in o.param_groups for p in g["params"]}
@@ -753,8 +754,11 @@ class Compressor:
         model's and the optimizer's own state.
 
         Raises:
+            InvalidTypeError: not a dict.
             CheckpointError: another format version, or a state of another model.
         """
+        if not isinstance(state, dict):
+            raise InvalidTypeError(f"compressor state: expected the dict that Compressor.state_dict() returned, got {type(state).__name__}")
         version = state.get("version")
         if version != VERSION:
             raise CheckpointError(f"compressor state has format version {version!r}; this laconic reads {VERSION}")
@@ -795,3 +799,21 @@ class Compressor:
         self._watch_inputs()
         self._scaling = scale_gradients(self.plan.sites, run.gradient_scales)
         self._parameters = named_by_identity(self.model)
+
+    @contextlib.contextmanager
+    def as_it_was_on_error(self) -> Iterator[None]:
+        """A resume that fails after `load_state_dict` takes that back: the model, the optimizers' weights and states, the plan, the run."""
+        planned: list[Any] = [self.plan, *self.plan.sites, *self.plan.inner, *self.plan.layers, *self.plan.neurons]
+        before = [(x, {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}) for x in planned]
+        mine = dict(vars(self))
+        try:
+            with all_or_nothing(self.model, self.plan, self.optimizers):
+                yield
+        except BaseException:
+            if self._inputs is not None and self._inputs is not mine["_inputs"]:
+                self._inputs.drop()
+            vars(self).update(mine | {"_watch": self._watch})  # a watch that was ended stays so, and starts anew
+            for x, values in before:
+                for name, value in values.items():
+                    setattr(x, name, value)
+            raise

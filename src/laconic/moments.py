@@ -41,9 +41,13 @@ class InputMoments:
             count, total, squares = before[0] + count, before[1] + total, before[2] + squares
         self._sums[name] = count, total, squares
 
+    def drop(self) -> None:
+        """See no more."""
+        self._watch.close()
+
     def finish(self) -> dict[str, Moments]:
         """The moments seen, by all processes together; layers that did not run, or that saw too little, are missing."""
-        self._watch.close()
+        self.drop()
         found = {}
         everywhere = gathered(self._sums)
         for name in self._sums:

@@ -11,13 +11,16 @@ takes its name, so that a name always stands for a whole checkpoint:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,13 @@ from torch import nn
 
 from . import _version
 from .checkpoint import read_tensors, save, sync_directory, write_file
+from .checks import check_module, whole_number
 from .compressor import Compressor
-from .distributed import agreed, bare, gathered, is_sharded, rank, world_size
+from .cuts import all_or_nothing
+from .distributed import agreed, gathered, innermost, is_sharded, rank, world_size
 from .errors import CheckpointError, InvalidTypeError, InvalidValueError
+from .plain import plain, plain_json
+from .plan import Plan
 
 FORMAT = 1
 MODEL, TRAINING, MANIFEST = "model", "training.pt", "checkpoint.json"
@@ -43,11 +50,15 @@ class RunCheckpoints:
 
     Args:
         directory: of the checkpoints; created.
-        model: trained by the loop; on resume the fresh dense one.
-        compressor: on resume a fresh one, built on the fresh model and its optimizer. None: a run without.
+        model: trained by the loop, wrapped (DistributedDataParallel, `torch.compile`) or not; on resume the fresh dense one.
+        compressor: of this very model; on resume a fresh one, built on the fresh model and its optimizer. None: a run without.
         settings: plain JSON data that must be the same on resume: whatever decides the run.
         keep: how many checkpoints to keep, at least 1. With 2, a damaged newest one costs one interval.
-        parts: everything else that has `state_dict` and `load_state_dict`: optimizers, schedulers, scalers, by name.
+        parts: everything else that has `state_dict` and `load_state_dict`: optimizers, schedulers, scalers, by name. All
+            optimizers of the compressor must be among them.
+
+    Raises:
+        InvalidValueError, InvalidTypeError: an argument that cannot be right, such as the compressor of another model.
 
     Example:
         >>> import tempfile, torch, laconic
@@ -74,16 +85,17 @@ class RunCheckpoints:
         keep: int = 2,
         **parts: Any,
     ):
-        if keep < 1:
-            raise InvalidValueError(f"keep = {keep}: at least one checkpoint must stay")
+        check_module(model)
         for name, part in parts.items():
             if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
                 raise InvalidTypeError(f"{name}: {type(part).__name__} has no state_dict and load_state_dict; plain data goes into extra=")
+        if compressor is not None:
+            _check_compressor(compressor, model, parts)
         self.directory = Path(directory)
-        self.model = bare(model)
+        self.model = innermost(model)
         self.compressor = compressor
-        self.settings = json.loads(json.dumps(settings or {}))
-        self.keep = keep
+        self.settings = plain_json(settings or {}, "settings")
+        self.keep = whole_number("keep", keep, 1)
         self.parts = parts
 
     def save(self, step: int, extra: dict[str, Any] | None = None) -> Path:
@@ -95,23 +107,31 @@ class RunCheckpoints:
         Args:
             step: optimizer steps done; names the checkpoint.
             extra: plain data (numbers, strings, tensors, lists, dicts): the loop's own position, generators' states.
-                PyTorch's own generators are saved without being asked for.
+                PyTorch's own generators are saved without being asked for. Numpy's scalars come back as Python's numbers,
+                its arrays as tensors; so it is in the states of the parts.
+
+        Raises:
+            InvalidValueError: `step` is not a whole number.
+            InvalidTypeError: `extra` or a part's state holds what could not be read back without pickle; nothing is written.
         """
+        step = whole_number("step", step, 0)
+        extra = plain(extra or {}, "extra")
         if any(is_sharded(p) for p in self.model.parameters()):
             raise CheckpointError("the model is sharded (FSDP2): save its parts with torch.distributed.checkpoint")
         random = gathered({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []})
         written = agreed(lambda: str(self._write(step, random, extra)))
         return Path(written)
 
-    def _write(self, step: int, random: list[dict[str, Any]], extra: dict[str, Any] | None) -> Path:
+    def _write(self, step: int, random: list[dict[str, Any]], extra: dict[str, Any]) -> Path:
+        state = {
+            "compressor": plain(self.compressor.state_dict(), "compressor") if self.compressor is not None else None,
+            "parts": {name: plain(part.state_dict(), name) for name, part in self.parts.items()},
+            "classes": {name: type(part).__name__ for name, part in self.parts.items()},
+            "random": random,
+            "extra": extra,
+        }
         self.directory.mkdir(parents=True, exist_ok=True)
         self._sweep()
-        state = {
-            "compressor": self.compressor.state_dict() if self.compressor is not None else None,
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "random": random,
-            "extra": extra or {},
-        }
         buffer = io.BytesIO()
         torch.save(state, buffer)
         payload = buffer.getvalue()
@@ -149,7 +169,8 @@ class RunCheckpoints:
             the step and `extra`; None where there is no checkpoint.
 
         Raises:
-            CheckpointError: none is whole, another format, or of another run (other settings, other parts).
+            CheckpointError: none is whole, another format, or of another run (other settings, other parts, a part of another
+                class, a state that a part refuses). Model, compressor and optimizers are then as they were.
         """
         damaged: list[str] = []
         for step in reversed(self.steps()):
@@ -212,7 +233,12 @@ class RunCheckpoints:
             tensors = read_tensors(path / MODEL)
         except CheckpointError as error:
             raise DamagedError(f"checkpoint {path} is damaged ({error})") from None
-        state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # an earlier version did not look when it saved
+            raise CheckpointError(
+                f"{path / TRAINING} holds what cannot be read without pickle: allow its classes by torch.serialization.add_safe_globals, or start anew"
+            ) from error
         return state, tensors
 
     def _check_settings(self, path: Path, saved: dict[str, Any]) -> None:
@@ -226,21 +252,78 @@ class RunCheckpoints:
 
     def _load(self, step: int, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         where = f"checkpoint {self._path(step)}"
+        self._check_run(where, state)
+        with self._as_it_was_on_error():
+            if self.compressor is not None:  # first: it makes the same cuts on model and optimizer
+                self.compressor.load_state_dict(state["compressor"])
+            try:
+                self.model.load_state_dict(tensors)
+            except RuntimeError as error:
+                raise CheckpointError(f"{where} does not fit the model: {_one_line(error)}") from None
+            for name, part in self.parts.items():
+                try:
+                    part.load_state_dict(state["parts"][name])
+                except Exception as error:  # a part's own code
+                    raise CheckpointError(
+                        f"{where} does not fit the part {name} ({type(part).__name__}): {type(error).__name__}: {_one_line(error)}"
+                    ) from error
+        random = state["random"][rank()]
+        if random["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(random["cuda"])
+        torch.set_rng_state(random["cpu"])
+
+    def _check_run(self, where: str, state: dict[str, Any]) -> None:
+        """All that can be told before anything is loaded."""
         if (state["compressor"] is None) != (self.compressor is None):
             raise CheckpointError(f"{where} was saved {'without' if state['compressor'] is None else 'with'} a compressor, unlike this run")
         if state["parts"].keys() != self.parts.keys():
             raise CheckpointError(f"{where} holds the parts {sorted(state['parts'])}, this run has {sorted(self.parts)}")
-        if self.compressor is not None:  # first: it makes the same cuts on model and optimizer
-            self.compressor.load_state_dict(state["compressor"])
-        try:
-            self.model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise CheckpointError(f"{where} does not fit the model: {' '.join(str(error).split())[:300]}") from None
-        for name, part in self.parts.items():
-            part.load_state_dict(state["parts"][name])
+        for name, kind in state.get("classes", {}).items():  # not in those of earlier versions
+            if kind != type(self.parts[name]).__name__:
+                raise CheckpointError(
+                    f"{where}: the part {name} was of the class {kind}, is of {type(self.parts[name]).__name__}: resume with the class that was saved"
+                )
         if len(state["random"]) != world_size():
             raise CheckpointError(f"{where} was saved by {len(state['random'])} processes, these are {world_size()}")
-        random = state["random"][rank()]
-        torch.set_rng_state(random["cpu"])
-        if random["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(random["cuda"])
+
+    @contextlib.contextmanager
+    def _as_it_was_on_error(self) -> Iterator[None]:
+        """Model, compressor, optimizers, modules among the parts; of other parts what their attributes refer to (all that
+        PyTorch's schedulers and scalers change), not what is written into the tensors and dicts that these hold."""
+        modules = [self.model, *(part for part in self.parts.values() if isinstance(part, nn.Module))]
+        holders = [*self.parts.values(), *(self.compressor.optimizers if self.compressor is not None else ())]
+        attributes = [(holder, dict(vars(holder))) for holder in holders if hasattr(holder, "__dict__")]
+        with contextlib.ExitStack() as stack:
+            if self.compressor is not None:
+                stack.enter_context(self.compressor.as_it_was_on_error())
+                modules = modules[1:]
+            for module in modules:
+                stack.enter_context(all_or_nothing(module, Plan([], [], 0, None)))
+            try:
+                yield
+            except BaseException:  # before the rest: cuts are taken back in the groups that the optimizers had
+                for holder, before in attributes:
+                    vars(holder).clear()
+                    vars(holder).update(before)
+                raise
+
+
+def _check_compressor(compressor: Compressor, model: nn.Module, parts: dict[str, Any]) -> None:
+    if not isinstance(compressor, Compressor):
+        raise InvalidTypeError(
+            f"compressor: expected a laconic.Compressor, got {type(compressor).__name__}; optimizers go in by name, optimizer=optimizer"
+        )
+    if innermost(model) is not innermost(compressor.model):
+        raise InvalidValueError(
+            f"model: this {type(innermost(model)).__name__} is not the one that the compressor trains (a copy of it?): pass compressor.model"
+        )
+    held = [*parts.values(), *(part.optimizer for part in parts.values() if hasattr(part, "param_groups") and hasattr(part, "optimizer"))]
+    for optimizer in compressor.optimizers:
+        if not any(part is optimizer for part in held):  # a scheduler's is not saved by it, that of a wrapper with groups is
+            raise InvalidValueError(
+                f"an optimizer of the compressor ({type(optimizer).__name__}) is none of the parts ({', '.join(parts) or 'there are none'}), its state would be lost: pass it by name, RunCheckpoints(..., optimizer=optimizer)"
+            )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -11,14 +11,20 @@ from typing import Any
 from torch import nn
 
 from .budget import Budget
+from .checks import check_module
 from .compaction import compress
 from .costs import CURRENCIES
 from .errors import InfeasibleBudgetError, InvalidValueError, nearest
-from .measure import evaluating
+from .measure import count_macs, count_params, evaluating
 from .report import CompactReport
 from .structures import LowRank
 
 Shrink = Callable[[nn.Module, Budget], CompactReport]
+# What a model costs now, where that can be counted: a time depends on the moment, and MACs on inputs.
+COUNTS: dict[str, Callable[[nn.Module, Any], int | None]] = {
+    "params": lambda model, _: count_params(model),
+    "macs": lambda model, inputs: count_macs(model, inputs) if inputs is not None else None,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +83,16 @@ def smallest(
         max_loss: in the units of the score, at least 0.
         currency: `"params"`, `"macs"` or `"latency"`.
         shrink: cuts a copy of the model in place to a budget, with as much training as wanted, and returns the report;
-            None: `laconic.compress` without training, with the next three arguments.
+            None: `laconic.compress` without training, with the next three arguments. That the copy is within the budget is
+            checked (in params; in macs with example inputs).
         structures, example_inputs, calibration: see `laconic.compress`.
         lowest: smallest fraction that is tried (or the smallest feasible one, if that is larger).
         precision: stop once good and bad budgets are this close, relatively.
         report: called after every trial.
 
     Raises:
-        InvalidValueError: an argument out of range, a score that is not a finite number.
+        InvalidValueError: an argument out of range, a score that is not a finite number, a `shrink` that leaves the model
+            above the budget.
 
     Example:
         >>> import torch, laconic
@@ -95,6 +103,7 @@ def smallest(
         >>> found.score >= -0.01
         True
     """
+    check_module(model)
     if currency not in CURRENCIES:
         raise InvalidValueError(f"currency = {currency!r} is unknown{nearest(currency, CURRENCIES)}")
     if not (max_loss >= 0 and math.isfinite(max_loss)):
@@ -110,16 +119,35 @@ def smallest(
 
     def score(candidate: nn.Module) -> float:
         with evaluating(candidate):
-            value = float(evaluate(candidate))
-        if not math.isfinite(value):
-            raise InvalidValueError(f"evaluate returned {value}: the score must be a finite number, larger is better")
-        return value
+            value = evaluate(candidate)
+        try:
+            found = float(value)
+        except (TypeError, ValueError, RuntimeError):  # the last is what PyTorch says of a tensor with several entries
+            found = math.nan
+        if not math.isfinite(found):
+            what = value if value is None or isinstance(value, (int, float)) else f"{type(value).__name__} {value}"
+            raise InvalidValueError(
+                f"evaluate returned {' '.join(str(what).split())[:80]}: the score must be a finite number, larger is better"
+            )
+        return found
+
+    def check_shrunk(candidate: nn.Module, share: float) -> None:
+        left = count(candidate, example_inputs)
+        if left is None or dense_cost is None:
+            return
+        allowed = math.floor(share * dense_cost)
+        if left > allowed:
+            raise InvalidValueError(
+                f"shrink was given Budget({currency}={share:.4g}), but the model still has {left} {CURRENCIES[currency].unit}, above the budget's {allowed}: did shrink call compact(), and does it change the model that it is given?"
+            )
 
     def budget_of(share: float) -> Budget:
         amounts: dict[str, Any] = {currency: share}
         return Budget(**amounts)
 
     shrink = shrink or cut
+    count = COUNTS.get(currency, lambda *_: None)
+    dense_cost = count(model, example_inputs)
     dense_score = score(model)
     best = SearchResult(copy.deepcopy(model), None, 1.0, dense_score, dense_score, ())
     trials: list[Trial] = []
@@ -133,6 +161,7 @@ def smallest(
                 break
             bad = fraction = error.smallest
             continue
+        check_shrunk(candidate, fraction)
         found = score(candidate)
         trials.append(Trial(fraction, found, found >= dense_score - max_loss))
         if report is not None:
