@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import tyro
 from ablations import DEFAULTS, FACTORS
 from matplotlib.figure import Figure
-from render import load, spread, times_of, variant_runs
+from render import SAME_NETWORK, load, side_by_side, spread, times_of, variant_runs
 
 from laconic.methods import METHODS
 
@@ -116,6 +116,33 @@ def pareto(task: str) -> Figure:
     return figure
 
 
+def latency(task: str) -> Figure:
+    """Test accuracy against what the network takes for a batch of 64, beside dense: budgets in parameters (hollow), in milliseconds (full)."""
+    figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    colors = {"laconic": "black", "thin-long": "C0", "low-rank": "C3", "channels": "C4"}
+    points: dict[str, list[tuple[float, float, float, str]]] = {method: [] for method in colors}
+    for recipe in (task, f"{task}-tenth", f"{task}-twentieth"):
+        runs, ms = load(recipe), times_of(recipe)["b64"]
+        for method in colors.keys() & runs.keys():
+            network = SAME_NETWORK.get(method, method)
+            if network in ms:
+                points[method].append((ms[network] / ms["dense"], mean_of(runs[method]), spread_of(runs[method]), "none"))
+    for recipe in (f"{task}-latency", f"{task}-latency-quarter"):
+        runs, beside = load(recipe), side_by_side(recipe)
+        for method in colors.keys() & runs.keys() & beside.keys():
+            points[method].append((beside[method], mean_of(runs[method]), spread_of(runs[method]), "full"))
+    for method, color in colors.items():
+        for i, (x, y, error, fill) in enumerate(points[method]):
+            label = METHODS[method].label if i == 0 else None
+            axes.errorbar([x], [y], [error], marker="o", capsize=3, color=color, fillstyle=fill, linestyle="", label=label)
+    axes.axhline(mean_of(load(task)["dense"]), color="0.6", linestyle="--", label="dense")
+    axes.set(xscale="log", xlabel="milliseconds, share of dense", ylabel="test accuracy, %")
+    axes.set_xticks(ticks := [0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0], [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    return figure
+
+
 def curves(recipe: str) -> Figure:
     """Test accuracy after every epoch against training time in units of the dense run's: mean, and a band of one standard deviation."""
     figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
@@ -188,6 +215,8 @@ def main(options: Options) -> None:
     }
     for task in ("cifar10", "scene"):
         pictures |= {f"pareto-{task}": pareto(task), f"curves-{task}": curves(f"{task}-tenth")}
+        if side_by_side(f"{task}-latency"):
+            pictures[f"latency-{task}"] = latency(task)
         if variant_runs(f"{task}-tenth", "default"):
             pictures[f"ablations-{task}"] = ablations(f"{task}-tenth")
     for name, figure in pictures.items():

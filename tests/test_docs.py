@@ -49,6 +49,23 @@ def test_every_picture_that_a_page_shows_exists():
     assert missing == []
 
 
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
+
+
+def test_drawn_pictures_are_up_to_date(tmp_path):
+    """Up to a thousandth of a point, which rounding elsewhere may move."""
+    command = [sys.executable, "experiments/plots.py", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    drawn = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
+    assert drawn.keys() == {path.name for path in (ROOT / "docs" / "images").glob("*.svg")}
+    for name, text in drawn.items():
+        committed = (ROOT / "docs" / "images" / name).read_text()
+        assert re.sub(r'"[^"]*"', "", text) == re.sub(r'"[^"]*"', "", committed), name  # labels
+        numbers = [[float(x) for x in NUMBER.findall(" ".join(re.findall(r' (?:d|x|y)="([^"]*)"', t)))] for t in (text, committed)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=1e-3), name
+
+
 def test_rendered_tables_are_up_to_date():
     done = subprocess.run([sys.executable, "experiments/render.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
