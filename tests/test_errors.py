@@ -164,6 +164,7 @@ BAD = {
     "total_steps 0": (lambda: budgeted(total_steps=0), errors.InvalidValueError, V, "total_steps = 0"),
     "cut unknown": (lambda: budgeted(cut="erly"), errors.InvalidValueError, V, "cut = 'erly' is unknown; did you mean 'early'"),
     "schedule backwards": (lambda: laconic.Schedule(warmup=0.6, settle=0.5), errors.InvalidValueError, V, "need 0 <= warmup < settle <= 1"),
+    "schedule a number": (lambda: budgeted(schedule=0.5), errors.InvalidTypeError, T, r"schedule = 0\.5: expected laconic\.Schedule"),
     "schedule without a budget": (lambda: compressor(by_strength(), schedule=laconic.Schedule()), errors.InvalidValueError, V, "no effect without a budget"),
     "example_inputs a dict": (lambda: compressor(by_strength(), example_inputs={"x": X}), errors.InvalidTypeError, T, "must be a tuple .* got dict"),
     "example_inputs of another shape": (lambda: compressor(by_strength(), example_inputs=(X[:, :3],)), errors.InvalidValueError, V, r"example_inputs: Sequential does not run on \(\(2, 3\) torch\.float64\): RuntimeError: "),

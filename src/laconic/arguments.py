@@ -9,6 +9,7 @@ from .budget import Budget
 from .checks import whole_number
 from .distributed import world_size
 from .errors import InvalidTypeError, InvalidValueError, nearest
+from .schedule import Schedule
 from .structures import Channels, Entries, Structure
 
 
@@ -28,6 +29,8 @@ def check_arguments(
         raise InvalidValueError("a budget needs total_steps= (epochs x steps per epoch), to know when to press and when to cut")
     total_steps = whole_number("total_steps", total_steps, 1) if total_steps is not None else None
     every = whole_number("every", every, 1) if every is not None else None
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise InvalidTypeError(f"schedule = {schedule!r}: expected laconic.Schedule(warmup=0.1, settle=0.35)")
     if budget is None and schedule is not None:
         raise InvalidValueError("schedule= has no effect without a budget: a strength presses from the first step to the last")
     if cut not in ("early", "end"):

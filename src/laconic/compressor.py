@@ -141,8 +141,6 @@ class Compressor:
             raise OptimizerError(
                 "the optimizer does not own any of the model's weights: build it from model.parameters() of this very model, after moving it to its device"
             )
-        if any(other.model is model for o in optimizers for other in attached_to(o, Compressor)):
-            raise OptimizerError("another Compressor is on this model and optimizer already: detach() that one first, or go on with it")
 
         self.model = model
         self.optimizers = optimizers
@@ -153,6 +151,8 @@ class Compressor:
         self.rebuild = rebuild
         self.cut_early = cut == "early" and budget is not None
         check_processes(structures, self.sharded, self.cut_early, budget, rebuild)
+        if any(other.model is model for o in optimizers for other in attached_to(o, Compressor)):
+            raise OptimizerError("another Compressor is on this model and optimizer already: detach() that one first, or go on with it")
         self.plan = make_plan(model, structures, example_inputs, trained)
         self.plan.notes += unasked
         reshard(model)  # counting ran it forward
