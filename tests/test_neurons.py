@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 import pickle
 
@@ -20,7 +21,7 @@ from laconic.models import GPT
 from laconic.plan import make_plan
 from laconic.slimming import importances_of, slim_neurons, watch_inputs
 from laconic.timing import RankTimes
-from laconic.widths import Walk, choose_shapes, most_important
+from laconic.widths import Walk, choose_shapes, most_important, prices
 
 from .models import assert_same, cnn, inputs_for, mlp, snapshot
 from .test_shrinking import IMAGE, NETWORKS, Residual, noise, train, wide_mlp
@@ -849,3 +850,39 @@ def test_many_more_steps_than_total_steps_are_told_once():
         train(model, compressor.optimizers[0], (8, 64), 30)
     assert len([w for w in caught if "total_steps" in str(w.message)]) == 1
     assert any(note.startswith("30 optimizer steps, but total_steps = 10") for note in compressor.compact().notes)
+
+
+def test_the_report_says_what_a_further_step_would_have_lost(tmp_path):
+    """The cheapest steps are taken first: what is left costs more than anything that went; a tighter budget is dearer."""
+    reports = []
+    for share in (0.4, 0.2):
+        torch.manual_seed(0)
+        model = wide_mlp()
+        compressor = compressor_for(model, (8, 64), budget=laconic.Budget(params=share), total_steps=20)
+        train(model, compressor.optimizers[0], (8, 64), 20)
+        reports.append(compressor.compact())
+    cheapest = [min(x.price for x in (*r.layers, *r.groups) if x.price is not None) for r in reports]
+    assert 0 < cheapest[0] < cheapest[1]
+    assert "price: what the next rank, or unit, would lose" in str(reports[0])
+    assert laconic.CompactReport.from_json(json.loads(json.dumps(reports[0].to_json()))) == reports[0]
+
+
+def test_the_price_is_the_loss_for_a_percent_of_the_budget():
+    build, shape = NETWORKS["MLP"]
+    model = build()
+    plan = make_plan(model, list(BOTH), (noise(model, shape, 0),))
+    values, importances = spectra(plan), importances_of(plan, {})
+    limits = laconic.Budget(params=0.3).limits(plan)
+    found = prices(plan, values, importances, ("params",), limits)
+    walk = choose_shapes(plan, values, importances, ("params",), limits)
+    walk.weights = 1 / limits
+    for item in (*plan.neurons, *plan.sites):
+        before, spent = walk.gain(), float(walk.spent[0])
+        step = walk.best(item)
+        assert (step is None) == (item.name not in found)
+        if step is None:
+            continue
+        again = choose_shapes(plan, values, importances, ("params",), limits)
+        again.go(item, step[1])
+        percents = 100 * (spent - float(again.spent[0])) / float(limits[0])
+        assert found[item.name] == pytest.approx((before - again.gain()) / percents)

@@ -33,6 +33,7 @@ from .surgery.factorize import pair_matrices, pair_weights
 from .surgery.factorize import weights as pair_parameters
 from .surgery.optimizer import carry, unknown_state
 from .surgery.record import put, undo
+from .widths import prices
 
 
 def spectra(plan: Plan) -> dict[str, Floats]:
@@ -336,6 +337,8 @@ def compress(
     if budget is not None:
         prepare(model, plan, values, importances, budget, example_inputs)
 
+    why = prices(plan, values, importances, budget.currencies, budget.limits(plan)) if budget is not None and plan.neurons else {}
+
     def choose(keep_dense: frozenset[str]) -> Ranks:
         if budget is not None:
             return ranks_for_budget(plan, values, budget, keep_dense)
@@ -351,6 +354,6 @@ def compress(
             values = spectra(plan)
         ranks, times, notes = choose_ranks(model, plan, values, choose, only_faster, example_inputs)
         result.add(cut_sites(model, plan, values, ranks, example_inputs=example_inputs, calibration=batches))
-    result.timings = times
+    result.timings, result.prices = times, why
     result.notes[:0] = [*unasked, *notes, *(unseen(plan, moments) if budget is not None else [])]
     return make_report(model, plan, result, example_inputs, budget.limit_ms(plan) if budget is not None else None)

@@ -31,6 +31,7 @@ class CutResult:
         max_abs_diff: largest change of an output by a single round of cuts; None without example inputs.
         kept: units that are left, by their numbers in the dense model, of the groups that lost some.
         shares: what the consumers still receive of such a group, multiplied up.
+        prices: of sites and groups, see `laconic.widths.prices`, when the structure became final.
     """
 
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -42,6 +43,7 @@ class CutResult:
     max_abs_diff: float | None = None
     kept: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     shares: dict[str, float] = dataclasses.field(default_factory=dict)
+    prices: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add(self, later: CutResult) -> None:
         """Take in the next round of cuts."""
@@ -52,6 +54,7 @@ class CutResult:
         for name, share in later.shares.items():
             self.shares[name] = self.shares.get(name, 1.0) * share
         self.kept |= later.kept
+        self.prices |= later.prices
         self.ranks |= later.ranks
         self.values |= {name: v for name, v in later.values.items() if name in later.ranks or name not in self.ranks}
         self.timings |= later.timings

@@ -53,6 +53,7 @@ def make_report(
                 spectrum=tuple(float(f"{v:.6g}") for v in spectrum) if spectrum is not None else (),
                 ms_before=ms[0],
                 ms_after=ms[1],
+                price=cuts.prices.get(site.name),
                 slim=u.shape if u.shape != site.whole.shape else None,
                 note=""
                 if rank is not None or u.shape != site.whole.shape
@@ -76,7 +77,10 @@ def make_report(
         size = math.prod(alone.shape)
         layers.append(LayerReport(alone.name.rpartition(".")[0] or alone.name, "", alone.shape, None, None, size, size, note=alone.reason))
     latency = measure_latency(model, check_inputs(example_inputs)).median_ms if plan.latency_ms is not None else None
-    notes = list(cuts.notes)
+    stay: dict[str, list[str]] = {}
+    for name, reason in plan.whole.items():
+        stay.setdefault(reason, []).append(name)
+    notes = [*cuts.notes, *(f"neurons of {', '.join(names)} all stay: {reason}" for reason, names in stay.items())]
     if limit_ms is not None and latency is not None and latency > 1.05 * limit_ms:
         notes.append(
             f"{latency:.3g} ms were measured at the end, {limit_ms:.3g} ms asked for: it was planned by the times of single layers, which do not quite add up, and at "
@@ -94,7 +98,12 @@ def make_report(
         layers=tuple(layers),
         groups=tuple(
             GroupReport(
-                g.name, g.group.units, len(g.kept), cuts.shares.get(g.name, 1.0), tuple(dict.fromkeys(e.path for e in g.group.ends))
+                g.name,
+                g.group.units,
+                len(g.kept),
+                cuts.shares.get(g.name, 1.0),
+                tuple(dict.fromkeys(e.path for e in g.group.ends)),
+                cuts.prices.get(g.name),
             )
             for g in plan.neurons
         ),

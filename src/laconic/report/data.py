@@ -27,6 +27,8 @@ class LayerReport:
         note: why it stays dense, or what else there is to say.
         inputs: channels between the first two of three layers, where the pair was cut again along its inputs; None for a pair.
         slim: shape of the weight (or of the one that the pair stands for) without the neurons that went; None if none did.
+        price: what a lower rank would have lost when the structure became final, as a logarithm of what is kept, for each percent of the budget
+            that it saves; None without a budget or without neurons, and where no lower rank is possible.
     """
 
     name: str
@@ -45,6 +47,7 @@ class LayerReport:
     note: str = ""
     slim: tuple[int, ...] | None = None
     inputs: int | None = None
+    price: float | None = None
 
     @property
     def outcome(self) -> str:
@@ -63,6 +66,7 @@ class GroupReport:
         units, kept: how many there were and are.
         share: of the variance that their consumers take in, what is left.
         layers: every layer that shrank with them.
+        price: what fewer units would have lost, as that of a layer.
     """
 
     name: str
@@ -70,6 +74,7 @@ class GroupReport:
     kept: int
     share: float
     layers: tuple[str, ...]
+    price: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +165,15 @@ class CompactReport:
             shape = f"{list(layer.shape)}" + (f" -> {list(layer.slim)}" if layer.slim is not None else "")
             inputs = f", inputs {layer.inputs} of {(layer.slim or layer.shape)[1]}" if layer.inputs is not None else ""
             rank = f"rank {layer.rank} of {layer.full_rank}{inputs}, energy {layer.energy:.4f}"
-            lines.append(f"  {layer.name} {shape}: {rank if layer.rank is not None else layer.outcome}{layer.note and ': ' + layer.note}")
-        lines += [f"  {g.name}: {g.kept} of {g.units} units, share {g.share:.4f}" for g in self.groups]
+            outcome = f"{rank if layer.rank is not None else layer.outcome}{priced(layer.price)}"
+            lines.append(f"  {layer.name} {shape}: {outcome}{layer.note and ': ' + layer.note}")
+        lines += [f"  {g.name}: {g.kept} of {g.units} units, share {g.share:.4f}{priced(g.price)}" for g in self.groups]
+        if any(price is not None for price in (*(x.price for x in self.layers), *(g.price for g in self.groups))):
+            lines.append(
+                "  price: what the next rank, or unit, would lose for each percent of the budget that it saves, -log(share kept); the cheapest go first"
+            )
         return "\n".join([*lines, *self.notes])
+
+
+def priced(price: float | None) -> str:
+    return "" if price is None else f", price {price:.2g}"
