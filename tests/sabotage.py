@@ -20,16 +20,92 @@ ROOT = Path(__file__).parents[1]
 
 
 class Edit(NamedTuple):
-    """Replace `right` by `wrong` in src/laconic/`file`: one of `tests` must go red."""
+    """Replace `right` by `wrong` in src/laconic/`file`: one of `tests` (of those alone whose names have the words `only`) must go red."""
 
     name: str
     file: str
     right: str
     wrong: str
     tests: str
+    only: str = ""
 
 
 EDITS = [
+    Edit("variance over one input", "moments.py", "FEWEST = 8", "FEWEST = 0", "test_neurons", "faintest"),
+    Edit("zeroed neurons stay where there is room", "widths.py", "self.bury(group)", "pass", "test_neurons", "zeroed"),
+    Edit("zeroed neurons count", "structures/channels.py", ".masked_fill(dead, 0.0)", "", "test_neurons", "zeroed"),
+    Edit(
+        "calibration forgotten for neurons",
+        "compressor.py",
+        "if calibration is not None or not state.moments:",
+        "if not state.moments:",
+        "test_neurons",
+        "cut_at_the_end",
+    ),
+    Edit(
+        "other noise after a cut",
+        "cuts.py",
+        "with evaluating(model), seeded():",
+        "with evaluating(model):",
+        "test_neurons",
+        "random_in_eval",
+    ),
+    Edit("inputs watched in the warm-up", "compressor.py", "next_progress >= self.schedule.warmup and ", "", "test_neurons", "watched"),
+    Edit(
+        "copies go on watching",
+        "watch.py",
+        "        return None\n\n    def __call__",
+        "        return self.__dict__\n\n    def __call__",
+        "test_neurons",
+        "watched",
+    ),
+    Edit("layers are not tried in a run", "readers.py", "if stand.asked}", "if False}", "test_plan", "read_in_a_run"),
+    Edit("a stand-in stays", "readers.py", "parent._modules[name] = before[path]", "pass", "test_plan", "read_in_a_run"),
+    Edit("a diverged model is compacted", "compressor.py", "check_trained(self.model)", "pass", "test_errors", "settled"),
+    Edit(
+        "a changed model is compacted",
+        "compressor.py",
+        "check_parameters(self.model, self._parameters, self.optimizers, [])\n            check",
+        "check",
+        "test_errors",
+        "settling",
+    ),
+    Edit(
+        "two compressors at once",
+        "compressor.py",
+        "if any(other.model is model",
+        "if False and any(other.model is model",
+        "test_errors",
+        "two_compressors or compressors",
+    ),
+    Edit(
+        "steps beyond the schedule unseen", "compressor.py", "self.steps > 1.1 * self.total_steps + 1", "False", "test_neurons", "many_more"
+    ),
+    Edit("prices in units of the budget", "widths.py", "0.01 * float(step[0])", "float(step[0])", "test_neurons", "price_is"),
+    Edit(
+        "structures that select nothing pass",
+        "plan.py",
+        "if id(structure) not in acting and",
+        "if False and",
+        "test_errors",
+        "nothing or neurons",
+    ),
+    Edit(
+        "calibration images in the order of the set",
+        "methods/base.py",
+        "return torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(0))[:count]",
+        "return torch.arange(len(data.train_x))[:: max(1, len(data.train_x) // count)][:count]",
+        "test_methods",
+        "calibration",
+    ),
+    Edit(
+        "Polar Express by Muon's coefficients",
+        "methods/spectral_penalties.py",
+        "for a, b, c in polynomials:",
+        "for a, b, c in QUINTIC:",
+        "test_methods",
+        "polar_express",
+    ),
     Edit("states that were taken apart are not given back", "cuts.py", "entries.update(content)", "pass", "test_neurons"),
     Edit("gradients are not given back", "cuts.py", "parameter.grad = gradient", "pass", "test_neurons"),
     Edit("milliseconds: no second look when it settles", "compressor.py", "if self._dense is not None:", "if False:", "test_shrinking"),
@@ -590,7 +666,7 @@ def survives(edit: Edit) -> str | None:
         shutil.copy(ROOT / "pyproject.toml", copy)
         (copy / "src/laconic" / edit.file).write_text(source.replace(edit.right, edit.wrong))
         files = [f"tests/{name}.py" for name in edit.tests.split()]
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, *(["-k", edit.only] if edit.only else [])]
         done = subprocess.run(
             command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy / "src")}, capture_output=True, text=True, check=False
         )

@@ -822,9 +822,9 @@ def test_inputs_are_watched_in_the_step_before_a_proximal_step_alone_and_copies_
         on = compressor._inputs is not None
         watched += [t + 1] if on else []
         if on:
-            twin = copy.deepcopy(model)
-            pickle.dumps(model)
-            twin(noise(model, (8, 64), 0)).sum().backward()
+            for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                twin(noise(model, (8, 64), 0)).sum().backward()
+                assert all(hook.see is None for m in twin.modules() for hook in m._forward_pre_hooks.values())
             assert compressor._inputs._sums == {}
         train(model, compressor.optimizers[0], (8, 64), range(t, t + 1))
     assert watched == [40, 50, 60, 70]

@@ -28,7 +28,7 @@ from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
 from .base import Method, Trained, after_step, build, one_share, start_afresh
 
 WARM_UP = 0.1  # setting of Pufferfish: share of the run that it trains dense; the paper's is 80 of 300 epochs on CIFAR-10
-FROBENIUS_DECAY = 0.05  # setting of the other: the strength lambda, on the scale of a weight decay
+FROBENIUS_DECAY = 0.5  # setting of the other: the strength lambda, on the scale of a weight decay
 Pair = tuple[nn.Sequential, Unfolding]
 
 
@@ -109,4 +109,4 @@ def spectral_init(data: Dataset, recipe: Recipe, seed: int, report: Report | Non
 
 
 PUFFERFISH = Method("Pufferfish", pufferfish, (WARM_UP, 0.25, 0.5))
-SPECTRAL_INIT = Method("spectral initialisation, Frobenius decay", spectral_init, (FROBENIUS_DECAY, 0.005, 0.5))
+SPECTRAL_INIT = Method("spectral initialisation, Frobenius decay", spectral_init, (FROBENIUS_DECAY, 0.005, 0.05))

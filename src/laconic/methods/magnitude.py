@@ -21,7 +21,7 @@ from ..recipe import Recipe
 from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
 from .base import Method, Trained, build
 
-LAST = 0.5  # setting: the share of the run at which the last weights go
+LAST = 0.7  # setting: the share of the run at which the last weights go
 FIRST, ROUNDS = 0.1, 20  # the share at which the first ones go; in how many rounds
 
 
@@ -57,4 +57,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return Trained(model, curve, notes=[f"{zeros:,} of {weights:,} weights are zero; the layers are as large as before"])
 
 
-MAGNITUDE = Method("magnitude pruning of single weights, zeros stored", train, (LAST, 0.35, 0.7))
+MAGNITUDE = Method("magnitude pruning of single weights, zeros stored", train, (LAST, 0.35, 0.5))

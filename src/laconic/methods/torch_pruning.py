@@ -18,6 +18,7 @@ from ..recipe import Recipe
 from ..training import Report, Restart, cross_entropy, fit, make_optimizer, steps_per_epoch
 from .base import Method, Trained, after_step, build, example, sample, start_afresh
 
+TAYLOR_AT = 0.2  # setting of Taylor importances: the share of the run at which it is pruned
 SCORED = 512  # training images whose loss gives the gradients of the Taylor importances
 
 
@@ -32,7 +33,7 @@ def train(
     model = build(data, recipe, seed)
     optimizer = make_optimizer(model, recipe)
     limit = int(recipe.params * count_params(model))
-    last = round((recipe.setting or recipe.torch_pruning_at) * recipe.epochs * steps_per_epoch(data, recipe))
+    last = round((recipe.setting or (TAYLOR_AT if taylor else recipe.torch_pruning_at)) * recipe.epochs * steps_per_epoch(data, recipe))
     options: dict[str, Any] = {
         "importance": tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance(p=2),
         "global_pruning": recipe.torch_pruning_global, "pruning_ratio": 1.0, "max_pruning_ratio": 0.95, "iterative_steps": 400,
@@ -74,4 +75,4 @@ def train_taylor(data: Dataset, recipe: Recipe, seed: int, report: Report | None
 
 
 TORCH_PRUNING = Method("Torch-Pruning", train, (0.35, 0.2, 0.5))
-TORCH_PRUNING_TAYLOR = Method("Torch-Pruning, Taylor", train_taylor, (0.35, 0.2, 0.5))
+TORCH_PRUNING_TAYLOR = Method("Torch-Pruning, Taylor", train_taylor, (TAYLOR_AT, 0.35, 0.5))
