@@ -79,7 +79,12 @@ EDITS = [
         "two_compressors or compressors",
     ),
     Edit(
-        "steps beyond the schedule unseen", "compressor.py", "self.steps > 1.1 * self.total_steps + 1", "False", "test_neurons", "many_more"
+        "steps beyond the schedule unseen",
+        "compressor.py",
+        "self.steps == too_many_steps(self.total_steps)",
+        "False",
+        "test_neurons",
+        "many_more",
     ),
     Edit("prices in units of the budget", "widths.py", "0.01 * float(step[0])", "float(step[0])", "test_neurons", "price_is"),
     Edit(

@@ -60,7 +60,7 @@ from .pace import Scales, gradient_scales, scale_gradients, scale_moments
 from .penalties import check_share
 from .plan import check_structures, make_plan, use_unfoldings
 from .report import CompactReport, Snapshot
-from .schedule import Controller, Schedule
+from .schedule import Controller, Schedule, too_many_steps
 from .slimming import consumers, importances_of, slim_neurons, unseen, watch_inputs
 from .state import VERSION, RunState
 from .structures import LowRank, Neurons, Site, Structure, Weight, shrink
@@ -251,9 +251,8 @@ class Compressor:
         if was_skipped(optimizer):
             return
         state = self.state
-        overran = self._overran
         state.steps[index] += 1
-        if self._overran and not overran:
+        if index == 0 and self.budget is not None and self.steps == too_many_steps(self.total_steps):
             warnings.warn(f"laconic: {self._overrun()}", stacklevel=2)
         round_done = index == len(self.optimizers) - 1
         if self.cut_early and round_done and state.shapes is None:
@@ -654,11 +653,8 @@ class Compressor:
             )
         for note in notes if self.budget is not None else ():
             warnings.warn(f"laconic: {note}", stacklevel=3)
-        return [*notes, self._overrun()] if self._overran else notes
-
-    @property
-    def _overran(self) -> bool:
-        return self.budget is not None and self.total_steps is not None and self.steps > 1.1 * self.total_steps + 1
+        overran = self.budget is not None and self.steps >= too_many_steps(self.total_steps)
+        return [*notes, self._overrun()] if overran else notes
 
     def _overrun(self) -> str:
         return (

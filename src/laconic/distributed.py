@@ -50,13 +50,6 @@ def bare(model: nn.Module) -> nn.Module:
             return model
 
 
-def innermost(model: nn.Module) -> nn.Module:
-    """The model inside any number of wrappers: those of `bare`, and what `torch.compile` returns."""
-    while (inside := getattr(bare(model), "_orig_mod", bare(model))) is not model:
-        model = inside
-    return model
-
-
 def is_sharded(weight: Tensor) -> bool:
     """Does every process hold only a part of it (FSDP2: a DTensor)?"""
     return hasattr(weight, "full_tensor")

@@ -32,7 +32,7 @@ from .checkpoint import read_tensors, save, sync_directory, write_file
 from .checks import check_module, whole_number
 from .compressor import Compressor
 from .cuts import all_or_nothing
-from .distributed import agreed, gathered, innermost, is_sharded, rank, world_size
+from .distributed import agreed, bare, gathered, is_sharded, rank, world_size
 from .errors import CheckpointError, InvalidTypeError, InvalidValueError
 from .plain import plain, plain_json
 from .plan import Plan
@@ -92,7 +92,7 @@ class RunCheckpoints:
         if compressor is not None:
             _check_compressor(compressor, model, parts)
         self.directory = Path(directory)
-        self.model = innermost(model)
+        self.model = bare(model)
         self.compressor = compressor
         self.settings = plain_json(settings or {}, "settings")
         self.keep = whole_number("keep", keep, 1)
@@ -313,9 +313,9 @@ def _check_compressor(compressor: Compressor, model: nn.Module, parts: dict[str,
         raise InvalidTypeError(
             f"compressor: expected a laconic.Compressor, got {type(compressor).__name__}; optimizers go in by name, optimizer=optimizer"
         )
-    if innermost(model) is not innermost(compressor.model):
+    if bare(model) is not bare(compressor.model):
         raise InvalidValueError(
-            f"model: this {type(innermost(model)).__name__} is not the one that the compressor trains (a copy of it?): pass compressor.model"
+            f"model: this {type(bare(model)).__name__} is not the one that the compressor trains (a copy of it?): pass compressor.model"
         )
     held = [*parts.values(), *(part.optimizer for part in parts.values() if hasattr(part, "param_groups") and hasattr(part, "optimizer"))]
     for optimizer in compressor.optimizers:
