@@ -49,6 +49,15 @@ def unfolding(name: str) -> Options:
     }
 
 
+def scale(name: str) -> Options:
+    return lambda recipe, steps: {
+        "structures": [
+            LowRank(penalty=LogSum(recipe.penalty_epsilon), matricization=recipe.matricization, scale=name),
+            Channels(penalty=LogSum(recipe.penalty_epsilon), scale=name),
+        ]
+    }
+
+
 DEFAULT: Options = lambda recipe, steps: {}  # noqa: E731
 FACTORS: dict[str, dict[str, Options]] = {
     "penalty": {
@@ -64,6 +73,7 @@ FACTORS: dict[str, dict[str, Options]] = {
     "settled from": {"0.2": schedule(0.1, 0.2), "0.35": DEFAULT, "0.5": schedule(0.1, 0.5), "0.8": schedule(0.1, 0.8)},
     "unfolding": {"out,in*kh*kw": DEFAULT, "out*kh,in*kw": unfolding("out*kh,in*kw"), "auto": unfolding("auto")},
     "weighted by cost": {"yes": DEFAULT, "no": DEFAULT},
+    "unit of a threshold": {"relative": DEFAULT, "absolute": scale("absolute")},
     "cuts": {"on the way": DEFAULT, "once, when it settles": DEFAULT},
 }  # fmt: skip
 
@@ -116,7 +126,8 @@ def file_name(name: str) -> str:
 
 DEFAULTS = {
     "penalty": "LogSum 0.1", "strength: final gap": "0.1", "steps between proximal steps": "16 rounds", "warm-up": "0.1",
-    "settled from": "0.35", "unfolding": "out,in*kh*kw", "weighted by cost": "yes", "cuts": "on the way",
+    "settled from": "0.35", "unfolding": "out,in*kh*kw", "weighted by cost": "yes", "unit of a threshold": "relative",
+    "cuts": "on the way",
 }  # fmt: skip
 
 

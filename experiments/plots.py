@@ -172,7 +172,7 @@ def curves(recipe: str) -> Figure:
 
 def ablations(recipe: str) -> Figure:
     """A panel for each factor: its variants, mean and standard deviation over the seeds; the default is filled, and drawn through all of them."""
-    figure, panels = plt.subplots(2, 4, figsize=(13, 6), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(3, 3, figsize=(11, 9), sharey=True, layout="constrained")
     default = variant_runs(recipe, "default")
     for axes, (factor, variants) in zip(panels.flat, FACTORS.items(), strict=True):
         axes.axhline(mean_of(default), color="0.8")
