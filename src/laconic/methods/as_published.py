@@ -13,7 +13,9 @@ from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
 from . import svd
 from .base import Method, Trained, build
 
-STRENGTH = 3.0  # setting: of the nuclear norm, per unit of learning rate
+STRENGTH = (
+    1.0  # setting: of the nuclear norm, per unit of learning rate; 3 was better on held-out images, and collapsed on all of them (0008)
+)
 
 
 def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
@@ -27,4 +29,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return Trained(model, curve, done, notes=[f"strength {strength:g}, every layer keeps {share:.1%} of its energy"])
 
 
-AS_PUBLISHED = Method("Alvarez & Salzmann 2017, as published", train, (STRENGTH, 0.3, 1.0))
+AS_PUBLISHED = Method("Alvarez & Salzmann 2017, as published", train, (STRENGTH, 0.3, 3.0))
