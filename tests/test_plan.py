@@ -351,3 +351,12 @@ def test_a_compiled_model_is_taken_out_of_its_wrapper():
         torch.compile(model), torch.optim.SGD(model.parameters(), lr=0.1), laconic.LowRank(strength=0.1, include="2")
     ).plan
     assert [s.name for s in plan.sites] == ["2.weight"]
+
+
+@pytest.mark.parametrize("strength", [None, 0.1])
+def test_a_steered_strength_in_absolute_units_is_told_before_training(strength):
+    model = mlp()
+    structure = laconic.LowRank(scale="absolute", strength=strength)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plan = laconic.Compressor(model, optimizer, structure, budget=laconic.Budget(params=0.5), total_steps=10).plan
+    assert any("a steered strength" in note for note in plan.notes) == (strength is None)

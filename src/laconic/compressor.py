@@ -155,6 +155,10 @@ class Compressor:
             raise OptimizerError("another Compressor is on this model and optimizer already: detach() that one first, or go on with it")
         self.plan = make_plan(model, structures, example_inputs, trained)
         self.plan.notes += unasked
+        if budget is not None and any(x.structure.scale == "absolute" and x.structure.strength is None for x in self._pressed):
+            self.plan.notes.append(
+                'scale="absolute" and a steered strength: it starts at half of the unit of the spectra, which in absolute numbers may be far too much; give strength=, or leave scale out'
+            )
         reshard(model)  # counting ran it forward
         for site in self._pressed:
             if not site.finite:
