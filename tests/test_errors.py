@@ -177,6 +177,7 @@ BAD = {
     "nothing to compress": (lambda: compressor(by_strength(), conv_only()), errors.NothingToCompressError, V, r"nothing to compress in Sequential \(0\.weight: Embedding is not supported"),
     "no weights at all": (lambda: compress(model=nn.Sequential(nn.ReLU()), energy=0.5), errors.NothingToCompressError, V, "no weight of two or more dimensions"),
     "the model is the layer": (lambda: compress(model=nn.Linear(8, 8), energy=0.5), errors.NothingToCompressError, V, r"wrap it in nn\.Sequential"),
+    "lazy layer, with inputs": (lambda: compress(model=nn.Sequential(nn.LazyLinear(4)), energy=0.5, example_inputs=(X,)), errors.InvalidValueError, V, r"0\.weight is not initialised yet"),
     "lazy layer": (lambda: compress(model=nn.Sequential(nn.LazyLinear(4)), energy=0.5), errors.InvalidValueError, V, r"0\.weight is not initialised yet"),
     "optimizer of another model": (lambda: compressor(by_strength(), optimizer=other_optimizer()), errors.OptimizerError, V, r"does not own any of the model's weights: build it from model\.parameters\(\)"),
     "optimizer list empty": (lambda: compressor(by_strength(), optimizer=[]), errors.OptimizerError, V, "list is empty"),

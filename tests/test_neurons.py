@@ -21,7 +21,7 @@ from laconic.models import GPT
 from laconic.plan import make_plan
 from laconic.slimming import importances_of, slim_neurons, watch_inputs
 from laconic.timing import RankTimes
-from laconic.widths import Walk, choose_shapes, most_important, prices
+from laconic.widths import Walk, choose_shapes, most_important
 
 from .models import assert_same, cnn, inputs_for, mlp, snapshot
 from .test_shrinking import IMAGE, NETWORKS, Residual, noise, train, wide_mlp
@@ -873,8 +873,8 @@ def test_the_price_is_the_loss_for_a_percent_of_the_budget():
     plan = make_plan(model, list(BOTH), (noise(model, shape, 0),))
     values, importances = spectra(plan), importances_of(plan, {})
     limits = laconic.Budget(params=0.3).limits(plan)
-    found = prices(plan, values, importances, ("params",), limits)
     walk = choose_shapes(plan, values, importances, ("params",), limits)
+    found = walk.prices()
     walk.weights = 1 / limits
     for item in (*plan.neurons, *plan.sites):
         before, spent = walk.gain(), float(walk.spent[0])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .allocate import Floats, energy_rule, log_shares
-from .budget import Budget, prepare, ranks_for_budget, shapes_for_budget
+from .budget import Budget, prepare, ranks_for_budget
 from .costs import Ranks
 from .cuts import CutResult, all_or_nothing, check_in_place, largest_difference, outputs
 from .errors import InfeasibleBudgetError, InvalidTypeError, InvalidValueError, NonFiniteError, SurgeryError
@@ -33,7 +33,7 @@ from .surgery.factorize import pair_matrices, pair_weights
 from .surgery.factorize import weights as pair_parameters
 from .surgery.optimizer import carry, unknown_state
 from .surgery.record import put, undo
-from .widths import prices
+from .widths import choose_shapes
 
 
 def spectra(plan: Plan) -> dict[str, Floats]:
@@ -337,8 +337,6 @@ def compress(
     if budget is not None:
         prepare(model, plan, values, importances, budget, example_inputs)
 
-    why = prices(plan, values, importances, budget.currencies, budget.limits(plan)) if budget is not None and plan.neurons else {}
-
     def choose(keep_dense: frozenset[str]) -> Ranks:
         if budget is not None:
             return ranks_for_budget(plan, values, budget, keep_dense)
@@ -348,12 +346,13 @@ def compress(
     with all_or_nothing(model, plan):
         result = CutResult()
         if budget is not None and plan.neurons:
-            kept, _ = shapes_for_budget(plan, values, importances, budget)
+            walk = choose_shapes(plan, values, importances, budget.currencies, budget.limits(plan))
             means = {path: m.mean for path, m in moments.items()}
-            result = slim_neurons(model, plan, importances, kept, example_inputs=example_inputs, means=means)
+            result = slim_neurons(model, plan, importances, walk.kept(), example_inputs=example_inputs, means=means)
+            result.prices = walk.prices()
             values = spectra(plan)
         ranks, times, notes = choose_ranks(model, plan, values, choose, only_faster, example_inputs)
         result.add(cut_sites(model, plan, values, ranks, example_inputs=example_inputs, calibration=batches))
-    result.timings, result.prices = times, why
+    result.timings = times
     result.notes[:0] = [*unasked, *notes, *(unseen(plan, moments) if budget is not None else [])]
     return make_report(model, plan, result, example_inputs, budget.limit_ms(plan) if budget is not None else None)

@@ -66,7 +66,7 @@ from .state import VERSION, RunState
 from .structures import LowRank, Neurons, Site, Structure, Weight, shrink
 from .surgery.constants import dead_constants, fold, unread_units
 from .timing import RankTimes, ShapeWatch, layer_times
-from .widths import choose_shapes, prices
+from .widths import choose_shapes
 
 ROUNDS = 16  # proximal steps in the phase of pressure, unless `every` is given
 # A layer is cut in mid-run once its pair takes at most this share of its time in training, and again whenever its rank
@@ -389,6 +389,8 @@ class Compressor:
         state = self.state
         limits = self.budget.limits(self.plan, way)
         walk = choose_shapes(self.plan, state.values, state.importances, self.budget.currencies, limits, dense)
+        if way == 1:
+            state.cuts.prices = walk.prices()
         kept = walk.kept()
         kept = {g.name: kept[g.name] for g in self.plan.neurons if len(kept[g.name]) <= pays * len(g.kept)}
         before = {s.name: s.unfolding for s in self.plan.sites}
@@ -456,17 +458,10 @@ class Compressor:
         if self.plan.neurons:
             self.state.values = values
             self._correct(lambda: shapes_for_budget(self.plan, values, self.state.importances, budget, dense))
-            self._price(values, dense)
             self._slim(1.0, dense, 1.0)
             values = spectra(self.plan)
         self._correct(lambda: ({}, self._last_ranks(values, dense)))
         self._cut_in_mid_run(values, self._last_ranks(values, dense))
-
-    def _price(self, values: dict[str, Floats], dense: frozenset[str]) -> None:
-        """Why the network is cut as it is: for the report."""
-        assert self.budget is not None
-        limits = self.budget.limits(self.plan)
-        self.state.cuts.prices = prices(self.plan, values, self.state.importances, self.budget.currencies, limits, dense)
 
     def _last_ranks(self, values: dict[str, Floats], dense: frozenset[str]) -> Ranks:
         assert self.budget is not None
@@ -608,7 +603,6 @@ class Compressor:
                 state.moments = watch_inputs(self.model, self.plan, calibration or [self.example_inputs])
             state.importances = importances_of(self.plan, state.moments)
             notes = unseen(self.plan, state.moments)
-            self._price(values, frozenset())
             self._slim(1.0, frozenset(), 1.0)
             return notes
         groups = [g.group for g in self.plan.neurons]

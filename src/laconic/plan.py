@@ -1,6 +1,7 @@
 """Which weight gets which structure, what it costs, and what was left alone and why.
 
-The plan is made before anything is touched; `print(plan)` shows every weight of the model.
+The plan is made before anything is touched; `print(plan)` shows every weight of the model. One decision, weight by weight, and therefore one
+long file.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ class Plan:
     @property
     def out_of_reach(self) -> str:
         """What to say of the largest weights that stay dense, where a budget cannot be met."""
-        largest = sorted(((math.prod(x.shape), x) for x in self.left_alone), key=lambda pair: -pair[0])[:3]
+        slimmed = {f"{layer.path}.weight" for layer in self.layers}
+        stay = [(math.prod(x.shape), x) for x in self.left_alone if x.name not in slimmed]
+        largest = sorted(stay, key=lambda pair: -pair[0])[:3]
         named = "; ".join(f"{x.name}, {count:,} parameters: {x.reason}" for count, x in largest)
         return f" (no budget reaches {named})" if named else ""
 
@@ -182,8 +185,6 @@ def make_plan(
             holders.setdefault(parameter, []).append((module, attribute))
     _check_patterns(structures, modules, holders)
 
-    if example_inputs is not None:
-        check_run(model, check_inputs(example_inputs))
     readers = weight_readers(modules)
     sites: list[Site] = []
     left: list[LeftAlone] = []
@@ -217,6 +218,8 @@ def make_plan(
             sites.append(site)
         else:
             left.append(LeftAlone(names[0], tuple(parameter.shape), reason))
+    if example_inputs is not None:
+        check_run(model, check_inputs(example_inputs))
     if example_inputs is not None and sites and not any(is_sharded(p) for p in holders):
         layers = {module: modules[module] for site in sites for module in site.modules}
         asked = read_in_a_run(model, layers, check_inputs(example_inputs))

@@ -61,26 +61,6 @@ def choose_shapes(
     return walk
 
 
-def prices(
-    plan: Plan,
-    values: dict[str, Floats],
-    importances: dict[str, Floats],
-    currencies: Sequence[str],
-    limits: Floats,
-    keep_dense: frozenset[str] = frozenset(),
-) -> dict[str, float]:
-    """Why the walk ends where it does: what the next step of each weight and group would lose there, as a logarithm of what is kept, for each percent
-    of the limits that it saves. Arguments as of `choose_shapes`; what has no step left is missing, and all are where the limits are out of reach."""
-    try:
-        walk = choose_shapes(plan, values, importances, currencies, limits, keep_dense)
-    except InfeasibleBudgetError:
-        return {}
-    walk.weights = 1 / np.maximum(limits, 1e-300)
-    items: list[Neurons | Site] = [*plan.neurons, *plan.sites]
-    steps = {item.name: walk.best(item) for item in items}
-    return {name: 0.01 * float(step[0]) for name, step in steps.items() if step is not None}
-
-
 def unit_costs(plan: Plan, group: Neurons, currencies: Sequence[str]) -> Floats:
     """What one unit of a group costs now, on the average."""
     zero = np.zeros(len(tuple(currencies)))
@@ -261,6 +241,15 @@ class Walk:
         least = -(-max(int(alive), 1) // group.multiple) * group.multiple
         if least < self.units[group.name]:
             self.go(group, (least, 0))
+
+    def prices(self) -> dict[str, float]:
+        """Why it ends here: what the next step of each weight and group would lose, as a logarithm of what is kept, for each percent of the limits
+        that it saves; what has no step left is missing."""
+        before, self.weights = self.weights, 1 / np.maximum(self.limits, 1e-300)
+        items: list[Neurons | Site] = [*self.plan.neurons, *self.plan.sites]
+        steps = {item.name: self.best(item) for item in items}
+        self.weights = before
+        return {name: 0.01 * float(step[0]) for name, step in steps.items() if step is not None}
 
     def down(self) -> None:
         """The walk: until the limits hold."""
