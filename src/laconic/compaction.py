@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .allocate import Floats, energy_rule, log_shares
 from .budget import Budget, prepare, ranks_for_budget
@@ -26,6 +26,7 @@ from .penalties import check_share
 from .plan import Plan, check_structures, make_plan
 from .report import CompactReport
 from .slimming import importances_of, slim_neurons, took_out, unseen, watch_inputs
+from .solvers.gram import COLUMNS
 from .structures import Entries, Site, Structure
 from .surgery.batchnorm import batch_norms, reestimate
 from .surgery.channels import slim
@@ -241,18 +242,7 @@ def surgery_error(site: Site, pair: nn.Sequential) -> float:
     All in float64 with the weights as stored, so that what remains is the rounding of the stored factors.
     """
     left, right = pair_matrices(site.unfolding, *(w.detach().double() for w in pair_parameters(pair)))
-    if site.rank is None:
-        old = site.matrix.to(torch.float64, copy=True)
-    else:
-        wide_left, wide_right = (f.double() for f in site.factors)
-        old = wide_left @ wide_right
-    size = torch.linalg.vector_norm(old) or torch.ones(())
-    rest = old.sub_(left @ right)
-    slanted = max(
-        float(torch.linalg.vector_norm(left.mT @ rest) / (size * torch.linalg.vector_norm(left)).clamp_min(math.ulp(0.0))),
-        float(torch.linalg.vector_norm(rest @ right.mT) / (size * torch.linalg.vector_norm(right)).clamp_min(math.ulp(0.0))),
-    )
-    del old, rest  # as large as the layer, twice as wide
+    slanted = _slant(site, left, right)
     module: Layer
     if site.rank is None:
         module = copy.copy(site.modules[0])
@@ -260,6 +250,7 @@ def surgery_error(site: Site, pair: nn.Sequential) -> float:
             k: None if p is None else nn.Parameter(p.detach().double()) for k, p in module._parameters.items() if k != "weight"
         }
         module.weight = nn.Parameter(site.unfolding.fold(left @ right).to(site.weights[0].device))
+        del left, right
     else:
         module = copy.deepcopy(site.modules[0]).double()
         gap = site.rank - left.shape[-1]
@@ -273,6 +264,22 @@ def surgery_error(site: Site, pair: nn.Sequential) -> float:
         wanted, got = module(x), twin(x)
     scale = float(wanted.abs().max()) or 1.0
     return max(float((wanted - got).abs().max()) / scale, slanted)
+
+
+def _slant(site: Site, left: Tensor, right: Tensor) -> float:
+    """The larger of `||P^T R|| / (||W|| ||P||)` and `||R Q^T|| / (||W|| ||Q||)`, for `R = W - P Q`, a few columns at a time."""
+    wide_left, wide = (None, site.matrix) if site.rank is None else site.factors
+    size = across = torch.zeros((), dtype=torch.float64, device=left.device)
+    along = torch.zeros_like(left)
+    for part, columns in zip(wide.split(COLUMNS, -1), right.split(COLUMNS, -1), strict=True):
+        old = part.to(torch.float64, copy=True) if wide_left is None else wide_left.double() @ part.double()
+        size = size + torch.linalg.vector_norm(old).square()
+        rest = old.baddbmm_(left, columns, alpha=-1)
+        across = across + torch.linalg.vector_norm(left.mT @ rest).square()
+        along.baddbmm_(rest, columns.mT)
+    of_left, of_right = ((size.sqrt() or torch.ones(())) * torch.linalg.vector_norm(x) for x in (left, right))
+    least = math.ulp(0.0)
+    return max(float(across.sqrt() / of_left.clamp_min(least)), float(torch.linalg.vector_norm(along) / of_right.clamp_min(least)))
 
 
 def probe_shape(layers: Iterable[Layer]) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from ..penalties import Penalty
 from .base import Shrunk, ratio, shrink_values
 from .eigen import LARGE, eigh_inside, eigvalsh_inside
 
-COLUMNS = 256  # converted at a time: a float64 copy of the whole matrix would be the largest thing in memory
+COLUMNS = 128  # converted at a time: a float64 copy of the whole matrix would be the largest thing in memory
 
 
 @dataclass(frozen=True, slots=True)

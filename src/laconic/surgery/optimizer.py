@@ -53,11 +53,11 @@ def carry(optimizer: torch.optim.Optimizer, old: Sequence[nn.Parameter], pair: n
     states = [getattr(optimizer, "state", {}).pop(w, None) for w in old]
     if not all(states) or not known:  # nothing to carry, or nothing that can be: the pair starts without a state
         return
-    left, right = pair_matrices(unfolding, *(w.detach().double() for w in new))
+    left, right = pair_matrices(unfolding, *(w.detach() for w in new))
     to_left, to_right = right.mT, left.mT
     if len(old) == 2:  # new left = old left @ E and new right = C @ old right, and gradients go the other way
         old_left, old_right = pair_matrices(unfolding, *(w.detach().double() for w in old))
-        to_left, to_right = _solve(old_right.mT, right.mT), _solve(old_left, left).mT
+        to_left, to_right = _solve(old_right.mT, right.double().mT), _solve(old_left, left.double()).mT
     carried: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     means = [state.get("grad_avg") for state in states]
     for key in list(states[0]):
@@ -70,13 +70,14 @@ def carry(optimizer: torch.optim.Optimizer, old: Sequence[nn.Parameter], pair: n
         mean_left = mean_right = None
         if key == "square_avg" and means[0] is not None:
             mean_left, mean_right = _matrices(unfolding, means)
+        dtype = values[0].dtype  # one factor at a time is held in float64
         parts = pair_weights(
             unfolding,
-            _carried(key, from_left, mean_left, lambda x, power: promoted_matmul(to_left.mT.pow(power), x.mT).mT),
-            _carried(key, from_right, mean_right, lambda x, power: promoted_matmul(to_right.pow(power), x)),
+            _carried(key, from_left, mean_left, lambda x, power: promoted_matmul(to_left.double().mT.pow(power), x.mT).mT).to(dtype),
+            _carried(key, from_right, mean_right, lambda x, power: promoted_matmul(to_right.double().pow(power), x)).to(dtype),
         )
         for target, part, parameter in zip(carried, parts, new, strict=True):
-            target[key] = torch.empty_like(parameter, dtype=values[0].dtype).copy_(part)
+            target[key] = torch.empty_like(parameter, dtype=dtype).copy_(part)
     for parameter, target in zip(new, carried, strict=True):
         optimizer.state[parameter] = target
 
