@@ -229,9 +229,11 @@ def memory(_: str) -> str:
 
 def structures(task: str) -> str:
     """One task at several budgets: accuracy of each method, and training time relative to dense where it was measured."""
-    methods = ("thin", "thin-long", "torch-pruning", "channels", "low-rank", "laconic")
+    recipes = (f"{task}-half", task, f"{task}-fast", f"{task}-eighth", f"{task}-tenth", f"{task}-twentieth")
+    known = {m for recipe in recipes if "laconic" in (runs := load(recipe)) for m in runs}
+    methods = [m for m in ("thin", "thin-long", "torch-pruning", "channels", "low-rank", "laconic") if m in known]
     lines = ["| parameters | " + " | ".join(LABELS[m] for m in methods) + " |", "|---" * (len(methods) + 1) + "|"]
-    for recipe in (f"{task}-half", task, f"{task}-fast", f"{task}-eighth", f"{task}-tenth", f"{task}-twentieth"):
+    for recipe in recipes:
         runs, times = load(recipe), times_of(recipe)["train"]
         if "laconic" not in runs:
             continue

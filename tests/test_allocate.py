@@ -150,13 +150,13 @@ def test_what_is_cheap_in_one_limit_may_be_dear_in_another():
 
 @pytest.mark.parametrize(
     ("limits", "message"),
-    [([9.9], r"^params: the smallest possible is 10, above the limit of 10$"), ([3.0], "smallest possible is 10, above the limit of 3")],
+    [([9.9], r"^budget: the smallest possible is 10, above the limit of 10$"), ([3.0], "smallest possible is 10, above the limit of 3")],
 )
 def test_an_impossible_budget_is_refused(limits, message):
     choices = [ranked(name, np.ones(4), np.array([4.0]), np.array([16.0]), 3) for name in "ab"]
     assert product_rule(choices, np.full(1, 2.0), np.array([10.0])) == [1, 1]
     with pytest.raises(InfeasibleBudgetError, match=message):
-        product_rule(choices, np.full(1, 2.0), np.array(limits), what="params")
+        product_rule(choices, np.full(1, 2.0), np.array(limits))
 
 
 def test_a_product_starves_no_layer_where_a_sum_does():

@@ -88,6 +88,18 @@ def saved(tmp_path: Path, model: nn.Module, cuts: int = 1) -> Path:
     return laconic.save(model.eval(), tmp_path / "compact")
 
 
+def test_a_report_is_kept_as_it_is_or_refused_before_anything_is_written(tmp_path):
+    model = mlp()
+    report = laconic.compress(model, budget=laconic.Budget(params=0.5))
+    saved = [laconic.save(model, tmp_path / str(i), report=r) for i, r in enumerate((report, report.to_json()))]
+    kept = [json.loads((folder / "laconic.json").read_text())["report"] for folder in saved]
+    assert laconic.CompactReport.from_json(kept[0]).to_json() == report.to_json()
+    assert kept[0] == kept[1]
+    with pytest.raises(laconic.InvalidTypeError, match=r"report\['model'\] cannot be written as JSON"):
+        laconic.save(model, tmp_path / "other", report={"model": model})
+    assert not (tmp_path / "other").exists()
+
+
 @models
 @pytest.mark.parametrize("cuts", [0, 1, 2])
 def test_a_saved_model_loads_bit_for_bit_into_a_fresh_one(build, cuts, tmp_path):

@@ -144,6 +144,8 @@ BAD = {
     "scale unknown": (lambda: laconic.LowRank(scale="relativ"), errors.InvalidValueError, V, r"scale = 'relativ' is unknown; did you mean 'relative'"),
     "matricization unknown": (lambda: laconic.LowRank(matricization="out,in"), errors.InvalidValueError, V, "matricization = 'out,in' is unknown"),
     "penalty of another type": (lambda: laconic.LowRank(penalty="L1"), errors.InvalidTypeError, T, r"penalty = 'L1': expected .* such as laconic\.LogSum"),
+    "rank_multiple a truth value": (lambda: laconic.LowRank(rank_multiple=True), errors.InvalidValueError, V, "rank_multiple = True"),
+    "multiple no number": (lambda: laconic.Channels(multiple="8"), errors.InvalidValueError, V, "multiple = '8'"),
     "rank_multiple 0": (lambda: laconic.LowRank(rank_multiple=0), errors.InvalidValueError, V, "rank_multiple = 0"),
     "epsilon 0": (lambda: laconic.LogSum(epsilon=0), errors.InvalidValueError, V, "epsilon=0"),
     "structures of another type": (lambda: compressor([laconic.L1()]), errors.InvalidTypeError, T, r"expected laconic\.LowRank"),

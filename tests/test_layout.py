@@ -6,6 +6,8 @@ from pathlib import Path
 
 import laconic
 
+from . import sabotage
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "laconic"
 
@@ -45,6 +47,10 @@ def test_imports_point_upwards_only():
         if part != "__init__":
             wrong += [f"{path.name} imports {other}" for other in imported_parts(path) if order.index(other) >= order.index(part)]
     assert wrong == []
+
+
+def test_every_edit_of_the_sabotage_finds_its_place():
+    assert [e.name for e in sabotage.EDITS if e.right not in (SOURCE / e.file).read_text()] == []
 
 
 def test_the_import_scan_sees_something():

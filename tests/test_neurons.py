@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import pickle
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -222,7 +223,7 @@ def test_the_walk_takes_the_cheapest_of_all_steps_every_time(build, shape, budge
         steps = [(step[0], name, step[1]) for name, item in items.items() if (step := plain.best(item)) is not None]
         _, name, to = min(steps)
         plain.go(items[name], to)
-        plain.weights = plain.price()
+        plain.weights = plain.currency_weights()
     assert (walk.units, walk.ranks) == (plain.units, plain.ranks)
 
 
@@ -828,6 +829,17 @@ def test_inputs_are_watched_in_the_step_before_a_proximal_step_alone_and_copies_
             assert compressor._inputs._sums == {}
         train(model, compressor.optimizers[0], (8, 64), range(t, t + 1))
     assert watched == [40, 50, 60, 70]
+
+
+def test_detaching_in_a_watched_step_waits_for_no_other_process(monkeypatch):
+    model = wide_mlp()
+    compressor = compressor_for(model, (8, 64), budget=laconic.Budget(params=0.5), total_steps=80, every=10)
+    t = 0
+    while compressor._inputs is None:
+        train(model, compressor.optimizers[0], (8, 64), range(t, t := t + 1))
+    monkeypatch.setattr("laconic.moments.gathered", mock.Mock(side_effect=AssertionError("the other processes were asked")))
+    compressor.detach()
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_the_report_says_that_no_step_was_seen_or_one_of_two_optimizers_lagged():

@@ -304,7 +304,7 @@ def test_a_threshold_must_be_finite_and_not_negative(penalty, tau, method):
     ("build", "argument", "message"),
     [
         *((LogSum, bad, r"LogSum\(epsilon=.*\): must be finite and above 0") for bad in (0, -1.0, math.nan, math.inf)),
-        *((KeepLargest, bad, r"KeepLargest\(k=.*\): must be a whole number, at least 1") for bad in (0, -3, 2.0, True, "2")),
+        *((KeepLargest, bad, r"KeepLargest: k = .*: must be a whole number, at least 1") for bad in (0, -3, 2.0, True, "2")),
         *((KeepEnergy, bad, r"energy share = .*: must be above 0 and at most 1") for bad in (0, -0.1, 1.01, math.nan)),
     ],
 )

@@ -272,6 +272,7 @@ def test_auto_keeps_the_error_at_the_cutoff_small():
 def test_a_named_solver_is_the_one_that_is_used(name):
     assert svt(torch.randn(6, 5), 0.5, name).solver == name
     assert svt(torch.randn(6, 5), 0.5, SOLVERS[name]).solver == name
+    assert spectral_prox(torch.randn(6, 5), L1(), 0.5, solver=name).solver == name
 
 
 # --- failures ---

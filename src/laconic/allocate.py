@@ -58,13 +58,12 @@ def low_rank_choice(name: str, values: Floats, ranks: Sequence[int], costs: Floa
     return Choice(name, tuple(options), np.array(gains), np.array(rows, dtype=np.float64).reshape(len(gains), -1))
 
 
-def product_rule(choices: Sequence[Choice], fixed: Floats, limits: Floats, what: str = "budget") -> list[Option]:
+def product_rule(choices: Sequence[Choice], fixed: Floats, limits: Floats) -> list[Option]:
     """The rank of every choice (None: dense): the largest sum of gains within all `limits`.
 
     Args:
         fixed: what the rest of the model costs, one number per limit.
         limits: upper bounds on the whole cost.
-        what: how to call the limits in the error.
 
     Several limits are one in the sum of the costs, each relative to its limit; a limit that the cheapest choices break
     counts for more, until they hold all of them (Lagrangian relaxation).
@@ -82,7 +81,7 @@ def product_rule(choices: Sequence[Choice], fixed: Floats, limits: Floats, what:
         weights = np.where(spent > limits, 1.2 * weights, weights)  # what is cheap in one cost may be dear in another
     else:
         worst = int(np.argmax(spent / limits))
-        raise InfeasibleBudgetError(f"{what}: the smallest possible is {spent[worst]:.0f}, above the limit of {limits[worst]:.0f}", 0.0)
+        raise InfeasibleBudgetError(f"budget: the smallest possible is {spent[worst]:.0f}, above the limit of {limits[worst]:.0f}", 0.0)
 
     steps = [(-slope, i, option) for i, choice in enumerate(choices) for slope, option in concave_hull(scalar[i], choice.gains, now[i])]
     stopped: set[int] = set()

@@ -24,6 +24,8 @@ from . import _version
 from .checks import check_module
 from .distributed import bare
 from .errors import ArchitectureMismatchError, CheckpointError, CheckpointNotFoundError
+from .plain import plain_json
+from .report import CompactReport
 from .surgery.record import Cut, Slim, find_cuts, find_slims, replay, replay_slims, undo
 
 FORMATS = (1, 2)  # 2: layers have lost channels; a model without such layers is still written as 1
@@ -31,7 +33,7 @@ TENSORS, RECORD = "model.safetensors", "laconic.json"
 METADATA = "laconic_record_sha256"
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str], report: dict[str, Any] | None = None) -> Path:
+def save(model: nn.Module, directory: str | os.PathLike[str], report: CompactReport | dict[str, Any] | None = None) -> Path:
     """Write a model to a directory, whole or not at all.
 
     Everything goes to a new directory beside it, is flushed to disk, and then takes the name; an earlier saved model of
@@ -40,13 +42,15 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: dict[str, 
     Args:
         model: compacted or not; unwrapped from DistributedDataParallel / DataParallel.
         directory: created; parents too.
-        report: extra plain data to keep under `"report"` in the JSON.
+        report: what `compact()` returned, or a dict of plain data of your own; kept under `"report"` in the JSON.
 
     Raises:
         CheckpointError: the path holds something that is not a saved model, or the model holds state that is not tensors.
+        InvalidTypeError: no model; a report that JSON cannot hold.
     """
     check_module(model)
     model = bare(model)
+    told = report.to_json() if isinstance(report, CompactReport) else None if report is None else plain_json(report, "report")
     target = Path(directory)
     if target.exists() and not (target.is_dir() and ((target / RECORD).exists() or not any(target.iterdir()))):
         raise CheckpointError(f"{target} exists and is not a saved model: nothing was written; choose another directory")
@@ -73,7 +77,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: dict[str, 
         "sha256": hashlib.sha256(payload).hexdigest(),
         "record_sha256": record_hash,
         **record,
-    } | ({"report": report} if report is not None else {})
+    } | ({"report": told} if told is not None else {})
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:

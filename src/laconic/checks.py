@@ -5,9 +5,10 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .errors import InvalidTypeError, InvalidValueError
+from .errors import InvalidTypeError, InvalidValueError, NonFiniteError
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
@@ -19,6 +20,16 @@ def whole_number(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise InvalidValueError(f"{name} = {value!r}: must be a whole number, at least {least}")
     return int(value)
+
+
+def check_finite(values: Tensor, name: str) -> None:
+    """Of a weight, or norms of its parts, before anything is written.
+
+    Raises:
+        NonFiniteError: NaN or Inf.
+    """
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteError(f"{name} holds NaN or Inf: nothing was changed; look for a diverging loss or a learning rate that is too high")
 
 
 def check_module(model: Any) -> None:

@@ -18,7 +18,7 @@ from .allocate import Floats, energy_rule, log_shares
 from .budget import Budget, prepare, ranks_for_budget
 from .costs import Ranks
 from .cuts import CutResult, all_or_nothing, check_in_place, largest_difference, outputs
-from .errors import InfeasibleBudgetError, InvalidTypeError, InvalidValueError, NonFiniteError, SurgeryError
+from .errors import InfeasibleBudgetError, InvalidTypeError, InvalidValueError, NonFiniteError, SurgeryError, first_line
 from .matricize import Layer
 from .measure import check_inputs, input_shapes, measure_latency
 from .outcome import make_report
@@ -139,7 +139,7 @@ def _cut(
         undo(model, done)
         if isinstance(error, InvalidValueError) or not isinstance(error, Exception):
             raise
-        what = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        what = f"{type(error).__name__}: {first_line(error)}"
         raise SurgeryError(f"the model no longer runs after the cut ({what}); it was left as it was; {hint}") from error
     if calibration is None and to_cut and batch_norms(model) and not optimizers:
         notes.append("BatchNorm statistics are those of the uncut model: pass calibration= (an iterable of inputs) to re-estimate them")

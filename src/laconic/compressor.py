@@ -100,7 +100,6 @@ class Compressor:
             cut it, in every process; wrap the model in a new DistributedDataParallel there, and use that from the next
             step on (see docs/distributed.md).
         schedule: when pressure begins and when the layers are cut, as fractions of the run.
-        calibration: not here, but in `compact`.
 
     Raises:
         LaconicError and its precise subclasses: neither budget nor strength; a budget without `total_steps`; out of
@@ -178,7 +177,6 @@ class Compressor:
             spectra_start={s.name: start[s.name].astype(np.float32) for s in self.plan.sites},
         )
         self.plan.ranks = self.state.ranks
-        self._units = {g.name: g.kept for g in self.plan.neurons}
         self._owner = {x.name: last_holder(optimizers, x.weights[0]) for x in self._pressed}
         self._parameters = named_by_identity(model)
         self._scaling: list[Any] = []
@@ -394,6 +392,7 @@ class Compressor:
         kept = walk.kept()
         kept = {g.name: kept[g.name] for g in self.plan.neurons if len(kept[g.name]) <= pays * len(g.kept)}
         before = {s.name: s.unfolding for s in self.plan.sites}
+        units = {g.name: g.kept for g in self.plan.neurons}
         result = slim_neurons(
             self.model, self.plan, state.importances, kept, example_inputs=self.example_inputs, optimizers=self.optimizers,
             means={path: m.mean for path, m in state.moments.items()},
@@ -402,10 +401,9 @@ class Compressor:
             return
         for group in self.plan.neurons:
             if group.name in result.kept:
-                share = state.importances[group.name][np.isin(self._units[group.name], group.kept)]
+                share = state.importances[group.name][np.isin(units[group.name], group.kept)]
                 state.importances[group.name] = share / max(share.sum(), math.ulp(0.0))
                 state.ranks[group.name] = min(state.ranks.get(group.name, len(share)), len(share))
-        self._units = {g.name: g.kept for g in self.plan.neurons}
         for site in self.plan.sites:
             if site.unfolding != before[site.name]:
                 state.values |= values_of(site)
@@ -547,9 +545,7 @@ class Compressor:
             if calibration is not None:
                 notes.append("calibration had no effect: the model trained on after the cut")
         else:
-            if self._inputs is not None:  # of a step that was not taken
-                self._inputs.finish()
-                self._inputs = None
+            self._stop_watching()  # a step that was not taken
             saved = copy.deepcopy(self.state)
             try:
                 with all_or_nothing(self.model, self.plan, self.optimizers):
@@ -571,7 +567,6 @@ class Compressor:
                     self.state.cuts.timings |= times
             except BaseException:
                 self.state, self.plan.ranks = saved, saved.ranks
-                self._units = {g.name: g.kept for g in self.plan.neurons}
                 self._parameters = named_by_identity(self.model)
                 raise
             self.state.settled = True
@@ -695,12 +690,14 @@ class Compressor:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
         if self._watch is not None:
             self._watch.finish()
-            self._watch = None
         if self._inputs is not None:
-            self._inputs.finish()
-            self._inputs = None
+            self._inputs.drop()
+        self._watch = self._inputs = None
 
     def metrics(self) -> dict[str, float]:
         """A flat dict for any logger: step, strength, ranks, and the share of parameters that these ranks would leave."""
@@ -779,9 +776,7 @@ class Compressor:
             raise CheckpointError(f"compressor state has {len(run.steps)} optimizers, this one {len(self.optimizers)}")
         if any(s.rank is not None for s in self.plan.sites) or any(len(g.kept) < g.group.units for g in self.plan.neurons):
             raise CheckpointError("this compressor has made cuts already: load the state into a fresh one, on a fresh dense model")
-        if self._watch is not None:
-            self._watch.finish()
-            self._watch = None
+        self._stop_watching()
         use_unfoldings(self.model, self.plan, state["unfoldings"], self.example_inputs)
         for site in self.plan.sites:
             if site.inner is not None and site.inner.name not in state["inner"]:
@@ -797,7 +792,6 @@ class Compressor:
         for site in self.plan.sites:
             times = measured["times"][site.name]
             site.times = RankTimes.from_json(times) if times is not None else None
-        self._units = {g.name: g.kept for g in self.plan.neurons}
         self._watch_inputs()
         self._scaling = scale_gradients(self.plan.sites, run.gradient_scales)
         self._parameters = named_by_identity(self.model)

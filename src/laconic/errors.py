@@ -86,6 +86,11 @@ def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
     return MissingExtraError(f"{purpose} needs {package}, which is not installed: pip install 'laconic[{extra}]'")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first: PyTorch's go on for pages."""
+    return next(iter(str(error).splitlines()), "")
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the valid name nearest to `name`, else the list of valid names."""
     valid = sorted(valid)

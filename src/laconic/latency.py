@@ -128,7 +128,7 @@ def _shares_of_dense(
 
 
 def skeleton(model: nn.Module) -> Callable[[], nn.Module]:
-    """Makes a model of the same layers, later, when this one has been cut: its parameters hold the same small number. Until then they take no memory."""
+    """A function that builds a model of the same layers when this one has been cut long since, each parameter full of one small number; until it is called they take no memory."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
     devices = {id(empty[id(p)]): p.device for p in model.parameters()}
     bones = copy.deepcopy(model, dict(empty))

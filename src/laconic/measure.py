@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from .errors import InvalidTypeError, InvalidValueError, NonFiniteError
+from .errors import InvalidTypeError, InvalidValueError, NonFiniteError, first_line
 
 Inputs = Sequence[Any]
 
@@ -94,7 +94,7 @@ def check_run(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         with evaluating(model), seeded():
             call(model, inputs)
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")
+        reason = first_line(error)
         given = ", ".join(f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
         raise InvalidValueError(
             f"example_inputs: {type(model).__name__} does not run on ({given}): {type(error).__name__}: {reason}; pass a tuple of its positional arguments"

@@ -23,6 +23,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .checks import whole_number
 from .errors import InvalidValueError
 
 
@@ -197,8 +198,7 @@ class KeepLargest:
     k: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise InvalidValueError(f"KeepLargest(k={self.k!r}): must be a whole number, at least 1")
+        object.__setattr__(self, "k", whole_number("KeepLargest: k", self.k, least=1))
 
     def value(self, s: Tensor) -> Tensor:
         return torch.where((s > 0).sum(-1) <= self.k, 0.0, math.inf)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .allocate import Floats
 from .cuts import CutResult, check_in_place, largest_difference, outputs
-from .errors import SurgeryError
+from .errors import SurgeryError, first_line
 from .graph import unread
 from .matricize import TRANSPOSED_CONVS, Layer, is_hf_conv1d
 from .measure import check_inputs, evaluating
@@ -57,7 +57,7 @@ def slim_neurons(
     except Exception as error:
         names = ", ".join(kept)
         raise SurgeryError(
-            f"the model no longer runs without units of {names} ({type(error).__name__}: {next(iter(str(error).splitlines()), '')}); it was left as it was; exclude them: Channels(exclude=...)"
+            f"the model no longer runs without units of {names} ({type(error).__name__}: {first_line(error)}); it was left as it was; exclude them: Channels(exclude=...)"
         ) from error
     scale = max((float(y.abs().max()) for y in wanted if y.numel()), default=1.0) or 1.0
     off = largest_difference(wanted, got) / scale

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .compressor import Compressor
 from .data import Dataset, Images, taken
 from .distributed import gathered, rank, world_size
-from .errors import InvalidValueError
+from .errors import InvalidValueError, first_line
 from .measure import count_params, evaluating
 from .recipe import Recipe
 from .running import RunCheckpoints
@@ -157,7 +157,7 @@ def join(device: str) -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise InvalidValueError(f"device = {device!r}: {str(error).splitlines()[0]}") from None
+        raise InvalidValueError(f"device = {device!r}: {first_line(error)}") from None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if place.type == "cuda":
             place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

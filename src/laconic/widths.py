@@ -135,7 +135,7 @@ class Walk:
         self.shares |= {s.name: log_shares(self.values[s.name]) for s in plan.sites if s.name in self.values}
         self.costs = {path: self.cost(path) for path in self.layers}
         self.spent = present_costs(plan, self.currencies)
-        self.weights = self.price()
+        self.weights = self.currency_weights()
         self.touching = defaultdict(set)
         for group in plan.neurons:
             for end in group.group.ends:
@@ -153,8 +153,8 @@ class Walk:
         inner = self.inner[site.name] if site is not None else 0
         return layer_costs(self.rates[path], out, taken, None if rank is None else [rank], self.currencies, inner)[0]
 
-    def price(self) -> Floats:
-        """Weights of the costs: each relative to its limit, those that are met for nothing."""
+    def currency_weights(self) -> Floats:
+        """Of the costs, which become one in their sum: each counts relative to its limit, and 0 where the limit holds already."""
         return np.where(self.spent > self.limits, 1 / np.maximum(self.limits, 1e-300), 0.0)
 
     def kept(self) -> dict[str, list[int]]:
@@ -272,7 +272,7 @@ class Walk:
             if stamp != version[name]:
                 continue
             changed = self.go(items[name], to)
-            weights = self.price()
+            weights = self.currency_weights()
             if np.any((weights > 0) != (self.weights > 0)):
                 self.weights, affected = weights, set(items)
             else:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import nn
 from tyro.conf import Positional
 
@@ -16,9 +15,8 @@ from ..budget import Budget
 from ..compaction import compress as compress_model
 from ..console import console
 from ..errors import InvalidValueError
-from ..report import layer_table
 from ..structures import LowRank
-from .shared import show_json, write_page
+from .shared import show_json, show_report, write_page
 
 
 def compress(
@@ -52,15 +50,13 @@ def compress(
     inputs = (torch.randn(input_shape, generator=torch.Generator().manual_seed(0)),) if input_shape else None
     with console.status("cutting"):
         report = compress_model(model, LowRank(matricization=matricization), budget, energy=energy, example_inputs=inputs)
-        folder = checkpoint.save(model, out, report=report.to_json())
+        folder = checkpoint.save(model, out, report=report)
     page = write_page(folder.with_name(folder.name + "-report.html"), report, factory, None, {"weights": weights.name})
     if json:
         show_json({**report.to_json(), "model": str(folder)})
         return
-    Console().print(layer_table(report))
+    show_report(report)
     print(f"parameters {report.params_before:,} -> {report.params_after:,}; model: {folder}" + (f"; report: {page}" if page else ""))
-    for note in report.notes:
-        print(f"note: {note}")
 
 
 def call_factory(factory: str) -> nn.Module:

@@ -12,10 +12,10 @@ from ..data import load_dataset
 from ..errors import CheckpointError
 from ..methods import METHODS, build
 from ..recipe import load_recipe
-from ..report import comparison_table, layer_table
+from ..report import comparison_table
 from ..results import evaluate
 from ..training import accuracy
-from .shared import context, runs, show_json, write_page
+from .shared import context, runs, show_json, show_report, write_page
 
 
 def demo(out: Path = Path("laconic-demo"), seed: int = 0, json: bool = False) -> None:
@@ -35,7 +35,7 @@ def demo(out: Path = Path("laconic-demo"), seed: int = 0, json: bool = False) ->
         for name, ours in runs(method, data, recipe, seed, out, show=not json):
             rows.append({"method": METHODS[name].label, **evaluate(ours, data)})
     assert ours.report is not None
-    folder = checkpoint.save(ours.model, out / "model", report=ours.report.to_json())
+    folder = checkpoint.save(ours.model, out / "model", report=ours.report)
     page = write_page(out / "report.html", ours.report, "Handwritten digits", rows, context(recipe, seed))
     again = checkpoint.load(folder, build(data, recipe, seed))
     reloaded = accuracy(again, data.test_x, data.test_y)
@@ -44,8 +44,7 @@ def demo(out: Path = Path("laconic-demo"), seed: int = 0, json: bool = False) ->
     if json:
         show_json({"rows": rows, "model": str(folder), "report": str(page) if page else None, "reloaded_accuracy": reloaded})
         return
-    out_console = Console()
-    out_console.print(comparison_table(rows))
-    out_console.print(layer_table(ours.report))
+    Console().print(comparison_table(rows))
+    show_report(ours.report)
     print(f"compact model: {folder}   (reloaded: accuracy {reloaded:.4f}, the same)")
     print(f"report: {page}" if page else "report: pip install 'laconic[plot]' for the HTML page")

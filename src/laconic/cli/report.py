@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from tyro.conf import Positional
 
 from .. import checkpoint
 from ..errors import CheckpointError, CheckpointNotFoundError
-from ..report import CompactReport, layer_table, render
-from .shared import show_json
+from ..report import CompactReport, render
+from .shared import show_json, show_report
 
 
 def report(directory: Positional[Path], html: Path | None = None, json: bool = False) -> None:
@@ -27,7 +26,7 @@ def report(directory: Positional[Path], html: Path | None = None, json: bool = F
         raise CheckpointNotFoundError(f"{directory} does not exist or is not a directory: expected a saved model")
     manifest = checkpoint.read_manifest(directory)
     if "report" not in manifest:
-        raise CheckpointError(f"{directory} was saved without a report: laconic.save(model, directory, report=report.to_json())")
+        raise CheckpointError(f"{directory} was saved without a report: laconic.save(model, directory, report=report)")
     found = CompactReport.from_json(manifest["report"])
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +34,5 @@ def report(directory: Positional[Path], html: Path | None = None, json: bool = F
     if json:
         show_json(manifest["report"])
         return
-    Console().print(layer_table(found))
+    show_report(found)
     print(f"parameters {found.params_before:,} -> {found.params_after:,}")
-    for note in found.notes:
-        print(f"note: {note}")

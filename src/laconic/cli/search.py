@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import nn
 from tyro.conf import Positional
 
@@ -17,11 +16,11 @@ from ..data import load_dataset
 from ..measure import count_params
 from ..methods import build, compressor_for, example
 from ..recipe import load_recipe
-from ..report import CompactReport, layer_table
+from ..report import CompactReport
 from ..results import result_path, write_json
 from ..search import Trial, smallest
 from ..training import accuracy, fit, make_optimizer
-from .shared import show_json
+from .shared import show_json, show_report
 
 
 def search(
@@ -83,7 +82,7 @@ def search(
     )  # fmt: skip
     right = {k: accuracy(m, whole.test_x, whole.test_y) for k, m in (("dense", dense), ("found", found.model))}
     folder = result_path(out, chosen, "search", seed).with_suffix("")
-    checkpoint.save(found.model, folder / "model", report=found.report.to_json() if found.report else None)
+    checkpoint.save(found.model, folder / "model", report=found.report)
     result = {
         "recipe": dataclasses.asdict(chosen),
         "seed": seed,
@@ -103,7 +102,7 @@ def search(
     if found.report is None:
         print(f"no budget below 1 was good enough ({len(found.trials)} trials)")
     else:
-        Console().print(layer_table(found.report))
+        show_report(found.report)
     print(
         f"parameters {count_params(dense):,} -> {count_params(found.model):,}; test accuracy {right['dense']:.4f} -> {right['found']:.4f}"
     )

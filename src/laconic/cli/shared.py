@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from .. import checkpoint
 from ..console import console, progress_bar
 from ..data import Dataset
 from ..errors import InvalidValueError, MissingExtraError, nearest
 from ..methods import METHODS, Trained, cut_after_training
 from ..recipe import Recipe
-from ..report import CompactReport, render
+from ..report import CompactReport, layer_table, render
 from ..results import machine, result_path, versions
 from ..training import Restart, TrainingInterrupted
 
@@ -57,23 +59,18 @@ def told() -> Iterator[None]:
         yield
 
 
-class interruptible:  # noqa: N801 - used like a function
+@contextlib.contextmanager
+def interruptible(folder: Path) -> Iterator[None]:
     """On Ctrl-C: save the model as it is, say where, leave with status 130."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, TrainingInterrupted):
-            place = checkpoint.save(error.model, self.folder / "interrupted")
-            console.print(
-                f"{error}; the model as it is now: {place} (laconic.load reads it); "
-                "the same command with --resume goes on from the last running checkpoint"
-            )
-            raise SystemExit(130) from None
+    try:
+        yield
+    except TrainingInterrupted as error:
+        place = checkpoint.save(error.model, folder / "interrupted")
+        console.print(
+            f"{error}; the model as it is now: {place} (laconic.load reads it); "
+            "the same command with --resume goes on from the last running checkpoint"
+        )
+        raise SystemExit(130) from None
 
 
 def context(recipe: Recipe, seed: int) -> dict[str, Any]:
@@ -90,6 +87,13 @@ def write_page(path: Path, report: CompactReport, title: str, rows: list[dict[st
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page)
     return path
+
+
+def show_report(report: CompactReport) -> None:
+    """What was done to each layer, and the notes: nothing stays unsaid."""
+    Console().print(layer_table(report))
+    for note in report.notes:
+        print(f"note: {note}")
 
 
 def show_json(content: Any) -> None:

@@ -18,10 +18,10 @@ from ..distributed import rank, world_size
 from ..errors import InvalidValueError
 from ..methods import METHODS
 from ..recipe import load_recipe
-from ..report import comparison_table, layer_table
+from ..report import comparison_table
 from ..results import evaluate, make_result, result_path, write_json
 from ..training import join
-from .shared import RUNNING, check_method, context, runs, show_json, write_page
+from .shared import RUNNING, check_method, context, runs, show_json, show_report, write_page
 
 
 def train(
@@ -42,7 +42,7 @@ def train(
     times: bool = True,
     json: bool = False,
 ) -> None:
-    """Train by a recipe: a TOML file, or one of the shipped `digits`, `scene`, `cifar10`.
+    """Train by a recipe: a TOML file, or one that is shipped (`digits`, `scene-tenth`, ...: all in laconic/recipes/).
 
     Example: laconic train scene --data ../shared/data --params 0.25
 
@@ -54,7 +54,7 @@ def train(
         method: laconic, low-rank, channels (laconic with one structure), late (cut last); or a rival: dense, svd (dense, then cut;
             gives both), svd-energy and svd-activation (other ranks), svd-tuned, svd-energy-tuned, svd-activation-tuned (cut at
             half, trained on), thin (a smaller dense network), thin-long (for longer), distilled, found (laconic's shape from
-            scratch), as-published, trp, lc, svd-training, spectral-decay, slorr-hoyer, pufferfish, cuttlefish, spectral-init,
+            scratch), found-widths (dense, with the widths of laconic's neurons alone), as-published, trp, lc, svd-training, spectral-decay, slorr-nuc, slorr-hoyer, slorr-hoyer-tuned, pufferfish, cuttlefish, spectral-init,
             magnitude, tucker, cp, pat, torch-pruning, torch-pruning-taylor (the last five need the extra `rivals`).
         seed: of initialisation and batches.
         data: folder of the data sets; default: $LACONIC_DATA, data/, ../shared/data.
@@ -97,7 +97,7 @@ def train(
         result = make_result(chosen, name, seed, evaluate(trained, dataset, times), trained, dataset.notes) | {"validation": validation}
         if not first:
             continue
-        checkpoint.save(trained.model, folder / "model", report=trained.report.to_json() if trained.report else None)
+        checkpoint.save(trained.model, folder / "model", report=trained.report)
         write_json(folder / "result.json", result)
         if results is not None:
             write_json(result_path(results, chosen, name, seed), result)
@@ -111,5 +111,5 @@ def train(
         return
     Console().print(comparison_table(rows))
     if trained.report:
-        Console().print(layer_table(trained.report))
+        show_report(trained.report)
     print(f"model: {folder / 'model'}   result: {folder / 'result.json'}" + (f"   report: {page}" if page else ""))

@@ -229,7 +229,7 @@ def load_dataset(name: str, root: str | Path | None = None, train_limit: int | N
 
 
 def _file(name: str, root: Path | None, torchvision: str = "") -> Path:
-    """Where it is. `torchvision` keeps it under another name, which goes first: where cases are not told apart, `mnist` would find `MNIST` instead of `MNIST/raw`."""
+    """Where it is. `torchvision` keeps it under another name, which goes first: on a file system that ignores case, `mnist` would find `MNIST` instead of `MNIST/raw`."""
     names = [torchvision, name] if torchvision else [name]
     given = root or (Path(os.environ["LACONIC_DATA"]) if os.environ.get("LACONIC_DATA") else None)
     places = [given] if given else [Path("data"), Path("../shared/data")]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import first_line
 from ..matricize import CONVS, TRANSPOSED_CONVS, Layer
 from ..measure import call, seeded
 from ..surgery.channels import Count, Group, channels_kept, slim, slimmed
@@ -238,4 +239,4 @@ def _and_above(path: str) -> Iterator[str]:
 
 
 def line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+    return f"{type(error).__name__}: {first_line(error)}"[:200]

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import DecompositionError, NonFiniteError
+from ..checks import check_finite
+from ..errors import DecompositionError, first_line
 from ..penalties import Penalty
 
 
@@ -52,12 +53,12 @@ Pair = tuple[Tensor, Tensor]
 def _core(left: Tensor, right: Tensor, name: str) -> tuple[Pair, Pair, tuple[Tensor, Tensor, Tensor]]:
     """QR of the left factor, QR of the right one transposed, and the SVD of what is between them; in float64."""
     left, right = left.detach().double(), right.detach().double()
-    if not (bool(torch.isfinite(left).all()) and bool(torch.isfinite(right).all())):
-        raise NonFiniteError(f"{name} holds NaN or Inf: nothing was changed; look for a diverging loss or a learning rate that is too high")
+    check_finite(left, name)
+    check_finite(right, name)
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.mT)
     try:
         u, s, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise DecompositionError(f"{name}: {str(error).splitlines()[0]}; nothing was changed") from None
+        raise DecompositionError(f"{name}: {first_line(error)}; nothing was changed") from None
     return (q_left, r_left), (q_right, r_right), (u, s, vh)

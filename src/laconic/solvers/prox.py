@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DecompositionError, InvalidTypeError, InvalidValueError, NonFiniteError, nearest
+from ..checks import check_finite
+from ..errors import DecompositionError, InvalidTypeError, InvalidValueError, first_line, nearest
 from ..penalties import L1, Penalty, check_tau
 from .base import Shrunk, Solver
 from .gram import Gram
@@ -88,7 +89,7 @@ def spectral_prox(
     penalty: Penalty,
     tau: float,
     *,
-    solver: Solver | Auto | None = None,
+    solver: str | Solver | Auto = "auto",
     state: dict[str, Any] | None = None,
     name: str = "x",
 ) -> SVTResult:
@@ -98,7 +99,7 @@ def spectral_prox(
         x: `[m, n]`, or a stack `[b, m, n]` of independent matrices; any real floating dtype. Not changed.
         penalty: see `laconic.penalties`.
         tau: threshold, in the units of the singular values.
-        solver: None for `Auto()`.
+        solver: `"auto"`, `"svd"`, `"gram"`, `"gram-float64"`, or a solver object.
         state: result's `state` of an earlier call on a nearby matrix. The present solvers need no warm start, so it
             only carries the count of calls and failures.
         name: what to call the matrix in errors.
@@ -109,6 +110,10 @@ def spectral_prox(
         DecompositionError: every solver failed.
     """
     tau = check_tau(tau)
+    if isinstance(solver, str):
+        if solver not in SOLVERS:
+            raise InvalidValueError(f"solver = {solver!r} is unknown{nearest(solver, SOLVERS)}")
+        solver = SOLVERS[solver]
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise InvalidTypeError(f"{name}: expected a real floating-point tensor, got {kind}")
@@ -119,17 +124,15 @@ def spectral_prox(
         work = (x if x.ndim == 3 else x[None]).detach()
         if work.dtype not in (torch.float32, torch.float64):
             work = work.float()
-        largest = float(work.abs().max())
-        if not math.isfinite(largest):
-            raise NonFiniteError(
-                f"{name} holds NaN or Inf: nothing was changed; look for a diverging loss or a learning rate that is too high"
-            )
+        peak = work.abs().max()
+        check_finite(peak, name)
+        largest = float(peak)
         exponent = max(-1000, min(1000, math.frexp(largest)[1])) if largest > 0 else 0
         if abs(exponent) <= ORDINARY:
             exponent = 0
         scale = 2.0**exponent
         work = _times_power_of_two(work, -exponent)
-        shrunk, used, failures = _shrink_with_fallback(work, penalty, tau, scale, solver or Auto(), name)
+        shrunk, used, failures = _shrink_with_fallback(work, penalty, tau, scale, solver, name)
         y = _times_power_of_two(shrunk.x, exponent).to(x.dtype).reshape(x.shape)
         if tau == 0 and torch.equal(shrunk.values * scale, shrunk.input_values * scale):
             y = x.detach().clone()  # nothing was asked for: not even rounding
@@ -172,7 +175,7 @@ def _shrink_with_fallback(
         try:
             shrunk = candidate.shrink(work.to(device, dtype), penalty, tau, scale)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            failures.append(f"{candidate.name} ({dtype}, {device}): {str(error).splitlines()[0]}")
+            failures.append(f"{candidate.name} ({dtype}, {device}): {first_line(error)}")
             continue
         if device != work.device or dtype != work.dtype:
             shrunk = Shrunk(shrunk.x.to(work.device, work.dtype), shrunk.values, shrunk.input_values, shrunk.error)
@@ -198,8 +201,4 @@ def svt(x: Tensor, tau: float, solver: str | Solver | Auto = "auto", state: dict
 
     Source: Cai, Candes, Shen 2010, *A singular value thresholding algorithm for matrix completion*.
     """
-    if isinstance(solver, str):
-        if solver not in SOLVERS:
-            raise InvalidValueError(f"solver = {solver!r} is unknown{nearest(solver, SOLVERS)}")
-        solver = SOLVERS[solver]
     return spectral_prox(x, L1(), tau, solver=solver, state=state)

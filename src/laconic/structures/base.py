@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..errors import InvalidTypeError, InvalidValueError, NonFiniteError, nearest
+from ..errors import InvalidTypeError, InvalidValueError, nearest
 from ..penalties import Penalty
 
 SCALES = ("relative", "absolute")
@@ -32,20 +31,9 @@ def check_options(structure: Any) -> None:
         raise InvalidValueError(f"scale = {structure.scale!r} is unknown{nearest(structure.scale, SCALES)}")
 
 
-def check_finite(values: Tensor, name: str) -> None:
-    """Norms or magnitudes, before anything is written."""
-    if not bool(torch.isfinite(values).all()):
-        raise NonFiniteError(f"{name} holds NaN or Inf: nothing was changed; look for a diverging loss or a learning rate that is too high")
-
-
 def root_mean_square(values: Tensor) -> float:
     """The unit of the threshold with `scale="relative"`; 1 where all values are zero."""
     return float(values.square().mean().sqrt()) or 1.0
-
-
-def check_multiple(name: str, value: Any) -> None:
-    if not (isinstance(value, int) and value >= 1):
-        raise InvalidValueError(f"{name} = {value!r}: must be a whole number, at least 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..checks import check_finite, whole_number
 from ..matricize import Layer, Unfolding, unfolding_named, unfoldings
 from ..penalties import L1, LogSum, Penalty
 from ..surgery.channels import NORMS, End, Group, channels_kept, width
 from ..surgery.factorize import MARK, product
-from .base import InUnits, Shrinkage, check_finite, check_multiple, check_options, root_mean_square
+from .base import InUnits, Shrinkage, check_options, root_mean_square
 from .low_rank import Site
 
 ROWS = 256  # of a weight, at a time
@@ -143,7 +144,7 @@ class Channels:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_multiple("multiple", self.multiple)
+        object.__setattr__(self, "multiple", whole_number("multiple", self.multiple, least=1))
 
     @classmethod
     def as_published(cls, strength: float, **options: Any) -> Channels:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_finite
 from ..errors import InvalidValueError
 from ..penalties import L1, Penalty
-from .base import InUnits, Shrinkage, check_finite, check_options, root_mean_square
+from .base import InUnits, Shrinkage, check_options, root_mean_square
 
 
 @dataclass(eq=False, slots=True)

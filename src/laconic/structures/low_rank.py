@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import whole_number
 from ..distributed import full, write
 from ..matricize import CHANNEL, SPATIAL, Unfolding, check_matricization, unfolding_named
 from ..penalties import L1, LogSum, Penalty
@@ -19,7 +20,7 @@ from ..solvers.gram import singular_values, small_gram
 from ..surgery.factorize import factorize, narrow, pair_matrices, pair_weights
 from ..surgery.factorize import weights as pair_parameters
 from ..timing import RankTimes
-from .base import InUnits, Shrinkage, check_multiple, check_options
+from .base import InUnits, Shrinkage, check_options
 
 
 @dataclass(eq=False, slots=True)
@@ -210,7 +211,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_multiple("rank_multiple", self.rank_multiple)
+        object.__setattr__(self, "rank_multiple", whole_number("rank_multiple", self.rank_multiple, least=1))
         check_matricization(self.matricization)
 
     @classmethod

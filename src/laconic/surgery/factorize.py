@@ -206,10 +206,6 @@ def weights(pair: Layer) -> tuple[nn.Parameter, nn.Parameter]:
     return first, second
 
 
-def pair_rank(pair: nn.Sequential) -> int:
-    return int(getattr(pair, MARK)["rank"])
-
-
 def product(pair: nn.Sequential, unfolding: Unfolding) -> Tensor:
     """The weight that the pair stands for, in the layer's shape, in float64."""
     first, second = (weight.detach().double() for weight in weights(pair))
