@@ -153,7 +153,7 @@ REFUSALS = {
     "no bias, and BatchNorm is not alone": (lambda: Skipped(), "has no bias"),
     "transposed": (lambda: nn.ConvTranspose2d(8, 6, 3, 2), "transposed"),
     "a depthwise layer that pads": (
-        lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 6, 1)), "does not see a constant",
+        lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 6, 1)), "goes through 1.0, which pads with zeros",
     ),
 }  # fmt: skip
 
@@ -206,6 +206,58 @@ def test_a_unit_whose_constant_cannot_be_folded_stays(second, reason):
     assert all(reason in why for why in dead["0.0"].stays.values()), dead["0.0"].stays
     fold(model, groups, dead)
     assert_same(snapshot(model), before)
+
+
+class Gated(nn.Module):
+    """What a unit puts out is multiplied by a number that depends on the example, and is the same for all units."""
+
+    def __init__(self, gate) -> None:
+        super().__init__()
+        self.a, self.b, self.gate = nn.Linear(20, 16), nn.Linear(16, 3), gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu() * self.gate(x))
+
+
+class Depthwise(nn.Module):
+    def __init__(self, multiplier: int, groups: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16 * multiplier, 3, padding=1, groups=groups)
+        self.c = nn.Conv2d(16 * multiplier, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x)))
+
+
+def sigmoid_gate() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(20, 1), nn.Sigmoid())
+
+
+LOOKS_CONSTANT = {
+    "one example": (lambda: Gated(sigmoid_gate()), torch.ones(1, 20), (64, 20)),
+    "examples that are all alike": (lambda: Gated(sigmoid_gate()), torch.zeros(16, 20), (64, 20)),
+    "the norm of the one example": (lambda: Gated(lambda x: x.norm(dim=1, keepdim=True)), torch.randn(1, 20), (64, 20)),
+    "a map of one pixel": (lambda: Depthwise(1, 16), torch.randn(4, 3, 1, 1), (4, 3, 8, 8)),
+    "of one pixel, two channels a unit": (lambda: Depthwise(2, 16), torch.randn(4, 3, 1, 1), (4, 3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize(("build", "examples", "shape"), LOOKS_CONSTANT.values(), ids=LOOKS_CONSTANT)
+def test_what_is_constant_on_the_examples_alone_is_no_constant(build, examples, shape):
+    torch.manual_seed(0)
+    model = build()
+    with torch.no_grad():
+        model.a.weight[:4] = 0
+        model.a.bias[:4] = 1
+    other = torch.randn(shape)
+    wanted = outputs(model, (other,))
+    compressor = laconic.Compressor(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), [laconic.Channels(strength=1e-9)], example_inputs=(examples,)
+    )
+    report = compressor.compact()
+    assert_close(outputs(model, (other,)), wanted)
+    assert any(note.startswith("a: dead, but kept: 0, 1, 2, 3; ") for note in report.notes), report.notes
 
 
 def test_zero_goes_through_zero_padding():

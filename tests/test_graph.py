@@ -293,16 +293,58 @@ class OnlyInTraining(nn.Module):
         return (out, self.extra(y)) if self.training else out
 
 
+class SlicedInTraining(OnlyInTraining):
+    """It runs with fewer units, too, on other ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor):
+        y = self.a(x).relu()
+        out = self.c(self.b(y).relu())
+        return (out, self.extra(y[:, :2])) if self.training else out
+
+
+class ViewedInTraining(OnlyInTraining):
+    """It runs with half of the units, too, where the batch is even."""
+
+    def forward(self, x: Tensor):
+        y = self.a(x).relu()
+        out = self.c(F.dropout(self.b(y).relu(), 0.1, self.training))
+        return (out, self.extra(y.view(-1, 8))) if self.training else out
+
+
+class NormedAndSliced(SlicedInTraining):
+    """BatchNorm does not train on one example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor):
+        y = self.a(x).relu()
+        out = self.c(self.norm(self.b(y)).relu())
+        return (out, self.extra(y[:, :2])) if self.training else out
+
+
 @pytest.mark.parametrize(
-    ("build", "reason"),
-    [(HalfScale, "off by"), (Padded, "does not run"), (OnlyInTraining, "does not train")],
-    ids=["scale", "pad", "training"],
+    ("build", "batch", "reason"),
+    [
+        (HalfScale, 4, "off by"),
+        (Padded, 4, "does not run"),
+        (OnlyInTraining, 4, "does not train"),
+        (SlicedInTraining, 4, "the outputs in training are off by"),
+        (ViewedInTraining, 8, "in training"),
+        (NormedAndSliced, 1, "the outputs in training are off by"),
+    ],
+    ids=["scale", "pad", "training", "a slice in training", "a view in training", "BatchNorm, one example"],
 )
-def test_the_trial_finds_what_following_cannot(build, reason):
-    groups, reasons = found(build(), torch.randn(4, 6))
+def test_the_trial_finds_what_following_cannot(build, batch, reason):
+    groups, reasons = found(build(), torch.randn(batch, 6))
     assert "a" not in groups
     assert reason in reasons["a"]
-    assert groups == ({"b": 5} if build is OnlyInTraining else {})
+    assert groups == ({"b": 5} if issubclass(build, OnlyInTraining) else {})
 
 
 def test_a_zero_that_the_initialisation_put_does_not_hide_a_mistake():

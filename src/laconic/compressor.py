@@ -607,9 +607,10 @@ class Compressor:
         kept = {g.name: [u for u in g.kept.tolist() if u not in gone[g.name]] or g.kept[:1].tolist() for g in self.plan.neurons}
         alive = {g.name: np.isin(g.kept, kept[g.name]).astype(np.float64) for g in self.plan.neurons}
         state.cuts.add(slim_neurons(self.model, self.plan, alive, kept, example_inputs=self.example_inputs, optimizers=self.optimizers))
-        state.cuts.notes += [
-            f"{name}: unit {unit} is dead, but stays: {why}" for name, found in dead.items() for unit, why in found.stays.items()
-        ]
+        for name, found in dead.items():
+            for why in dict.fromkeys(found.stays.values()):
+                units = ", ".join(str(unit) for unit, reason in found.stays.items() if reason == why)
+                state.cuts.notes.append(f"{name}: dead, but kept: {units}; {why}")
         return []
 
     def _move(self, into: nn.Module) -> None:

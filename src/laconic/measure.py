@@ -7,6 +7,7 @@ attention is invisible to the counter on CPU, so attention is sent through its m
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -107,12 +108,28 @@ def count_params(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def seeded() -> Iterator[None]:
+def seeded(seed: int = 0) -> Iterator[None]:
     """The same chances every time, and outside as if nothing had happened."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         yield
+
+
+def varied(inputs: Inputs, seed: int) -> Inputs:
+    """Other inputs of the same shapes: floating numbers with as much noise as they scatter, all others in another order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def other(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.numel():
+            return x
+        if not x.is_floating_point():
+            return x.flatten()[torch.randperm(x.numel(), generator=generator).to(x.device)].reshape(x.shape)
+        spread = float(x.double().std()) if x.numel() > 1 else 0.0
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        return x + (spread or 1.0) * noise if math.isfinite(spread) else x
+
+    return tuple(other(x) for x in inputs)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ from .labels import leaves
 
 TOLERANCE = 1e-5  # of the largest output
 Kept = dict[str, list[int]]
+Draw = Callable[[int, np.random.Generator], list[int]]
+Distance = Callable[[Sequence[Tensor], Sequence[Tensor]], float]
 
 
 def tried(model: nn.Module, groups: Sequence[Group], inputs: Sequence[Any]) -> tuple[list[Group], dict[str, str]]:
@@ -74,40 +76,57 @@ class Trial:
         self.dtypes = (torch.float32, torch.float64) if half else (None, torch.float64)
         twin = copy.deepcopy(model).eval()
         _shake(twin)
-        self.twin = twin if all(bool(torch.isfinite(y).all()) for y in self._run(twin, self.dtypes[0])) else copy.deepcopy(model).eval()
-        if not self._run(self.twin, self.dtypes[0]):
+        self.twin = (
+            twin if all(bool(torch.isfinite(y).all()) for y in self._run(twin, self.dtypes[0], inputs)) else copy.deepcopy(model).eval()
+        )
+        if not self._run(self.twin, self.dtypes[0], inputs):
             raise ValueError("its outputs hold no floating tensor")
         self.helped: dict[tuple[str, ...], None] = {}
-        self.trains = self._trains(copy.deepcopy(model)) is None
+        self.training = next((x for x in (self.inputs, _twice(self.inputs)) if self._trains(copy.deepcopy(model), x) is None), None)
 
     def evaluated(self, groups: Sequence[Group]) -> str | None:
         """Why these groups, together, cannot be removed; None if they can."""
-        generator = np.random.default_rng(0)
-        for draw in (_some, _all_but_the_first, _all_but_one):
-            kept = {group.name: draw(group.units, generator) for group in groups}
-            for dtype in self.dtypes:  # a second time with more digits, where rounding may be the reason
-                try:
-                    with slimmed(self.twin, groups, kept):
-                        got = self._run(self.twin, dtype)
-                except Exception as error:
-                    return f"the model does not run without some of its units ({line(error)})"
-                with unread(self.twin, groups, kept):
-                    wanted = self._run(self.twin, dtype)
-                off = _distance(wanted, got)
-                if off <= TOLERANCE or off > 0.1:
-                    break
-            if off > TOLERANCE:
-                return f"without some of its units the outputs are off by {off:.1g} of the largest"
-        return None
+        return self._compared(groups, self.inputs, (_some, _all_but_the_first, _all_but_one), _distance)
 
     def trained(self, groups: Sequence[Group]) -> str | None:
-        """Does the smaller model run in train mode, forward and backward?"""
-        if not self.trains:
+        """The same in train mode, where other code may run, and backward, too."""
+        inputs = self.training
+        if inputs is None:
             return None
         generator = np.random.default_rng(0)
         small = copy.deepcopy(self.model)
         slim(small, groups, {group.name: _some(group.units, generator) for group in groups})
-        return self._trains(small)
+        if (why := self._trains(small, inputs)) is not None:
+            return why
+        self.twin.train()
+        try:
+            once, again = (self._run(self.twin, self.dtypes[0], inputs, seed) for seed in (0, 1))
+            random = _distance(once, again) > 0  # dropout draws other numbers for fewer units
+            return self._compared(groups, inputs, (_some, _all_but_one), _other_shapes if random else _distance, " in training")
+        finally:
+            self.twin.eval()
+
+    def _compared(
+        self, groups: Sequence[Group], inputs: Sequence[Any], draws: Sequence[Draw], distance: Distance, when: str = ""
+    ) -> str | None:
+        """Why these groups, together, cannot be removed; None if they can."""
+        generator = np.random.default_rng(0)
+        for draw in draws:
+            kept = {group.name: draw(group.units, generator) for group in groups}
+            for dtype in self.dtypes:  # a second time with more digits, where rounding may be the reason
+                try:
+                    with slimmed(self.twin, groups, kept):
+                        got = self._run(self.twin, dtype, inputs)
+                except Exception as error:
+                    return f"the model does not run{when} without some of its units ({line(error)})"
+                with unread(self.twin, groups, kept):
+                    wanted = self._run(self.twin, dtype, inputs)
+                off = distance(wanted, got)
+                if off <= TOLERANCE or off > 0.1:
+                    break
+            if off > TOLERANCE:
+                return f"without some of its units the outputs{when} are off by {off:.1g} of the largest"
+        return None
 
     def with_counts(self, groups: Sequence[Group]) -> list[Group] | None:
         """One group with the numbers in its parents that must shrink with it, if there are some that make it pass; several
@@ -131,26 +150,25 @@ class Trial:
                 return dataclasses.replace(group, counts=counts)
         return group
 
-    def _run(self, model: nn.Module, dtype: torch.dtype | None) -> list[Tensor]:
+    def _run(self, model: nn.Module, dtype: torch.dtype | None, inputs: Sequence[Any], seed: int = 0) -> list[Tensor]:
         if dtype is not None:
             model = copy.deepcopy(model).to(dtype)
-        with torch.no_grad(), seeded():
-            outputs = list(leaves(call(model, self._inputs(dtype))))
+        with torch.no_grad(), seeded(seed):
+            outputs = list(leaves(call(model, _copies(inputs, dtype))))
         return [y.detach() for y in outputs if y.is_floating_point() and y.numel()]
 
-    def _inputs(self, dtype: torch.dtype | None) -> list[Any]:
-        return [
-            (x.to(dtype) if dtype is not None and x.is_floating_point() else x.clone()) if isinstance(x, Tensor) else x for x in self.inputs
-        ]
-
-    def _trains(self, model: nn.Module) -> str | None:
+    def _trains(self, model: nn.Module, inputs: Sequence[Any]) -> str | None:
         try:
             with torch.enable_grad(), seeded():
-                outputs = [y for y in leaves(call(model.train(), self._inputs(None))) if y.is_floating_point() and y.requires_grad]
+                outputs = [y for y in leaves(call(model.train(), _copies(inputs, None))) if y.is_floating_point() and y.requires_grad]
                 sum(y.float().square().mean() for y in outputs).backward()  # type: ignore[union-attr]
         except Exception as error:
             return f"the model does not train without some of its units ({line(error)})"
         return None
+
+
+def _copies(inputs: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
+    return [(x.to(dtype) if dtype is not None and x.is_floating_point() else x.clone()) if isinstance(x, Tensor) else x for x in inputs]
 
 
 def _some(units: int, generator: np.random.Generator) -> list[int]:
@@ -206,6 +224,15 @@ def unread(model: nn.Module, groups: Sequence[Group], kept: Kept) -> Iterator[No
         with torch.no_grad():
             for weight, old in reversed(before):
                 weight.copy_(old)
+
+
+def _other_shapes(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    return math.inf if [y.shape for y in wanted] != [y.shape for y in got] else 0.0
+
+
+def _twice(inputs: Sequence[Any]) -> list[Any]:
+    """Each example twice: BatchNorm does not train on one."""
+    return [torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim else x for x in inputs]
 
 
 def _distance(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:

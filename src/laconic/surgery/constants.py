@@ -1,13 +1,15 @@
 """Units that put out the same number whatever the input: what the number is, and how the layers that read it take it over.
 
 A unit whose rows are zero in every layer that computes it puts out a constant: its bias, sent through the norms and
-activations behind it. We look at what its consumers really see, and let their biases say it: exact if the constant is
-zero, or if the consumer does not pad with zeros. Where a consumer without a bias goes straight into a BatchNorm, the
+activations behind it. We look at what its consumers really see, on the example inputs and on others like them (a gate that other
+inputs move must not look like a constant), and let their biases say it: exact if the constant is
+zero, or if nothing on the way pads it with zeros. Where a consumer without a bias goes straight into a BatchNorm, the
 running mean takes the constant instead.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +21,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..matricize import TRANSPOSED_CONVS, Layer, is_hf_conv1d
-from ..measure import check_inputs, evaluating
-from .channels import NORMS, Group, Ints, channels_kept, units_kept
+from ..matricize import CONVS, TRANSPOSED_CONVS, Layer, is_hf_conv1d
+from ..measure import check_inputs, evaluating, varied
+from .channels import NORMS, End, Group, Ints, channels_kept, units_kept
 from .factorize import MARK
 
+LOOKS = 4  # at the example inputs, then at others of their shapes
 SAME = 1e-5  # two numbers that differ by less, relatively, are one: attention averages a constant with rounding
 
 
@@ -45,13 +48,17 @@ class Constants:
 
 
 def dead_constants(model: nn.Module, groups: Sequence[Group], example_inputs: Any) -> dict[str, Constants]:
-    """The dead units of each group that has some, and what their consumers see of them on the example inputs (eval mode)."""
+    """The dead units of each group that has some, and what their consumers see of them (eval mode)."""
     silent = {group.name: _silent(model, group) for group in groups}
     groups = [group for group in groups if silent[group.name]]
     if not groups:
         return {}
-    watch = _Watch(model, [end.path for group in groups for end in group.consumers])
-    watch.run(example_inputs)
+    watch = _Watch(model, [end.path for group in groups for end in (*group.consumers, *_padded_carriers(model, group))])
+    given = check_inputs(example_inputs)
+    watch.run(given)
+    for seed in range(1, LOOKS):
+        with contextlib.suppress(Exception):  # a model need not run on what the examples become
+            watch.run(varied(given, seed))
     return {group.name: _constants(model, group, silent[group.name], watch) for group in groups}
 
 
@@ -102,6 +109,13 @@ def _silent(model: nn.Module, group: Group) -> list[int]:
 
 def _constants(model: nn.Module, group: Group, silent: list[int], watch: _Watch) -> Constants:
     stays: dict[int, str] = {}
+    for end in _padded_carriers(model, group):
+        conv: Layer = model.get_submodule(end.path)
+        places = np.searchsorted(channels_kept(conv, "out"), end.index[silent])
+        low, high = (x.reshape(conv.groups, -1) for x in watch.seen[end.path])
+        moved: NDArray[np.bool_] = np.any(np.maximum(-low, high), axis=1)
+        seen = moved[places // (conv.out_channels // conv.groups)].any(1).tolist()
+        stays |= {unit: f"its constant goes through {end.path}, which pads with zeros" for unit, s in zip(silent, seen, strict=True) if s}
     values: dict[str, NDArray[np.float64]] = {}
     for end in group.consumers:
         module = model.get_submodule(end.path)
@@ -128,17 +142,28 @@ def _obstacle(module: Layer, path: str, watch: _Watch) -> str | None:
     for layer in _chain(module):
         if isinstance(layer, TRANSPOSED_CONVS):
             return "is a transposed convolution: its outputs see different parts of the kernel"
-        padding = getattr(layer, "padding", 0)
-        padded = padding == "same" if isinstance(padding, str) else bool(np.any(padding))
-        if padded and layer.padding_mode == "zeros" and max(layer.kernel_size) > 1:
+        if _pads(layer):
             return "pads with zeros"
     if _last(module).bias is None and path not in watch.norms:
         return "has no bias"
     return None
 
 
+def _pads(layer: Layer) -> bool:
+    padding = getattr(layer, "padding", 0)
+    padded = padding == "same" if isinstance(padding, str) else bool(np.any(padding))
+    return padded and layer.padding_mode == "zeros" and max(layer.kernel_size) > 1
+
+
+def _padded_carriers(model: nn.Module, group: Group) -> list[End]:
+    """Grouped convolutions that pass the units on and make something else of a constant at the border: where there is nothing but border in
+    the example inputs, that does not show."""
+    carriers = [(end, model.get_submodule(end.path)) for end in group.carriers]
+    return [end for end, module in carriers if isinstance(module, CONVS) and not isinstance(module, TRANSPOSED_CONVS) and _pads(module)]
+
+
 class _Watch:
-    """One forward pass: least and greatest number in each input channel of the consumers, and the BatchNorm that alone
+    """Forward passes: least and greatest number in each input channel of the consumers, and the BatchNorm that alone
     reads the output of one without a bias."""
 
     def __init__(self, model: nn.Module, consumers: Sequence[str]):
@@ -147,7 +172,7 @@ class _Watch:
         self.norms: dict[str, str] = {}
         self.paths = dict.fromkeys(consumers)
 
-    def run(self, example_inputs: Any) -> None:
+    def run(self, inputs: Sequence[Any]) -> None:
         calls: dict[str, int] = {}
         read_by: dict[str, list[str]] = {}
         made: dict[int, tuple[Tensor, str]] = {}
@@ -192,7 +217,7 @@ class _Watch:
                 handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
         try:
             with evaluating(self.model), torch.inference_mode(), Readers():
-                reader("", self.model(*(x.clone() if isinstance(x, Tensor) else x for x in check_inputs(example_inputs))))
+                reader("", self.model(*(x.clone() if isinstance(x, Tensor) else x for x in inputs)))
         finally:
             for handle in handles:
                 handle.remove()
