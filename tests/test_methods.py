@@ -1,6 +1,7 @@
 """The rivals: each ends within its budget, learns, and is what its name says."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -19,6 +20,7 @@ from laconic.methods import (
     build,
     cuttlefish,
     fixed_rank,
+    learning_compression,
     magnitude,
     ours,
     pat,
@@ -131,7 +133,7 @@ def test_the_directions_are_the_gradients_of_their_norms():
     torch.testing.assert_close(spectral_penalties.hoyer(x.detach(), (u @ vh).detach()), gradient)
 
 
-@pytest.mark.parametrize("name", ["trp", "lc", "as-published", "spectral-decay"])
+@pytest.mark.parametrize("name", ["trp", "as-published", "spectral-decay"])
 def test_pressure_moves_energy_into_the_ranks_that_stay(name, data, monkeypatch):
     """Before the cut, a pressed network has more of its energy within the budget than one that was trained without."""
     shares = {}
@@ -141,6 +143,41 @@ def test_pressure_moves_energy_into_the_ranks_that_stay(name, data, monkeypatch)
         assert trained.report is not None
         shares[method] = min(x.energy for x in trained.report.layers)
     assert shares[name] > shares["svd"]
+
+
+def test_lc_pulls_the_weights_to_the_network_that_takes_their_place(data, monkeypatch):
+    """What the cut takes away, as a share of the weights, is a small part of what it takes without a pull."""
+    lost = []
+
+    def cut(model, ranks):
+        for name, (unfolding, rank) in ranks.items():
+            s = torch.linalg.svdvals(unfolding.unfold(model.get_submodule(name).weight.detach()))[0]
+            lost.append(float(s[rank:].norm() / s.norm()))
+        return fixed_rank.factorise_all(model, ranks)
+
+    monkeypatch.setattr(learning_compression, "factorise_all", cut)
+    most = {}
+    for mu in (20.0, 1e-9):
+        lost.clear()
+        recipe = dataclasses.replace(RECIPE, params=0.3, setting=mu)
+        model = METHODS["lc"].train(data, recipe, 0, None, None).model
+        assert sum(p.numel() for p in model.parameters()) <= 0.3 * sum(p.numel() for p in build(data, recipe, 0).parameters())
+        most[mu] = max(lost)
+    assert most[20.0] < 0.2 * most[1e-9]
+
+
+@pytest.mark.parametrize("limit", [200, 500, 1000, 1700])
+def test_the_c_step_is_the_best_of_all_ranks_at_its_price(limit):
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(20, 30), "b": nn.Conv2d(8, 6, 3)}
+    unfolded = {n: choose_unfolding(m, "out,in*kh*kw") for n, m in layers.items()}
+    values = {n: torch.linalg.svdvals(u.unfold(layers[n].weight.detach()).double())[0].numpy() for n, u in unfolded.items()}
+    ranks = learning_compression.ranks_within(limit, unfolded, values)
+    used = learning_compression.size(ranks, unfolded)
+    lost = lambda r: sum(float((values[n][r[n] :] ** 2).sum()) for n in layers)  # noqa: E731
+    assert used <= limit
+    others = [dict(zip("ab", r, strict=True)) for r in itertools.product(range(1, 21), range(1, 7))]
+    assert all(lost(r) >= lost(ranks) - 1e-9 for r in others if learning_compression.size(r, unfolded) <= used)
 
 
 def test_a_recipe_can_ask_for_milliseconds(data, monkeypatch):

@@ -2,7 +2,8 @@ r"""Cuttlefish's rank rule (Wang et al. 2023): train dense until the stable rank
 
 .. math:: \rho(W) = \|W\|_F^2 / \sigma_1^2, \qquad \text{rank} \propto \rho(W_t)\, \frac{\text{full rank}}{\rho(W_0)}
 
-scaled by one factor for all layers so that the network fits the budget (the paper's factor is 1 and its size what comes out). After the cut
+scaled by one factor for all layers so that the network fits the budget (the paper's factor is 1 and its size what comes out). Standing still is judged by
+the net change over five looks (the paper: the mean size of the gradient of a smoothed curve). After the cut
 the products of the factors decay. The first layer and the last stay whole, as in Pufferfish (the paper times how many of the first to leave).
 """
 
@@ -19,11 +20,12 @@ from ..measure import count_params
 from ..recipe import Recipe
 from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
 from .base import Method, Trained, build, one_share, start_afresh
-from .fixed_rank import FROBENIUS_DECAY, decay_products, factorise_all, inner_layers
+from .fixed_rank import decay_products, factorise_all, inner_layers
 
 STILL = 0.3  # setting: change of a scaled stable rank, in ranks per epoch of the paper's 300, below which it stands still
 LOOKS, SMOOTH, PAPER_EPOCHS = 60, 5, 300  # how often the ranks are looked at during the run; a trend is that of so many looks
 LATEST = 0.5  # share of the run by which it is cut in any case
+FROBENIUS_DECAY = 0.05  # on the scale of a weight decay
 
 
 def stable_rank(matrix: Tensor) -> float:

@@ -1,6 +1,6 @@
 r"""Trained Rank Pruning (Xu et al. 2018): every few steps each weight is replaced by its truncated SVD, and training goes on from there.
 
-Between truncations the nuclear norm's subgradient of the last one, :math:`\lambda U_r V_r^T`, is added to the gradient. At the end the
+In the step that follows, whose gradient is taken at the truncated weights, the nuclear norm's subgradient there, :math:`\lambda U_r V_r^T`, is added to it. At the end the
 weights are of low rank, and are cut by the same global rule; no training after it.
 """
 
@@ -19,7 +19,7 @@ from ..training import Report, Restart, fit, make_optimizer
 from . import svd
 from .base import Method, Trained, build
 
-NUCLEAR, EVERY, ENERGY = 3e-4, 20, 0.9  # setting: strength lambda; steps between truncations (the paper's script: 5), kept energy
+NUCLEAR, EVERY, ENERGY = 3e-4, 5, 0.9  # setting: strength lambda; steps between truncations and kept energy as in the paper's script
 
 
 def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
@@ -36,6 +36,7 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
         for weight, direction in directions.items():
             if weight.grad is not None:
                 weight.grad.add_(direction, alpha=recipe.setting or NUCLEAR)
+        directions.clear()
 
     @torch.no_grad()
     def truncate(*_: object) -> None:
