@@ -241,7 +241,7 @@ EDITS = [
         "if False:",
         "test_neurons",
     ),
-    Edit("a run made twice", "bench.py", "if _alive(claim):", "if False:", "test_bench"),
+    Edit("a run made twice", "bench.py", "lock.acquire(blocking=False)", "pass", "test_bench"),
     Edit("LC without a pull", "methods/learning_compression.py", "weight.lerp_(target, min(1.0, recipe.lr * mu))", "pass", "test_methods"),
     Edit(
         "TRP without truncation",

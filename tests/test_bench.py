@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,19 +71,40 @@ def test_the_grid_goes_seed_by_seed_and_svd_gives_dense():
     assert [(r.seed, r.recipe, r.method) for r in runs] == [(0, "a", "svd"), (0, "b", "svd"), (1, "a", "svd"), (1, "b", "svd")]
 
 
-@pytest.mark.parametrize(("owner", "taken"), [("alive", False), ("dead", True), ("none", True)])
-def test_a_run_that_somebody_is_making_is_left_to_him(owner, taken, tmp_path):
+HOLD = "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    "left", [None, "", str(os.getppid())], ids=["nothing", "an empty claim", "a number that another process has by now"]
+)
+def test_a_run_that_nobody_is_making_is_ours(left, tmp_path):
     path = tmp_path / "small" / "thin-seed0.json"
     path.parent.mkdir()
-    claim = path.with_name(".thin-seed0.json.claim")
-    if owner != "none":
-        claim.write_text(str(os.getppid() if owner == "alive" else 2**22 + 1))  # above the largest process number
+    if left is not None:
+        path.with_name(".thin-seed0.json.claim").write_text(left)
+    with bench.claimed(path) as ours, bench.claimed(path) as again:
+        assert ours
+        assert not again
+    assert list(path.parent.iterdir()) == []
+    finished(path)
     with bench.claimed(path) as ours:
-        assert ours is taken
-        assert claim.read_text() == str(os.getpid() if taken else os.getppid())
-        with bench.claimed(path) as again:
-            assert again is False
-    assert claim.exists() is not taken
+        assert not ours
+
+
+def test_a_run_that_somebody_is_making_is_left_to_him_until_he_is_killed(recipe, capsys):
+    path = Path("results/small/thin-seed0.json")
+    path.parent.mkdir(parents=True)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path.with_name(".thin-seed0.json.claim"))], stdout=subprocess.PIPE, text=True
+    ) as maker:
+        assert maker.stdout.readline() == "held\n"
+        run(recipe, "--methods", "thin", "--seeds", "0", "--threads", "1", "--no-times")
+        assert "left to another queue, which is at work on them: small.toml thin 0" in " ".join(capsys.readouterr().err.split())
+        assert not path.exists()
+        maker.kill()
+        maker.wait()
+        with bench.claimed(path) as ours:
+            assert ours
 
 
 def test_means_and_spreads_over_the_seeds(recipe):

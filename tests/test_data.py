@@ -89,6 +89,14 @@ def test_npz(shape, tmp_path):
     assert data.classes == 4
 
 
+def test_a_channel_that_is_the_same_everywhere_stays_finite(tmp_path):
+    x = np.stack([np.arange(36).reshape(12, 3), np.full((12, 3), 7)], 1)[..., None].astype(np.float32)
+    np.savez(tmp_path / "own.npz", train_x=x, train_y=np.arange(12) % 4, test_x=x, test_y=np.arange(12) % 4)
+    data = load_dataset(str(tmp_path / "own.npz"))
+    assert bool(torch.isfinite(data.train_x).all())
+    assert bool(torch.isfinite(data.test_x).all())
+
+
 def write_folder(root: Path, names: dict[str, list[str]]) -> None:
     """Images of a grey that says their class, 20 x 30 pixels."""
     for part, labels in names.items():
@@ -100,6 +108,7 @@ def write_folder(root: Path, names: dict[str, list[str]]) -> None:
 
 def test_a_folder_of_images_is_decoded_when_it_is_asked_for(tmp_path):
     write_folder(tmp_path, {"train": ["a", "b", "c"] * 4, "val": ["c", "a"]})
+    (next((tmp_path).rglob("0.png")).parent / "._0.png").write_bytes(b"macOS leaves such files")
     data = load_dataset(str(tmp_path), size=16)
     assert isinstance(data.train_x, LazyImages)
     assert data.train_x.shape == (12, 3, 16, 16)
@@ -211,6 +220,16 @@ BAD = {
     "npz without labels": (
         lambda p: np.savez(p / "x.npz", train_x=np.zeros((1, 2, 2))) or load_dataset(str(p / "x.npz")), errors.InvalidValueError, "train_y, test_x",
     ),
+    "npz that is none": (lambda p: (p / "x.npz").write_bytes(b"junk") and load_dataset(str(p / "x.npz")), errors.InvalidValueError, "not an .npz archive"),
+    "npz without images": (lambda p: write_npz(p, train_x=np.zeros((0, 4, 4))), errors.InvalidValueError, r"train_x is float64 of shape \(0, 4, 4\)"),
+    "npz of rows": (lambda p: write_npz(p, test_x=np.zeros((6, 16))), errors.InvalidValueError, r"test_x is float64 of shape \(6, 16\): expected"),
+    "npz with NaN": (lambda p: write_npz(p, train_x=np.full((6, 4, 4), np.nan)), errors.InvalidValueError, "train_x holds NaN"),
+    "npz with too few labels": (lambda p: write_npz(p, train_y=np.arange(5)), errors.InvalidValueError, "the class of each of the 6 images"),
+    "npz with broken labels": (lambda p: write_npz(p, train_y=np.arange(6) + 0.5), errors.InvalidValueError, "train_y is float64"),
+    "npz with one-hot labels": (lambda p: write_npz(p, train_y=np.eye(6, dtype=int)), errors.InvalidValueError, r"train_y is int64 of shape \(6, 6\)"),
+    "npz with a class -1": (lambda p: write_npz(p, test_y=np.arange(6) - 1), errors.InvalidValueError, "whole number from 0"),
+    "npz with a class never seen": (lambda p: write_npz(p, test_y=np.arange(6) + 1), errors.InvalidValueError, "test_y has a class 6, but the highest in train_y is 5"),
+    "npz with two sizes": (lambda p: write_npz(p, test_x=np.zeros((6, 5, 5))), errors.InvalidValueError, r"train_x has images of \(1, 4, 4\), test_x of"),
     "empty folder": (lambda p: load_dataset(str(p)), errors.DataNotFoundError, "a folder train and a folder test or val"),
     "no classes": (
         lambda p: [(p / n).mkdir() for n in ("train", "test")] and load_dataset(str(p)), errors.DataNotFoundError, "no images in subfolders",
@@ -242,6 +261,12 @@ BAD = {
     ),
     "word missing": (lambda p: (p / "gt.txt").write_text('w.png, "x"') and listed(p), errors.DataNotFoundError, "names w.png"),
 }  # fmt: skip
+
+
+def write_npz(root: Path, **parts):
+    x, y = np.zeros((6, 4, 4)), np.arange(6)
+    np.savez(root / "x.npz", **({"train_x": x, "train_y": y, "test_x": x, "test_y": y} | parts))
+    return load_dataset(str(root / "x.npz"))
 
 
 def write_mnist(root: Path, raw: bytes):

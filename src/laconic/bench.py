@@ -2,7 +2,7 @@
 
 The queue is the set of result files that are missing. So it can be stopped and started again at any moment, which loses at most the
 run in hand, and several of them may work on one grid side by side (one core each): a run that is being worked on is claimed
-by a file with the number of its process.
+by a lock.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .methods import METHODS
 from .recipe import load_recipe
@@ -55,38 +56,23 @@ def trials(recipes: Iterable[str], methods: Iterable[str], seeds: Iterable[int])
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Whether this result is ours to make: False where it is there, or where a process that is alive is making it."""
-    claim = path.with_name(f".{path.name}.claim")
+    """Whether this result is ours to make: False where it is there, or where another process is making it.
+
+    The claim is a lock of the operating system, which lets go of it with the process, however that ends.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    while not path.exists():
-        try:
-            with claim.open("x") as file:
-                file.write(str(os.getpid()))
-            break
-        except FileExistsError:
-            if _alive(claim):
-                yield False
-                return
-            claim.unlink(missing_ok=True)  # left behind by a process that was killed
-    else:
+    lock = FileLock(path.with_name(f".{path.name}.claim"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
         yield False
         return
     try:
-        yield True
+        yield not path.exists()
     finally:
-        claim.unlink(missing_ok=True)
-
-
-def _alive(claim: Path) -> bool:
-    try:
-        os.kill(int(claim.read_text()), 0)
-    except (ProcessLookupError, FileNotFoundError):
-        return False
-    except ValueError:  # being written at this moment
-        return True
-    except PermissionError:  # somebody else's process
-        return True
-    return True
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def execute(run: Run, results: Path, options: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from ..bench import claimed, execute, grid, summary, trials
-from ..console import queue_bar
+from ..console import console, queue_bar
 from ..errors import InvalidValueError, LaconicError
 from ..recipe import load_recipe, shipped_recipes
 from ..report import comparison_table
@@ -55,14 +55,19 @@ def bench(
         raise InvalidValueError(f"tune: nothing can be set of {', '.join(methods)}")
     options = ["--threads", str(threads), "--times" if times else "--no-times", *(["--data", str(data)] if data else [])]
     options += ["--device", device or ("cuda" if tier == "gpu" else "cpu")]
-    failed = []
+    failed, skipped = [], []
     with queue_bar(len(queue), show=not json) as advance:
         for run in queue:
             with claimed(run.path(results)) as ours:
                 done = execute(run, results, options) if ours else None
+            if done is None:
+                skipped.append(run)
             advance(f"{run.recipe} {run.method} {run.seed}", done is not None)
             if done is not None and done.returncode:
                 failed.append(f"{run.recipe} {run.method} seed {run.seed}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    elsewhere = [f"{run.recipe} {run.method} {run.seed}" for run in skipped if not run.path(results).exists()]
+    if elsewhere:
+        console.print(f"left to another queue, which is at work on them: {', '.join(elsewhere)}", markup=False)
     rows = {recipe: summary(results, recipe) for recipe in names}
     if json:
         show_json({"rows": rows, "failed": failed})

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import string
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataNotFoundError, InvalidValueError, missing_extra
+from ..errors import DataNotFoundError, InvalidValueError, first_line, missing_extra
 
 Arrays = tuple[Any, Any, Any, Any]  # train_x [n, c, h, w], train_y, test_x, test_y
 Labelled = list[tuple[Path, str]]  # images with their labels
@@ -83,9 +84,12 @@ def python_batches(folder: Path, train: Sequence[str], test: str, labels: str) -
 
 
 def npz_set(path: Path) -> Arrays:
-    """An archive with `train_x`, `train_y`, `test_x`, `test_y`; images `[n, h, w]`, `[n, h, w, 1 or 3]` or `[n, c, h, w]`."""
-    with np.load(path, allow_pickle=False) as file:
-        archive = dict(file)
+    """An archive with `train_x`, `train_y`, `test_x`, `test_y`; images `[n, h, w]`, `[n, h, w, 1 or 3]` or `[n, c, h, w]`, labels whole numbers from 0."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            archive = dict(file)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InvalidValueError(f"{path}: not an .npz archive of plain arrays ({first_line(error)})") from None
     missing = [key for key in ("train_x", "train_y", "test_x", "test_y") if key not in archive]
     if missing:
         raise InvalidValueError(f"{path}: {', '.join(missing)} missing; it has {', '.join(archive)}")
@@ -95,7 +99,28 @@ def npz_set(path: Path) -> Arrays:
             return x[:, None]
         return x.transpose(0, 3, 1, 2) if x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3) else x
 
-    return planes(archive["train_x"]), archive["train_y"], planes(archive["test_x"]), archive["test_y"]
+    for part in ("train", "test"):
+        _check_images(path, part, archive[f"{part}_x"], archive[f"{part}_y"])
+    x, test_x = planes(archive["train_x"]), planes(archive["test_x"])
+    if x.shape[1:] != test_x.shape[1:]:
+        raise InvalidValueError(f"{path}: train_x has images of {x.shape[1:]}, test_x of {test_x.shape[1:]}: they must be of one size")
+    highest, tested = (int(archive[f"{part}_y"].max()) for part in ("train", "test"))
+    if tested > highest:
+        raise InvalidValueError(f"{path}: test_y has a class {tested}, but the highest in train_y is {highest}")
+    return x, archive["train_y"], test_x, archive["test_y"]
+
+
+def _check_images(path: Path, part: str, x: Any, y: Any) -> None:
+    if x.ndim not in (3, 4) or not x.size or x.dtype.kind not in "biuf":
+        raise InvalidValueError(
+            f"{path}: {part}_x is {x.dtype} of shape {x.shape}: expected numbers, [n, h, w], [n, h, w, 1 or 3] or [n, c, h, w]"
+        )
+    if not np.isfinite(x).all():
+        raise InvalidValueError(f"{path}: {part}_x holds NaN or Inf")
+    if y.shape != (len(x),) or y.dtype.kind not in "iu" or y.min() < 0:
+        raise InvalidValueError(
+            f"{path}: {part}_y is {y.dtype} of shape {y.shape}: expected the class of each of the {len(x)} images, a whole number from 0"
+        )
 
 
 class LazyImages:
@@ -193,7 +218,7 @@ def listed(folder: Path) -> tuple[list[Path], list[str]]:
         if absent is not None:
             raise DataNotFoundError(f"{truth} names {os.path.relpath(absent, folder)}, which is not in {folder}")
     else:
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and not p.name.startswith("."))
         found = [(p, p.relative_to(folder).parts[0]) for p in files if len(p.relative_to(folder).parts) > 1]
     if not found:
         raise DataNotFoundError(f"{folder}: no images in subfolders named by their class, and no {' or '.join(LISTS)}")

@@ -63,6 +63,7 @@ def _prepared(
     train, test = (torch.as_tensor(np.asarray(x), dtype=torch.float32) for x in (train_x, test_x))
     dims = (0, 2, 3)
     mean, std = train.mean(dims, keepdim=True), train.std(dims, keepdim=True)
+    std = torch.where(std > 0, std, 1.0)  # a channel that is the same everywhere
     labels = [torch.as_tensor(np.asarray(y), dtype=torch.int64) for y in (train_y, test_y)]
     train, test = (((x - mean) / std).contiguous(memory_format=torch.channels_last) for x in (train, test))
     return Dataset(name, train, labels[0], test, labels[1], int(labels[0].max()) + 1, augment)
