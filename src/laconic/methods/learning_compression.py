@@ -25,7 +25,7 @@ from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
 from .base import Method, Trained, build, start_afresh
 from .fixed_rank import factorise_all
 
-FIRST, ROUNDS, GROWTH = 1.0, 30, 1.15  # setting: mu in the first C step, on the scale of a weight decay; C steps; growth of mu
+FIRST, ROUNDS, GROWTH = 0.1, 30, 1.3  # setting: mu in the first C step, on the scale of a weight decay; C steps; growth of mu
 CUT = 0.8  # of the run: the C steps end
 
 
@@ -99,4 +99,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return Trained(model, fit(model, data, recipe, seed, optimizer, report=report), notes=[f"cut at step {last}"])
 
 
-LC = Method("LC rank learning", train, (FIRST, 0.2, 5.0))
+LC = Method("LC rank learning", train, (FIRST, 0.03, 0.3))
