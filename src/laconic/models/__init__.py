@@ -39,7 +39,7 @@ MODELS: dict[str, Builder] = {
     "decomposeme": lambda image, classes, s: ConvNet(image[0], classes, s.widths, s.pools, partial(decomposed, kernel=s.kernel)),
     "lenet-300-100": lambda image, classes, s: LeNet300100(torch.Size(image).numel(), classes, s.widths),
     "lenet-5": lambda image, classes, s: LeNet5(image, classes, s.widths),
-    "gpt": lambda text, classes, s: GPT(classes, text[0], s.depth, max(1, s.widths[0] // s.heads) * s.heads, s.heads),
+    "gpt": lambda text, classes, s: GPT(classes, text[0], s.depth, max(1, s.widths[0] // s.heads) * s.heads, s.heads, *s.widths[1:]),
     "vit": lambda image, classes, s: ViT(image, classes, s.kernel, s.depth, max(1, s.widths[0] // s.heads) * s.heads, s.heads),
     "resnet": lambda image, classes, s: ResNet(image[0], classes, s.widths, s.depth),
     "resnet-imagenet": lambda image, classes, s: ImageNetResNet(image[0], classes, s.widths, s.depth),

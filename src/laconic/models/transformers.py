@@ -16,15 +16,16 @@ class GPT(nn.Module):
     """Args:
     vocabulary: number of tokens.
     context: longest sequence.
-    layers, width, heads: as usual; the hidden layer of a block is four times as wide.
+    layers, width, heads: as usual.
+    hidden: width of a block's hidden layer; None: four times the width.
     """
 
-    def __init__(self, vocabulary: int, context: int = 128, layers: int = 6, width: int = 256, heads: int = 4):
+    def __init__(self, vocabulary: int, context: int = 128, layers: int = 6, width: int = 256, heads: int = 4, hidden: int | None = None):
         super().__init__()
-        self.widths = (width,)
+        self.widths = (width,) if hidden is None else (width, hidden)
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, heads, True, hidden or 4 * width) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         for name, parameter in self.named_parameters():
@@ -55,7 +56,7 @@ class ViT(nn.Module):
         self.patches = nn.Conv2d(channels, width, patch, patch)
         self.token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.position = nn.Parameter(0.02 * torch.randn(1, 1 + math.prod(side // patch for side in sides), width))
-        self.blocks = nn.Sequential(*(Block(width, heads, causal=False) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, heads, False, 4 * width) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
         for module in self.modules():
@@ -73,14 +74,14 @@ class ViT(nn.Module):
 class Block(nn.Module):
     """Attention and a two-layer perceptron, each beside a residual connection."""
 
-    def __init__(self, width: int, heads: int, causal: bool):
+    def __init__(self, width: int, heads: int, causal: bool, hidden: int):
         super().__init__()
         self.heads, self.causal = heads, causal
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.attention_back = nn.Linear(width, width)
-        self.up = nn.Linear(width, 4 * width)
-        self.back = nn.Linear(4 * width, width)
+        self.up = nn.Linear(width, hidden)
+        self.back = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norms[0](x)
