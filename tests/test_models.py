@@ -66,10 +66,10 @@ def whole(channels: int, width: int, k: int) -> tuple[int, int]:
 
 
 def transformer(tokens: int, shape: Shape) -> tuple[int, int]:
-    """Blocks of four maps in attention and two of a perceptron that is four times as wide, with biases, two norms; then a norm."""
-    (w,) = shape.widths
-    params = shape.depth * (12 * w * w + 4 * w + 4 * w + w + 4 * w) + 2 * w
-    return params, shape.depth * (12 * tokens * w * w + 2 * tokens * tokens * w)
+    """Blocks of four maps in attention and two of a perceptron (four times as wide where the shape has one width), with biases, two norms; then a norm."""
+    w, hidden = shape.widths if len(shape.widths) == 2 else (shape.widths[0], 4 * shape.widths[0])
+    params = shape.depth * (4 * w * w + 2 * w * hidden + 4 * w + hidden + w + 4 * w) + 2 * w
+    return params, shape.depth * (tokens * (4 * w * w + 2 * w * hidden) + 2 * tokens * tokens * w)
 
 
 def dec3() -> tuple[int, int]:
@@ -96,7 +96,7 @@ def wide_dec8() -> Shape:
 
 def gpt() -> tuple[int, int]:
     shape, letters, window = shape_of(load_recipe("shakespeare")), 65, load_recipe("shakespeare").size
-    (w,) = shape.widths
+    w = shape.widths[0]
     params, macs = transformer(window, shape)
     return params + 2 * letters * w + window * w, macs + window * w * letters
 
@@ -210,7 +210,7 @@ TINY = {
     "decomposeme": ((1, 16, 16), Shape(widths=(8, 16), pools=(0,))),
     "lenet-300-100": ((1, 8, 8), Shape(widths=(30, 10))),
     "lenet-5": ((1, 20, 20), Shape(widths=(6, 10, 30))),
-    "gpt": ((12,), Shape(widths=(16,), depth=2, heads=2)),
+    "gpt": ((12,), Shape(widths=(16, 40), depth=2, heads=2)),
     "vit": ((1, 8, 8), Shape(widths=(16,), depth=2, heads=2, kernel=4)),
     "resnet": ((3, 16, 16), Shape(widths=(8, 12, 16), depth=8)),
     "resnet-imagenet": ((3, 40, 40), Shape(widths=(8, 12, 16, 20), depth=18)),
