@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from laconic.results import machine, repository_state, versions, write_json
+from laconic.results import provenance, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -32,5 +32,4 @@ def interleaved(functions: dict[str, Callable[[], Any]], rounds: int = 15, secon
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:
-    commit, dirty = repository_state()
-    write_json(RESULTS / f"{name}.json", {"rows": rows, "versions": versions(), "commit": commit, "dirty": dirty, "machine": machine()})
+    write_json(RESULTS / f"{name}.json", {"rows": rows, **provenance()})

@@ -27,7 +27,7 @@ from laconic.data import Dataset, load_dataset
 from laconic.measure import evaluating
 from laconic.methods import build
 from laconic.recipe import Recipe, load_recipe
-from laconic.results import machine, repository_state, versions, write_json
+from laconic.results import provenance, write_json
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,8 @@ def main(options: Options) -> None:
                 stack.enter_context(evaluating(model))
             seconds = interleaved({k: partial(m, data.test_x[: options.batch]) for k, m in models.items()}, rounds=options.rounds)
         relative = {k: s / seconds["dense"] for k, s in seconds.items()}
-        commit, dirty = repository_state()
         found = {"batch": options.batch, "dense_ms": 1e3 * seconds["dense"], "relative": relative}
-        write_json(
-            options.results / name / "latencies.json",
-            found | {"versions": versions(), "commit": commit, "dirty": dirty, "machine": machine()},
-        )
+        write_json(options.results / name / "latencies.json", found | provenance())
         print(name, {k: round(x, 3) for k, x in relative.items()})
 
 

@@ -20,7 +20,7 @@ import tyro
 from laconic.data import load_dataset
 from laconic.methods import METHODS
 from laconic.recipe import load_recipe
-from laconic.results import machine, repository_state, versions, write_json
+from laconic.results import provenance, write_json
 
 ELSEWHERE = {
     "dense",
@@ -63,16 +63,7 @@ def main(options: Options) -> None:
                 relative[method] = mine / statistics.mean((before, after))
                 before = after
                 print(f"{method}: {relative[method]:.2f}", file=sys.stderr)
-        commit, dirty = repository_state()
-        content = {
-            "epochs": recipe.epochs,
-            "relative": relative,
-            "versions": versions(),
-            "commit": commit,
-            "dirty": dirty,
-            "machine": machine(),
-        }
-        write_json(options.results / name / "rival-times.json", content)
+        write_json(options.results / name / "rival-times.json", {"epochs": recipe.epochs, "relative": relative, **provenance()})
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from laconic.data import Dataset, load_dataset
 from laconic.measure import evaluating
 from laconic.methods import build, compressor_for, thin_network
 from laconic.recipe import Recipe, load_recipe, shipped_recipes
-from laconic.results import machine, repository_state, versions, write_json
+from laconic.results import provenance, write_json
 from laconic.training import batches, cross_entropy, learning_rate_factor, make_optimizer, steps_per_epoch
 
 BLOCK = 8
@@ -115,16 +115,12 @@ def time_recipe(name: str, options: Options) -> dict[str, Any]:
             latencies[f"latency_b{batch}_ms"] = {
                 k: 1e3 * v for k, v in interleaved({k: partial(m, data.test_x[:batch]) for k, m in models.items()}, rounds=21).items()
             }
-    commit, dirty = repository_state()
     return {
         "epochs": recipe.epochs,
         "train_seconds": seconds,
         "once_seconds": once,
         **latencies,
-        "versions": versions(),
-        "commit": commit,
-        "dirty": dirty,
-        "machine": machine(),
+        **provenance(),
     }
 
 

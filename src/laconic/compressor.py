@@ -800,8 +800,6 @@ class Compressor:
     @contextlib.contextmanager
     def as_it_was_on_error(self) -> Iterator[None]:
         """A resume that fails after `load_state_dict` takes that back: the model, the optimizers' weights and states, the plan, the run."""
-        planned: list[Any] = [self.plan, *self.plan.sites, *self.plan.inner, *self.plan.layers, *self.plan.neurons]
-        before = [(x, {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}) for x in planned]
         mine = dict(vars(self))
         try:
             with all_or_nothing(self.model, self.plan, self.optimizers):
@@ -810,7 +808,4 @@ class Compressor:
             if self._inputs is not None and self._inputs is not mine["_inputs"]:
                 self._inputs.drop()
             vars(self).update(mine | {"_watch": self._watch})  # a watch that was ended stays so, and starts anew
-            for x, values in before:
-                for name, value in values.items():
-                    setattr(x, name, value)
             raise

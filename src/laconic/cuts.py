@@ -64,13 +64,12 @@ class CutResult:
 
 
 @contextlib.contextmanager
-def all_or_nothing(model: nn.Module, plan: Plan, optimizers: Sequence[Any] = ()) -> Iterator[None]:
+def all_or_nothing(model: nn.Module, plan: Plan | None, optimizers: Sequence[Any] = ()) -> Iterator[None]:
     """On an error inside, model, plan and optimizers are as they were: the same objects with the same values."""
     modules = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in model.modules()]
     values = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers())]
-    sites = [(s, s.unfolding, s.times, s.rank, s.modules) for s in (*plan.sites, *plan.inner)]
-    layers = [(x, x.out, x.taken) for x in plan.layers]
-    neurons = [(g, g.kept) for g in plan.neurons]
+    planned: list[Any] = [plan, *plan.sites, *plan.inner, *plan.layers, *plan.neurons] if plan is not None else []
+    attributes_of = [(x, {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}) for x in planned]
     gradients = [(p, p.grad) for p in model.parameters()]
     held = [(o, [list(g["params"]) for g in o.param_groups], getattr(o, "state", {})) for o in optimizers]
     held = [(o, params, {p: (entries, dict(entries)) for p, entries in state.items()}) for o, params, state in held]
@@ -85,12 +84,9 @@ def all_or_nothing(model: nn.Module, plan: Plan, optimizers: Sequence[Any] = ())
                 tensor.copy_(value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        for site, unfolding, times, rank, of_site in sites:
-            site.unfolding, site.times, site.rank, site.modules = unfolding, times, rank, of_site
-        for layer, out, taken in layers:
-            layer.out, layer.taken = out, taken
-        for group, kept in neurons:
-            group.kept = kept
+        for x, of_x in attributes_of:
+            for name, value in of_x.items():
+                setattr(x, name, value)
         for optimizer, groups, state in held:
             for group, params in zip(optimizer.param_groups, groups, strict=True):
                 group["params"][:] = params

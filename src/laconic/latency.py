@@ -19,7 +19,7 @@ from .measure import input_shapes, measure_latency
 from .plan import Plan
 from .structures import WideLayer
 from .surgery.channels import slim, width
-from .surgery.factorize import SLIM, empty_pair, finish_pair, narrow
+from .surgery.factorize import SLIM, narrow, new_pair
 from .surgery.record import put
 from .timing import added, layer_times, remembered
 
@@ -168,7 +168,7 @@ def _cut_copy(model: nn.Module, plan: Plan, kept: dict[str, list[int]], ranks: R
 
 
 def _new_pair(module: Layer, unfolding: Unfolding, rank: int) -> nn.Sequential:
-    pair = finish_pair(empty_pair(module, unfolding, rank), module, unfolding, rank)
+    pair = new_pair(module, unfolding, rank)
     for parameter in pair.parameters():
         parameter.data = torch.full_like(parameter, 0.01)
     return pair

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import gathered
-from .surgery.factorize import MARK
+from .surgery.factorize import plain_layers
 from .watch import Watch
 
 FEWEST = 8  # observations of a channel: from fewer a variance says next to nothing, from one it is 0
@@ -31,7 +31,7 @@ class InputMoments:
         self._watch = Watch(layers, self._note, training)
 
     def _note(self, name: str, module: Any, x: Tensor) -> None:
-        first = module[0] if hasattr(module, MARK) else module
+        first = plain_layers(module)[0]
         axis = x.ndim - 1 - (len(first.kernel_size) if hasattr(first, "kernel_size") else 0)
         rest = [d for d in range(x.ndim) if d != axis]
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()

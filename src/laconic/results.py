@@ -46,11 +46,16 @@ def evaluate(trained: Trained, data: Dataset, times: bool = True) -> dict[str, A
     return metrics
 
 
+def provenance() -> dict[str, Any]:
+    """What a result was made with and on: part of every result file."""
+    commit, dirty = repository_state()
+    return {"versions": versions(), "commit": commit, "dirty": dirty, "machine": machine()}
+
+
 def make_result(
     recipe: Recipe, method: str, seed: int, metrics: dict[str, Any], trained: Trained, notes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """A result file's content; `notes` on the data."""
-    commit, dirty = repository_state()
     return {
         "task": recipe.task,
         "method": method,
@@ -63,10 +68,7 @@ def make_result(
         "history": [dataclasses.asdict(h) for h in trained.report.history] if trained.report else [],
         "notes": [*notes, *trained.notes, *(trained.report.notes if trained.report else ())],
         "recipe": dataclasses.asdict(recipe),
-        "versions": versions(),
-        "commit": commit,
-        "dirty": dirty,
-        "machine": machine(),
+        **provenance(),
     }
 
 

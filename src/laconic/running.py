@@ -35,7 +35,6 @@ from .cuts import all_or_nothing
 from .distributed import agreed, bare, gathered, is_sharded, rank, world_size
 from .errors import CheckpointError, InvalidTypeError, InvalidValueError
 from .plain import plain, plain_json
-from .plan import Plan
 
 FORMAT = 1
 MODEL, TRAINING, MANIFEST = "model", "training.pt", "checkpoint.json"
@@ -298,7 +297,7 @@ class RunCheckpoints:
                 stack.enter_context(self.compressor.as_it_was_on_error())
                 modules = modules[1:]
             for module in modules:
-                stack.enter_context(all_or_nothing(module, Plan([], [], 0, None)))
+                stack.enter_context(all_or_nothing(module, None))
             try:
                 yield
             except BaseException:  # before the rest: cuts are taken back in the groups that the optimizers had

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from .matricize import Layer, Unfolding
-from .surgery.factorize import empty_pair, finish_pair
+from .surgery.factorize import new_pair
 from .watch import Watch
 
 FORMAT = 3
@@ -151,7 +151,7 @@ def _versions(module: Layer, unfolding: Unfolding, ranks: Sequence[int]) -> Iter
     """The layer, then the pair of each rank; one at a time."""
     yield module
     for rank in ranks:
-        yield finish_pair(empty_pair(module, unfolding, rank), module, unfolding, rank)
+        yield new_pair(module, unfolding, rank)
 
 
 def _room(layer: nn.Module) -> int:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..matricize import CONVS, TRANSPOSED_CONVS, Layer
 from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, Ints, groups_of
-from ..surgery.factorize import MARK
+from ..surgery.factorize import plain_layers
 from .labels import Label, Units, leaves
 from .operations import Operation, rule_for, unknown
 
@@ -155,9 +155,7 @@ class Tracer(TorchDispatchMode):
 
 
 def _channel_axis(module: Layer, x: Tensor) -> int:
-    core = module
-    while hasattr(core, MARK):
-        core = core[0]
+    core = plain_layers(module)[0]
     if isinstance(core, (*CONVS, *TRANSPOSED_CONVS)):
         return x.ndim - core.weight.ndim + 1
     if isinstance(core, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)):

@@ -17,7 +17,7 @@ from ..errors import first_line
 from ..matricize import CONVS, TRANSPOSED_CONVS, Layer
 from ..measure import call, seeded
 from ..surgery.channels import Count, Group, channels_kept, slim, slimmed
-from ..surgery.factorize import MARK
+from ..surgery.factorize import plain_layers
 from .labels import leaves
 
 TOLERANCE = 1e-5  # of the largest output
@@ -212,8 +212,7 @@ def unread(model: nn.Module, groups: Sequence[Group], kept: Kept) -> Iterator[No
                 for end in group.consumers:
                     module: Layer = model.get_submodule(end.path)
                     here = channels_kept(module, "in")
-                    while hasattr(module, MARK):
-                        module = module[0]
+                    module = plain_layers(module)[0]
                     rows = isinstance(module, TRANSPOSED_CONVS) or not isinstance(module, (nn.Linear, *CONVS))
                     columns = module.weight if rows else module.weight.transpose(0, 1)
                     gone = np.delete(end.index, kept[group.name], axis=0).ravel()

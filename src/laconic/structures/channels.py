@@ -15,7 +15,7 @@ from ..checks import check_finite, whole_number
 from ..matricize import Layer, Unfolding, unfolding_named, unfoldings
 from ..penalties import L1, LogSum, Penalty
 from ..surgery.channels import NORMS, End, Group, channels_kept, width
-from ..surgery.factorize import MARK, product
+from ..surgery.factorize import MARK, plain_layers, product
 from .base import InUnits, Shrinkage, check_options, root_mean_square
 from .low_rank import Site
 
@@ -91,7 +91,7 @@ class Neurons:
         """What the penalty acts on: rows and biases of the layers that put the units out."""
         found = []
         for end in self.group.producers:
-            last = last_layer(self.model.get_submodule(end.path))
+            last = plain_layers(self.model.get_submodule(end.path))[-1]
             found += [p for p in (last.weight, last.bias) if p is not None]
         return tuple(found)
 
@@ -158,7 +158,7 @@ class Channels:
         for end in site.group.producers:
             module = site.model.get_submodule(end.path)
             energy = slice_energies(module, "out")
-            bias = last_layer(module).bias
+            bias = plain_layers(module)[-1].bias
             if bias is not None:
                 energy = energy + bias.detach().double().cpu().square()
             total += energy[site.channels(end)].sum(1)
@@ -176,7 +176,7 @@ class Channels:
         factors = torch.where(norms > 0, shrunk / norms.clamp_min(math.ulp(0.0)), torch.ones_like(norms))
         for end in site.group.producers:
             module = site.model.get_submodule(end.path)
-            last = last_layer(module)
+            last = plain_layers(module)[-1]
             index = site.channels(end)
             scale = torch.ones(width(last, "out"), dtype=torch.float64)
             scale[index] = factors[:, None].expand(index.shape)
@@ -210,11 +210,6 @@ class Channels:
             total += weight.sum(1)
         total = total.clamp_min(SILENT * float(total.sum())).masked_fill(dead, 0.0)
         return (total / total.sum().clamp_min(math.ulp(0.0))).numpy()
-
-
-def last_layer(module: Layer) -> Layer:
-    """The layer that puts the channels out: the module, or the second of a pair."""
-    return module[1] if hasattr(module, MARK) else module
 
 
 def present_unfolding(module: Layer) -> Unfolding:

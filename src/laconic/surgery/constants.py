@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from ..matricize import CONVS, TRANSPOSED_CONVS, Layer, is_hf_conv1d
 from ..measure import check_inputs, evaluating, varied
 from .channels import NORMS, End, Group, Ints, channels_kept, units_kept
-from .factorize import MARK
+from .factorize import MARK, plain_layers
 
 LOOKS = 4  # at the example inputs, then at others of their shapes
 SAME = 1e-5  # two numbers that differ by less, relatively, are one: attention averages a constant with rounding
@@ -79,9 +79,9 @@ def fold(model: nn.Module, groups: Sequence[Group], dead: dict[str, Constants]) 
                     norm: Layer = model.get_submodule(found.norms[end.path])
                     norm.running_mean.sub_(shift.to(norm.running_mean))
                 else:
-                    bias = _last(module).bias
+                    bias = plain_layers(module)[-1].bias
                     bias.add_(shift.to(bias))
-            _columns(_first(module))[torch.from_numpy(positions)] = 0
+            _columns(plain_layers(module)[0])[torch.from_numpy(positions)] = 0
 
 
 def unread_units(model: nn.Module, group: Group) -> list[int]:
@@ -90,7 +90,7 @@ def unread_units(model: nn.Module, group: Group) -> list[int]:
     read = np.zeros(len(here), dtype=bool)
     for end in group.consumers:
         module: Layer = model.get_submodule(end.path)
-        columns = _columns(_first(module)).detach().flatten(1).ne(0).any(1).cpu().numpy()
+        columns = _columns(plain_layers(module)[0]).detach().flatten(1).ne(0).any(1).cpu().numpy()
         read |= columns[np.searchsorted(channels_kept(module, "in"), end.index[here])].any(1)
     return [unit for unit, r in zip(here, read, strict=True) if not r]
 
@@ -101,7 +101,7 @@ def _silent(model: nn.Module, group: Group) -> list[int]:
     zero = np.ones(len(here), dtype=bool)
     for end in group.producers:
         module: Layer = model.get_submodule(end.path)
-        dead = ~_rows(_last(module)).detach().flatten(1).any(1).cpu().numpy()
+        dead = ~_rows(plain_layers(module)[-1]).detach().flatten(1).any(1).cpu().numpy()
         zero &= dead[np.searchsorted(channels_kept(module, "out"), end.index[here])].all(1)
     silent = [unit for unit, z in zip(here, zero, strict=True) if z]
     return silent[1:] if len(silent) == len(here) else silent
@@ -139,12 +139,12 @@ def _constants(model: nn.Module, group: Group, silent: list[int], watch: _Watch)
 
 def _obstacle(module: Layer, path: str, watch: _Watch) -> str | None:
     """Why a consumer cannot take a constant that is not zero."""
-    for layer in _chain(module):
+    for layer in plain_layers(module):
         if isinstance(layer, TRANSPOSED_CONVS):
             return "is a transposed convolution: its outputs see different parts of the kernel"
         if _pads(layer):
             return "pads with zeros"
-    if _last(module).bias is None and path not in watch.norms:
+    if plain_layers(module)[-1].bias is None and path not in watch.norms:
         return "has no bias"
     return None
 
@@ -197,7 +197,7 @@ class _Watch:
                 x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
                 self._note(path, module, x.detach())
                 calls[path] = calls.get(path, 0) + 1
-                if _last(module).bias is None and isinstance(y, Tensor):
+                if plain_layers(module)[-1].bias is None and isinstance(y, Tensor):
                     made[id(y)] = y, path
 
             handles.append(module.register_forward_hook(note, with_kwargs=True))
@@ -228,26 +228,13 @@ class _Watch:
                 self.norms[path] = norm
 
     def _note(self, path: str, module: Layer, x: Tensor) -> None:
-        core = _first(module)
+        core = plain_layers(module)[0]
         axis = x.ndim - 1 if core.weight.ndim == 2 else x.ndim - core.weight.ndim + 1
         flat = x.movedim(axis, 0).flatten(1).double()
         low, high = flat.amin(1).cpu().numpy(), flat.amax(1).cpu().numpy()
         if path in self.seen:
             low, high = np.minimum(low, self.seen[path][0]), np.maximum(high, self.seen[path][1])
         self.seen[path] = low, high
-
-
-def _chain(module: Layer) -> list[Layer]:
-    """The plain layers of a layer or a pair, in the order in which they run."""
-    return [*_chain(module[0]), *_chain(module[1])] if hasattr(module, MARK) else [module]
-
-
-def _first(module: Layer) -> Layer:
-    return _chain(module)[0]
-
-
-def _last(module: Layer) -> Layer:
-    return _chain(module)[-1]
 
 
 def _rows(layer: Layer) -> Tensor:

@@ -198,6 +198,16 @@ def _hand_over(old: nn.Module, new: nn.Module) -> None:
         setattr(new, SLIM, getattr(old, SLIM))
 
 
+def new_pair(layer: Layer, unfolding: Unfolding, rank: int) -> nn.Sequential:
+    """A whole pair whose values are not set."""
+    return finish_pair(empty_pair(layer, unfolding, rank), layer, unfolding, rank)
+
+
+def plain_layers(module: Layer) -> list[Layer]:
+    """Of a pair its layers, in the order in which they run (three where it was cut along its inputs); else the layer itself."""
+    return [*plain_layers(module[0]), *plain_layers(module[1])] if hasattr(module, MARK) else [module]
+
+
 def weights(pair: Layer) -> tuple[nn.Parameter, nn.Parameter]:
     """The two weights of a pair."""
     first, second = pair[0].weight, pair[1].weight

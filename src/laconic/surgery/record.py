@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import ArchitectureMismatchError
 from ..matricize import Layer, unfoldings
 from .channels import apply, replayed, width
-from .factorize import MARK, SLIM, empty_pair, finish_pair
+from .factorize import MARK, SLIM, new_pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +94,7 @@ def replay_slims(model: nn.Module, slims: Sequence[Slim]) -> Callable[[], None]:
     edits = []
     for slim in slims:
         name = slim.names[0]
-        try:
-            module: Layer = model.get_submodule(name)
-        except AttributeError:
-            raise ArchitectureMismatchError(f"the saved model has a layer {name!r} ({slim.kind}), which this model lacks") from None
+        module = _layer(model, name, slim.kind)
         if type(module).__name__ != slim.kind or not all(hasattr(module, size) for size in slim.sizes):
             raise ArchitectureMismatchError(f"layer {name!r}: saved from a {slim.kind}, this model has a {type(module).__name__}")
         for side, dense in slim.dense.items():
@@ -107,6 +104,14 @@ def replay_slims(model: nn.Module, slims: Sequence[Slim]) -> Callable[[], None]:
                 )
         edits += replayed(name, module, slim.kept, slim.sizes)
     return apply(edits)
+
+
+def _layer(model: nn.Module, name: str, kind: str) -> Layer:
+    try:
+        layer: Layer = model.get_submodule(name)
+    except AttributeError:
+        raise ArchitectureMismatchError(f"the saved model has a layer {name!r} ({kind}), which this model lacks") from None
+    return layer
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
@@ -128,17 +133,14 @@ def replay(model: nn.Module, cuts: Sequence[Cut]) -> list[tuple[str, nn.Module]]
     try:
         for cut in cuts:
             name = cut.names[0]
-            try:
-                module: Layer = model.get_submodule(name)
-            except AttributeError:
-                raise ArchitectureMismatchError(f"the saved model has a layer {name!r} ({cut.kind}), which this model lacks") from None
+            module = _layer(model, name, cut.kind)
             fitting = [u for u in unfoldings(module) if u.name == cut.unfolding]
             if type(module).__name__ != cut.kind or not fitting or fitting[0].shape != cut.shape:
                 shape = tuple(module.weight.shape) if hasattr(module, "weight") else "no weight"
                 raise ArchitectureMismatchError(
                     f"layer {name!r}: saved from a {cut.kind} with weight {cut.shape}, this model has a {type(module).__name__} with {shape}"
                 )
-            pair = finish_pair(empty_pair(module, fitting[0], cut.rank), module, fitting[0], cut.rank)
+            pair = new_pair(module, fitting[0], cut.rank)
             done.extend((path, put(model, path, pair)) for path in cut.names)
     except (ArchitectureMismatchError, AttributeError, KeyError):
         undo(model, done)
