@@ -32,7 +32,7 @@ SAME_NETWORK = {"svd": "low-rank", "thin-long": "thin", "distilled": "thin", "fo
 TIMES_OF = {f"cifar10-full{part}": f"cifar10{part}" for part in ("", "-tenth")}  # the same network, in the same shares of a run
 
 TASKS = {
-    **{f"scene{part}": "photographs" for part in ("-half", "", "-tenth", "-twentieth", "-latency", "-latency-quarter")},
+    **{f"scene{part}": "photographs" for part in ("-half", "", "-eighth", "-tenth", "-twentieth", "-latency", "-latency-quarter")},
     "dec3": "photographs, Dec_3",
     **{f"cifar10{part}": "CIFAR-10, part" for part in ("-half", "", "-tenth", "-twentieth")},
     **{f"cifar10-full{part}": "CIFAR-10, all" for part in ("", "-tenth")},
