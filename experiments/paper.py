@@ -32,7 +32,7 @@ from laconic.results import make_result, write_json
 from laconic.training import accuracy, fit, make_optimizer, steps_per_epoch
 
 RESULTS = Path(__file__).parent / "results" / "paper"
-GROUPS = 0.1  # strength of the group lasso, where that of the nuclear norm is STRENGTH
+GROUPS = 0.06  # strength of the group lasso, where that of the nuclear norm is STRENGTH
 FACTORS = (0.3, 1)  # of both: weakly and strongly pressed (a nuclear norm four times as strong leaves a network that guesses)
 ENERGIES = (1.0, 0.99, 0.95, 0.9, 0.8)
 RELOADS = (1, 3, 5)  # epochs after which the network is cut and trains on: of 8, where the paper has 5, 15, 25 of more
