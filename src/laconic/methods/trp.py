@@ -19,7 +19,7 @@ from ..training import Report, Restart, fit, make_optimizer
 from . import svd
 from .base import Method, Trained, build
 
-NUCLEAR, EVERY, ENERGY = 3e-4, 5, 0.9  # setting: strength lambda; steps between truncations and kept energy as in the paper's script
+NUCLEAR, EVERY, ENERGY = 1e-3, 5, 0.9  # setting: strength lambda; steps between truncations and kept energy as in the paper's script
 
 
 def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
@@ -54,4 +54,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return svd.cut(Trained(model, fit(model, data, recipe, seed, optimizer, report=report)), data, recipe)
 
 
-TRP = Method("TRP, then SVD", train, (NUCLEAR, 1e-4, 1e-3))
+TRP = Method("TRP, then SVD", train, (NUCLEAR, 1e-4, 3e-4))
