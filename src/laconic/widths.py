@@ -28,12 +28,12 @@ from .allocate import Floats, log_shares
 from .costs import CURRENCIES, Rates, layer_costs, model_costs, present_costs
 from .errors import InfeasibleBudgetError
 from .plan import Plan
-from .structures import Neurons, Site, WideLayer
+from .structures import Neurons, Site, WideLayer, inner_site
 
 Widths = dict[str, int]
 Step = tuple[float, tuple[int, int]]  # what it loses per cost that it saves; to how many units, 0, or to which ranks
 STEP = 32  # a step takes this part of the units, or of the ranks, that are left
-SIDES = 2  # a unit is lost to the weights that put it out, and to those that read it
+SIDES = 2  # a unit of a convolution counts twice: lost to the weights that put it out, and to those that read it
 GRID = 24  # ranks that are tried for a weight that is still dense, or for an inner site that is whole
 
 
@@ -131,7 +131,11 @@ class Walk:
         self.layers = {layer.path: layer for layer in plan.layers}
         self.rates = {layer.path: Rates.of(layer) for layer in plan.layers}
         self.sizes = {layer.path: (layer.out, layer.taken) for layer in plan.layers}
-        self.shares = {name: SIDES * log_shares(np.sqrt(np.sort(v)[::-1])) for name, v in self.importances.items()}
+        self.shares = {
+            g.name: self.sides(g) * log_shares(np.sqrt(np.sort(self.importances[g.name])[::-1]))
+            for g in plan.neurons
+            if g.name in self.importances
+        }
         self.shares |= {s.name: log_shares(self.values[s.name]) for s in plan.sites if s.name in self.values}
         self.costs = {path: self.cost(path) for path in self.layers}
         self.spent = present_costs(plan, self.currencies)
@@ -144,6 +148,12 @@ class Walk:
             self.touching[site.layer].add(site.name)
         for group in plan.neurons:
             self.bury(group)
+
+    def sides(self, group: Neurons) -> int:
+        """How often a unit's share counts: where a pair can be cut along its inputs, ranks do what neurons do, and keep the best directions
+        instead of the best axes."""
+        sites = [self.layers[end.path].site for end in group.group.ends if end.path in self.layers]
+        return SIDES if any(site is not None and inner_site(site) is not None for site in sites) else 1
 
     def cost(self, path: str, size: tuple[int, int] | None = None) -> Floats:
         """Of a layer at its rank, with these numbers of channels (None: its own)."""
