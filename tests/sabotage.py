@@ -139,6 +139,14 @@ EDITS = [
         "test_memory",
     ),
     Edit("neurons counted once", "widths.py", "SIDES = 2", "SIDES = 1", "test_neurons"),
+    Edit(
+        "neurons of a perceptron counted twice",
+        "widths.py",
+        "for site in sites) else 1",
+        "for site in sites) else 2",
+        "test_neurons",
+        "counts_twice",
+    ),
     Edit("multiples: ranks step by one", "widths.py", "_step_down(rank, multiple)", "_step_down(rank)", "test_neurons"),
     Edit(
         "multiples: the first rank is any",

@@ -441,7 +441,8 @@ def test_ranks_keep_to_their_multiples_beside_neurons(share, multiple):
     model = wide_mlp()
     plan = make_plan(model, [laconic.LowRank(rank_multiple=multiple), laconic.Channels()], (noise(model, (8, 64), 0),))
     budget, values = laconic.Budget(params=share), spectra(plan)
-    importances = {g.name: np.full(len(g.kept), 1 / len(g.kept)) for g in plan.neurons}
+    importances = {g.name: np.full(len(g.kept), 1 / len(g.kept)) for g in plan.neurons}  # all alike: none is cheap
+    values = {name: v * 0.5 ** np.arange(len(v)) for name, v in values.items()}  # ranks are
     _, ranks = shapes_for_budget(plan, values, importances, budget)
     cut = {s.name: (s, r) for s in plan.sites if (r := ranks[s.name]) is not None}
     assert cut
@@ -453,7 +454,7 @@ def test_a_budget_that_multiples_cannot_meet_is_refused_before_training():
         compressor_for(
             wide_mlp(),
             (8, 64),
-            structures=[laconic.LowRank(rank_multiple=16), laconic.Channels()],
+            structures=[laconic.LowRank(rank_multiple=16), laconic.Channels(multiple=16)],
             budget=laconic.Budget(params=0.04),
             total_steps=20,
         )
@@ -684,16 +685,21 @@ def test_post_hoc_the_default_is_ranks_alone():
     assert any(layer.rank is not None for layer in report.layers)
 
 
-def test_a_neuron_that_goes_is_lost_on_both_sides():
-    """The walk counts a group's share squared: once for what reads the units, once for what puts them out."""
-    model = mlp()
-    plan = make_plan(model, [laconic.LowRank(), laconic.Channels()], (inputs_for(model),))
+@pytest.mark.parametrize(
+    ("build", "low_rank", "times"),
+    [(cnn, laconic.LowRank(), 2), (cnn, laconic.LowRank(inputs=False), 1), (mlp, laconic.LowRank(), 1)],
+    ids=["three layers", "pairs only", "perceptron"],
+)
+def test_a_neuron_counts_twice_where_ranks_can_do_what_it_does(build, low_rank, times):
+    """There the walk counts a group's share squared: once for what reads the units, once for what puts them out."""
+    model = build()
+    plan = make_plan(model, [low_rank, laconic.Channels()], (inputs_for(model),))
     importances = importances_of(plan, {})
     walk = Walk(plan, spectra(plan), importances, ("params",), np.array([np.inf]), frozenset())
     (group, *_) = plan.neurons
     walk.go(group, (5, 0))
     kept = np.sort(importances[group.name])[::-1][:5].sum() / importances[group.name].sum()
-    assert walk.gain() == pytest.approx(2 * np.log(kept))
+    assert walk.gain() == pytest.approx(times * np.log(kept))
 
 
 def test_narrow_layers_stay_whole_where_a_pair_would_take_longer(monkeypatch, tmp_path):
