@@ -31,6 +31,24 @@ class Edit(NamedTuple):
 
 
 EDITS = [
+    Edit("constant on the examples alone", "surgery/constants.py", "LOOKS = 4", "LOOKS = 1", "test_channels", "alone_is_no_constant"),
+    Edit("padded depthwise layers forgotten", "surgery/constants.py", "_pads(module)]", "False]", "test_channels", "alone_is_no_constant"),
+    Edit(
+        "values in training not compared",
+        "graph/trial.py",
+        "_other_shapes if random else _distance",
+        "_other_shapes",
+        "test_graph",
+        "finds_what",
+    ),
+    Edit("one example taken once", "graph/trial.py", "(self.inputs, _twice(self.inputs))", "(self.inputs,)", "test_graph", "finds_what"),
+    Edit(
+        "factors in float64 all at once",
+        "surgery/optimizer.py",
+        "(w.detach() for w in new)",
+        "(w.detach().double() for w in new)",
+        "test_memory",
+    ),
     Edit("variance over one input", "moments.py", "FEWEST = 8", "FEWEST = 0", "test_neurons", "faintest"),
     Edit("zeroed neurons stay where there is room", "widths.py", "self.bury(group)", "pass", "test_neurons", "zeroed"),
     Edit("zeroed neurons count", "structures/channels.py", ".masked_fill(dead, 0.0)", "", "test_neurons", "zeroed"),
