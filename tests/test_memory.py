@@ -47,6 +47,10 @@ def test_compression_needs_at_most_three_matrices_more_than_the_plain_loop_and_l
     plain = max(memory.peaks(lambda: memory.train(task, batches, None, lambda model: None)))
     with mock.patch("laconic.solvers.eigen._evr", memory.in_the_books):
         ours = memory.peaks(lambda: memory.train(task, batches, 0.25, count))
+    first = next(i for i, p in enumerate(params) if p < params[0])
     settled = next(i for i, p in enumerate(params) if p == params[-1])
     assert max(ours[: settled + 1]) <= plain + 3 * 4 * WIDTH**2
+    if share > 1:  # nothing is cut at the first chance but neurons
+        assert max(ours[first + 1 :]) < max(ours[: first + 1])
+    assert settled < STEPS // 2
     assert max(ours[settled + 1 :]) < plain / 2
