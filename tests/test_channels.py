@@ -540,6 +540,27 @@ def test_memory_format_modes_frozen_parameters_and_copies_survive():
     assert find_slims(model) != find_slims(twin)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_trial_keeps_away_from_a_kernel_that_crashes(channels_last):
+    """Trained on without some units, this shortcut may have fewer than eight inputs."""
+    seen = []
+
+    class Probe(nn.Module):
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                seen.append(torch.backends.mkldnn.enabled)
+            return x
+
+    model = Net(conv(3, 8), nn.Sequential(Basic(8, 12, 2), Probe()), 12)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    groups, _ = find_groups(model, (torch.randn(2, 3, 8, 8),))
+    assert len(groups) == 3
+    assert seen[0]  # the whole model: eight inputs are enough
+    assert seen[-1] == (not channels_last)
+    assert torch.backends.mkldnn.enabled
+
+
 def test_attributes_say_the_new_widths():
     model, _ = settled("separable")
     groups = groups_of("separable")

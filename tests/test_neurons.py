@@ -1,5 +1,6 @@
 """Whole neurons under a budget: the proximal step, what is priced how, and runs in which ranks and neurons go together."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -24,6 +25,7 @@ from laconic.slimming import importances_of, slim_neurons, watch_inputs
 from laconic.timing import RankTimes
 from laconic.widths import Walk, choose_shapes, most_important
 
+from .architectures import Basic, Net, conv
 from .models import assert_same, cnn, inputs_for, mlp, snapshot
 from .test_shrinking import IMAGE, NETWORKS, Residual, noise, train, wide_mlp
 
@@ -807,6 +809,22 @@ class Noisy(nn.Module):
 
     def forward(self, x):
         return self.inner(x + 0.1 * torch.randn_like(x))
+
+
+@pytest.mark.parametrize("fix", ["none", "contiguous", "multiples"])
+def test_a_shortcut_that_gets_too_narrow_for_the_kernels_of_the_processor_is_told(fix):
+    """The backward pass of PyTorch's CPU library crashes there on some processors: nothing here may run it."""
+    model = Net(conv(3, 12), Basic(12, 24, 2), 24)
+    if fix != "contiguous":
+        model.to(memory_format=torch.channels_last)
+    structure = laconic.Channels(multiple=8 if fix == "multiples" else 1)
+    budget = laconic.Budget(params=0.25 if fix == "multiples" else 0.12)
+    told = pytest.warns(UserWarning, match="body.short.0: a strided 1x1") if fix == "none" else contextlib.nullcontext()
+    with told:
+        report = laconic.compress(model, [structure], budget=budget, example_inputs=(torch.randn(2, 3, 8, 8),))
+    narrow = model.body.short[0].in_channels < 8
+    assert narrow == (fix != "multiples")
+    assert any("body.short.0: a strided 1x1" in note for note in report.notes) == (fix == "none")
 
 
 def test_a_model_that_is_random_in_eval_mode_is_cut_as_any_other():

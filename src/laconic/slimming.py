@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,13 +14,18 @@ from torch import Tensor, nn
 from .allocate import Floats
 from .cuts import CutResult, check_in_place, largest_difference, outputs
 from .errors import SurgeryError, first_line
-from .graph import unread
+from .graph import unread, unsafe_convolutions
 from .matricize import TRANSPOSED_CONVS, Layer, is_hf_conv1d
 from .measure import check_inputs, evaluating
 from .moments import FEWEST, InputMoments, Moments
 from .plan import Plan
 from .surgery.channels import Group, channels_kept, slim, slimmed, width
 from .surgery.factorize import MARK
+
+UNSAFE = (
+    "a strided 1x1 convolution with fewer than 8 inputs, in channels_last on the CPU, where oneDNN's backward pass may crash or "
+    "give wrong gradients (its issue 6035): train on without channels_last, or on a GPU, or with Channels(multiple=8)"
+)
 
 
 def slim_neurons(
@@ -72,14 +78,20 @@ def slim_neurons(
         shares[g.name] = float(importances[g.name][stay].sum() / max(importances[g.name].sum(), math.ulp(0.0)))
     if means:
         fold_means(model, tied, kept, means)
+    unsafe_before = set(unsafe_convolutions(model))
     slim(model, tied, kept, optimizers)
     took_out(model, plan, kept)
     after = outputs(model, inputs)
+    unsafe = ", ".join(path for path in unsafe_convolutions(model) if path not in unsafe_before)
+    notes = [f"{unsafe}: {UNSAFE}"] if unsafe else []
+    for note in notes:  # at once: a crash would lose the report
+        warnings.warn(f"laconic: {note}", stacklevel=2)
     return CutResult(
         errors={g.name: off for g in groups},
         max_abs_diff=largest_difference(before, after),
         kept={g.name: kept[g.name] for g in groups},
         shares=shares,
+        notes=notes,
     )
 
 

@@ -159,12 +159,33 @@ class Trial:
 
     def _trains(self, model: nn.Module, inputs: Sequence[Any]) -> str | None:
         try:
-            with torch.enable_grad(), seeded():
+            with torch.enable_grad(), seeded(), _native_kernels() if unsafe_convolutions(model) else contextlib.nullcontext():
                 outputs = [y for y in leaves(call(model.train(), _copies(inputs, None))) if y.is_floating_point() and y.requires_grad]
                 sum(y.float().square().mean() for y in outputs).backward()  # type: ignore[union-attr]
         except Exception as error:
             return f"the model does not train without some of its units ({line(error)})"
         return None
+
+
+def unsafe_convolutions(model: nn.Module) -> list[str]:
+    """Strided 1x1 convolutions with fewer than eight inputs, in a model in channels_last on the CPU: oneDNN's backward pass
+    writes past the end of its workspace there (its issue 6035: a crash, a hang, or wrong gradients, by the processor).
+    """
+    convs = {path: m for path, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.weight.device.type == "cpu"}
+    if all(m.weight.is_contiguous() for m in convs.values()):
+        return []
+    return [path for path, m in convs.items() if m.in_channels < 8 and m.groups == 1 and m.kernel_size == (1, 1) and max(m.stride) > 1]
+
+
+@contextlib.contextmanager
+def _native_kernels() -> Iterator[None]:
+    """Without oneDNN. (PyTorch's own `flags` sets more than this, and warns of it.)"""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def _copies(inputs: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
