@@ -52,7 +52,7 @@ def main(options: Options) -> None:
         recipe = dataclasses.replace(recipe, epochs=max(2, math.ceil(options.part * recipe.epochs)))
 
         def seconds(method: str, recipe=recipe, data=data) -> float:  # type: ignore[no-untyped-def]
-            return METHODS[method].train(data, recipe, 0, None, None).curve.seconds[-1]
+            return METHODS[method].run(data, recipe, 0).curve.seconds[-1]
 
         seconds("dense")  # warm
         before, relative = seconds("dense"), {}

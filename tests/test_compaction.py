@@ -97,14 +97,14 @@ def test_above_break_even_a_layer_stays_dense(rank, cut_to):
 @pytest.mark.parametrize("size", [64, 66])
 def test_ranks_are_rounded_up_to_a_multiple(size):
     model = wide({0: [1.0] * 9, 1: [1.0] * 30}, size)
-    report, _ = compressed(model, structures=laconic.LowRank(rank_multiple=8), energy=1.0)
+    report, _ = compressed(model, structures=laconic.LowRank(multiple=8), energy=1.0)
     assert ranks(report) == {"0": 16, "1": None if size == 64 else 32}  # rounded up to 32, 64 x 64 is no smaller
 
 
 def test_ranks_for_a_budget_are_multiples_too():
     report, _ = compressed(
         wide({0: list(np.geomspace(1, 0.1, 64)), 1: [1.0] * 64}, 64),
-        structures=laconic.LowRank(rank_multiple=8),
+        structures=laconic.LowRank(multiple=8),
         budget=laconic.Budget(params=0.5),
     )
     assert all(layer.rank % 8 == 0 for layer in report.layers)

@@ -211,7 +211,7 @@ def test_three_layers_are_taken_where_they_keep_more_than_pairs_at_the_same_budg
 
 @pytest.mark.parametrize("neurons", [False, True])
 def test_the_second_cut_keeps_to_the_multiples_that_the_hardware_likes(neurons):
-    structures = [laconic.LowRank(rank_multiple=4)] + ([laconic.Channels(multiple=4)] if neurons else [])
+    structures = [laconic.LowRank(multiple=4)] + ([laconic.Channels(multiple=4)] if neurons else [])
     compressor = compressor_for(Net(4), structures=structures, budget=laconic.Budget(params=0.2))
     run(compressor.model, compressor.optimizers[0], range(20))
     inputs = [layer.inputs for layer in compressor.compact().layers if layer.inputs is not None]
@@ -222,7 +222,7 @@ def test_the_second_cut_keeps_to_the_multiples_that_the_hardware_likes(neurons):
 @pytest.mark.parametrize("share", [0.3, 0.15, 0.08])
 def test_the_plan_of_both_cuts_beside_neurons_keeps_to_the_multiples(share):
     model = Net(4)
-    plan = make_plan(model, [laconic.LowRank(rank_multiple=4), laconic.Channels()], example(model))
+    plan = make_plan(model, [laconic.LowRank(multiple=4), laconic.Channels()], example(model))
     importances = {g.name: np.full(len(g.kept), 1 / len(g.kept)) for g in plan.neurons}
     _, ranks = shapes_for_budget(plan, spectra(plan), importances, laconic.Budget(params=share))
     inner = {s.name for s in plan.inner}

@@ -53,7 +53,7 @@ def own_cache(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_learns_within_its_budget(name, data):
-    trained = METHODS[name].train(data, RECIPE, 0, None, None)
+    trained = METHODS[name].run(data, RECIPE, 0)
     whole = count_params(build(data, RECIPE, 0))
     size = sum(int(p.count_nonzero()) for p in trained.model.parameters()) if name == "magnitude" else count_params(trained.model)
     assert size <= (1.0 if name in FREE else RECIPE.params) * whole
@@ -139,7 +139,7 @@ def test_pressure_moves_energy_into_the_ranks_that_stay(name, data, monkeypatch)
     shares = {}
     recipe = dataclasses.replace(RECIPE, params=0.3)
     for method in ("svd", name):
-        trained = METHODS[method].train(data, recipe, 0, None, None)
+        trained = METHODS[method].run(data, recipe, 0)
         assert trained.report is not None
         shares[method] = min(x.energy for x in trained.report.layers)
     assert shares[name] > shares["svd"]
@@ -160,7 +160,7 @@ def test_lc_pulls_the_weights_to_the_network_that_takes_their_place(data, monkey
     for mu in (1.0, 1e-9):
         lost.clear()
         recipe = dataclasses.replace(RECIPE, params=0.3, setting=mu)
-        model = METHODS["lc"].train(data, recipe, 0, None, None).model
+        model = METHODS["lc"].run(data, recipe, 0).model
         assert sum(p.numel() for p in model.parameters()) <= 0.3 * sum(p.numel() for p in build(data, recipe, 0).parameters())
         most[mu] = max(lost)
     assert most[1.0] < 0.2 * most[1e-9]
@@ -198,7 +198,7 @@ def test_trp_goes_on_from_weights_of_low_rank(data, monkeypatch):
     steps = RECIPE.epochs * (len(data.train_x) // RECIPE.batch_size)
     monkeypatch.setattr(trp, "EVERY", steps)  # once, after the last step
     monkeypatch.setattr(trp.svd, "cut", lambda trained, *_: trained)
-    model = METHODS["trp"].train(data, RECIPE, 0, None, None).model
+    model = METHODS["trp"].run(data, RECIPE, 0).model
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     ranks = [int(torch.linalg.matrix_rank(m.weight.detach().double().flatten(1), rtol=1e-6)) for m in layers]
     full = [min(m.weight.flatten(1).shape) for m in layers]

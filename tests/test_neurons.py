@@ -441,7 +441,7 @@ def test_multiples_that_the_hardware_likes():
 @pytest.mark.parametrize(("share", "multiple"), [(0.5, 4), (0.5, 16), (0.1, 4), (0.1, 16), (0.04, 4)])
 def test_ranks_keep_to_their_multiples_beside_neurons(share, multiple):
     model = wide_mlp()
-    plan = make_plan(model, [laconic.LowRank(rank_multiple=multiple), laconic.Channels()], (noise(model, (8, 64), 0),))
+    plan = make_plan(model, [laconic.LowRank(multiple=multiple), laconic.Channels()], (noise(model, (8, 64), 0),))
     budget, values = laconic.Budget(params=share), spectra(plan)
     importances = {g.name: np.full(len(g.kept), 1 / len(g.kept)) for g in plan.neurons}  # all alike: none is cheap
     values = {name: v * 0.5 ** np.arange(len(v)) for name, v in values.items()}  # ranks are
@@ -456,7 +456,7 @@ def test_a_budget_that_multiples_cannot_meet_is_refused_before_training():
         compressor_for(
             wide_mlp(),
             (8, 64),
-            structures=[laconic.LowRank(rank_multiple=16), laconic.Channels(multiple=16)],
+            structures=[laconic.LowRank(multiple=16), laconic.Channels(multiple=16)],
             budget=laconic.Budget(params=0.04),
             total_steps=20,
         )
@@ -759,10 +759,10 @@ def test_sizes_are_multiples_of_eight_where_milliseconds_count():
         return compressor.plan
 
     plan = plan_for(latency_ms=1e6)
-    assert {s.structure.rank_multiple for s in plan.sites} == {g.multiple for g in plan.neurons} == {8}
+    assert {s.structure.multiple for s in plan.sites} == {g.multiple for g in plan.neurons} == {8}
     assert any("multiples of 8" in note for note in plan.notes)
     for other in (plan_for(params=0.5), plan_for([laconic.LowRank(), laconic.Channels()], latency_ms=1e6)):
-        assert {s.structure.rank_multiple for s in other.sites} == {g.multiple for g in other.neurons} == {1}
+        assert {s.structure.multiple for s in other.sites} == {g.multiple for g in other.neurons} == {1}
         assert not any("multiples" in note for note in other.notes)
 
 

@@ -475,3 +475,9 @@ def test_resuming_nothing_or_something_else_is_said(tmp_path, capsys):
     main(arguments)
     assert "checkpoints of an earlier run are removed" in " ".join(capsys.readouterr().err.split())
     assert not folder.exists()
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments[:-1], "lc", "--resume"])
+    assert stopped.value.code == 2
+    assert "the method lc writes no running checkpoints" in " ".join(capsys.readouterr().err.split())
+    main([*arguments[:-1], "lc"])
+    assert (tmp_path / "tiny" / "lc-seed0" / "result.json").exists()

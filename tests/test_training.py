@@ -119,7 +119,7 @@ def test_a_bad_value_gets_one_clear_line(case):
 def test_laconic_meets_its_budget_with_sgd_and_steps():
     data = load_dataset("digits")
     recipe = dataclasses.replace(PUBLISHED, epochs=6, params=0.3, widths=(16, 24, 32))
-    trained = METHODS["laconic"].train(data, recipe, 0, None, None)
+    trained = METHODS["laconic"].run(data, recipe, 0)
     dense = count_params(build(data, recipe, 0))
     assert 0.8 * 0.3 * dense < count_params(trained.model) <= 0.3 * dense
     assert trained.report is not None

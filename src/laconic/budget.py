@@ -180,7 +180,7 @@ def choices_for(
 
 def with_inner(choice: Choice, site: Site, inner: Site, values: dict[str, Floats], currencies: tuple[str, ...]) -> Choice:
     """The same with each rank once more for every rank of the inner site that saves something; one that is cut already stays as it is."""
-    grid = inner_ranks(site.unfolding.sides[1], site.structure.rank_multiple) if inner.rank is None else np.array([inner.rank])
+    grid = inner_ranks(site.unfolding.sides[1], site.structure.multiple) if inner.rank is None else np.array([inner.rank])
     cut = np.array([r is not None for r in choice.ranks])
     ranks = np.array([r for r in choice.ranks if r is not None])
     # The two parts of the first layer cost s (in + r k), that layer itself r k in.
@@ -206,7 +206,7 @@ def useful_ranks(site: Site, currencies: tuple[str, ...]) -> list[int]:
     else:
         every = np.arange(1, site.break_even + 1, dtype=np.float64)
         below = [int(r) for r in every[np.any(cut_costs(site, every, currencies) < dense_costs(site, currencies), axis=1)]]
-    rounded = [r for r in below if r % site.structure.rank_multiple == 0 or r == site.rank]
+    rounded = [r for r in below if r % site.structure.multiple == 0 or r == site.rank]
     return rounded or below[-1:]
 
 

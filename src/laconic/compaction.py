@@ -63,7 +63,7 @@ def energy_ranks(plan: Plan, values: dict[str, Floats], share: float) -> Ranks:
 
 def guarded(site: Site, rank: int) -> int | None:
     """`rank` rounded up to the structure's multiple; None (dense) where that would not be smaller."""
-    multiple = site.structure.rank_multiple
+    multiple = site.structure.multiple
     rank = -(-rank // multiple) * multiple
     return rank if rank <= site.break_even else None
 

@@ -55,7 +55,7 @@ from .optimizers import (
     peak_learning_rate,
     was_skipped,
 )
-from .outcome import make_report
+from .outcome import make_report, run_notes
 from .pace import Scales, gradient_scales, scale_gradients, scale_moments
 from .penalties import check_share
 from .plan import check_structures, make_plan, use_unfoldings
@@ -570,13 +570,7 @@ class Compressor:
                 self._parameters = named_by_identity(self.model)
                 raise
             self.state.settled = True
-        zeros = [
-            (x, float((x.structure.values(x) == 0).double().mean()))
-            for x in self.plan.entries
-            if x.path in dict(self.model.named_parameters())
-        ]
-        notes += [f"{share:.1%} of the {x.name} are zero, which saves storage at most" for x, share in zeros]
-        self.state.cuts.notes += [*notes, *self._scale_notes(), *self._solver_notes()]
+        self.state.cuts.notes += [*notes, *run_notes(self.model, self.plan, self.state)]
         self.detach()
         self._report = make_report(
             self.model,
@@ -671,19 +665,6 @@ class Compressor:
                 for s in self.plan.sites
             }
         return {name: None if name in keep_dense else rank for name, rank in ranks.items()}
-
-    def _solver_notes(self) -> list[str]:
-        """Which solvers `auto` chose in the last proximal step of each weight, and every failure that was survived."""
-        solvers = self.state.solvers
-        chosen = sorted(set(solvers.values()))
-        weights = {name: [w for w, used in solvers.items() if used == name] for name in chosen}
-        notes = [f"proximal steps every {self.every} steps, by the solver {name}: {', '.join(weights[name])}" for name in chosen]
-        return notes + [f"a solver failed and another was used: {line}" for line in self.state.failures]
-
-    def _scale_notes(self) -> list[str]:
-        names = ", ".join(self.state.gradient_scales)
-        line = "trained by an optimizer that steps in proportion to the gradient: the gradients of its two layers were divided by its largest singular value (if you train on, use a smaller learning rate)"
-        return [f"{names}: {line}"] if names else []
 
     def detach(self) -> None:
         """Remove the hooks: from here on the optimizer runs alone."""

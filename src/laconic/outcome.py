@@ -1,4 +1,4 @@
-"""What became of every layer: the report on all cuts of a run so far."""
+"""What became of every layer, and what is to be said of the run: the report on all cuts so far."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .matricize import Layer
 from .measure import check_inputs, count_macs, count_params, measure_latency
 from .plan import Plan
 from .report import CompactReport, GroupReport, LayerReport
+from .state import RunState
 from .structures import Site
 
 
@@ -25,6 +26,23 @@ def _costs_now(site: Site) -> tuple[int, int | None]:
     now, before = _costs_now(site.inner), (site.inner.unfolding.dense_params, site.inner.dense_macs)
     less = None if macs is None or now[1] is None or before[1] is None else macs + now[1] - before[1]
     return params + now[0] - before[0], less
+
+
+def run_notes(model: nn.Module, plan: Plan, state: RunState) -> list[str]:
+    """What is to be said of a run at its end: zeros that storage alone gains from, changed gradients, the solvers of the last
+    proximal step of each weight, and every failure that was survived."""
+    trained = dict(model.named_parameters())
+    zeros = [(x.name, float((x.structure.values(x) == 0).double().mean())) for x in plan.entries if x.path in trained]
+    notes = [f"{share:.1%} of the {name} are zero, which saves storage at most" for name, share in zeros]
+    if state.gradient_scales:
+        notes.append(
+            f"{', '.join(state.gradient_scales)}: trained by an optimizer that steps in proportion to the gradient: the gradients of its two layers "
+            "were divided by its largest singular value (if you train on, use a smaller learning rate)"
+        )
+    for solver in sorted(set(state.solvers.values())):
+        weights = ", ".join(name for name, used in state.solvers.items() if used == solver)
+        notes.append(f"proximal steps every {state.every} steps, by the solver {solver}: {weights}")
+    return notes + [f"a solver failed and another was used: {line}" for line in state.failures]
 
 
 def make_report(

@@ -140,7 +140,7 @@ def check_structures(structures: Any, example_inputs: Any, trains_on: bool, mult
     """
     if structures is None:
         notes = [f"ranks and numbers of channels are multiples of {multiple}, since milliseconds count"] if multiple > 1 else []
-        ranks, neurons = LowRank(rank_multiple=multiple), Channels(multiple=multiple)
+        ranks, neurons = LowRank(multiple=multiple), Channels(multiple=multiple)
         if example_inputs is None:
             return [ranks], notes
         if not trains_on:

@@ -229,7 +229,7 @@ class Walk:
 
     def options(self, site: Site) -> list[tuple[int, int]]:
         """Ranks, of the site and of the inner one, that a step may lead to."""
-        rank, inner, multiple = self.ranks[site.name], self.inner[site.name], site.structure.rank_multiple
+        rank, inner, multiple = self.ranks[site.name], self.inner[site.name], site.structure.multiple
         if rank is None:
             highest = min(int(self.break_even(site)), len(self.shares[site.name]))
             return [(r, 0) for r in _in_multiples(highest, multiple)] or ([(highest, 0)] if highest >= 1 else [])

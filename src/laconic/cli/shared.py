@@ -34,6 +34,9 @@ def runs(
     method: str, data: Dataset, recipe: Recipe, seed: int, out: Path, show: bool, every: int = 0, resume: bool = False
 ) -> Iterator[tuple[str, Trained]]:
     """Train by a method. `svd` starts from the dense network, so that one comes first, as a result of its own."""
+    resumes = METHODS[method].resumes
+    if resume and not resumes:
+        raise InvalidValueError(f"--resume: the method {method} writes no running checkpoints: start it again without")
     names = ("dense", "svd") if method == "svd" else (method,)
     base: Trained | None = None
     for name in names:
@@ -45,8 +48,8 @@ def runs(
                 else f"{folder / RUNNING}: no checkpoint to resume from, starting from the beginning"
             )
         restart = Restart(folder / RUNNING, every, resume, {"recipe": dataclasses.asdict(recipe), "method": name, "seed": seed})
-        with progress_bar(name, show and name != "svd") as report, interruptible(folder), told():
-            base = cut_after_training(base, data, recipe) if base else METHODS[name].train(data, recipe, seed, report, restart)
+        with progress_bar(name, show and name != "svd") as report, interruptible(folder, resumes), told():
+            base = cut_after_training(base, data, recipe) if base else METHODS[name].run(data, recipe, seed, report, restart)
         yield name, base
 
 
@@ -60,16 +63,14 @@ def told() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interruptible(folder: Path) -> Iterator[None]:
+def interruptible(folder: Path, resumes: bool) -> Iterator[None]:
     """On Ctrl-C: save the model as it is, say where, leave with status 130."""
     try:
         yield
     except TrainingInterrupted as error:
         place = checkpoint.save(error.model, folder / "interrupted")
-        console.print(
-            f"{error}; the model as it is now: {place} (laconic.load reads it); "
-            "the same command with --resume goes on from the last running checkpoint"
-        )
+        more = "; the same command with --resume goes on from the last running checkpoint" if resumes else ""
+        console.print(f"{error}; the model as it is now: {place} (laconic.load reads it){more}")
         raise SystemExit(130) from None
 
 

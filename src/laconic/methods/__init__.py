@@ -1,6 +1,6 @@
 """Everything that the demo and the experiments compare: the same data, steps, and optimizer; one file for each idea.
 
-To add a method: write a function of (data, recipe, seed, report, restart) that returns a `Trained` model within
+To add a method: write a function of (data, recipe, seed, report) that returns a `Trained` model within
 `recipe.params`, in a file of its own, and give it a line in `METHODS`. `laconic train RECIPE --method NAME` then runs it,
 `laconic bench RECIPES --methods NAMES` takes it into a grid.
 """

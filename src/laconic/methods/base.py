@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from ..measure import count_macs, count_params, measure_latency
 from ..models import MODELS, Shape, thin_widths, widest
 from ..recipe import Recipe
 from ..report import CompactReport
-from ..training import Curve, Report, Restart, make_optimizer
+from ..training import Curve, Report, Restart, fit, make_optimizer, steps_per_epoch
 
 
 @dataclass(slots=True)
@@ -33,7 +33,8 @@ class Trained:
     total_steps: int | None = None
 
 
-Train = Callable[[Dataset, Recipe, int, Report | None, Restart | None], Trained]
+Result = TypeVar("Result")
+Train = Callable[..., Trained]  # of (data, recipe, seed, report), and `restart` where the method can resume
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +43,20 @@ class Method:
 
     Attributes:
         label: how progress bars and tables call it.
-        train: from data, recipe, and seed to a model within the recipe's budget; reports progress where asked, and goes on
-            from running checkpoints where it can. It must never look at the test images.
+        train: from data, recipe, and seed to a model within the recipe's budget; reports progress where asked. It must never look at the test images.
         settings: what `recipe.setting` may be, to be tried on held-out training images (`laconic bench --tune`); the first is the
             one that is taken where the recipe has none. What is set: the first constant of the method's file.
+        resumes: `train` takes `restart`, too, and goes on from running checkpoints. One that changes the network by a hook of its own cannot.
     """
 
     label: str
     train: Train
     settings: Sequence[float] = ()
+    resumes: bool = True
+
+    def run(self, data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
+        """Train; one that cannot resume writes no running checkpoints."""
+        return self.train(data, recipe, seed, report, **({"restart": restart} if self.resumes else {}))
 
 
 def network(data: Dataset, recipe: Recipe, widths: tuple[int, ...]) -> nn.Module:
@@ -121,6 +127,32 @@ def start_afresh(optimizer: torch.optim.Optimizer, model: nn.Module, recipe: Rec
     optimizer.state.clear()
     for group, fresh in zip(optimizer.param_groups, make_optimizer(model, recipe).param_groups, strict=True):
         group["params"] = fresh["params"]
+
+
+def cut_and_train_on(
+    model: nn.Module,
+    data: Dataset,
+    recipe: Recipe,
+    seed: int,
+    share: float,
+    cut: Callable[[], Result],
+    report: Report | None,
+    **options: Any,
+) -> tuple[Curve, Result]:
+    """Train; `cut` replaces layers at this share of the run, and the optimizer goes on without a state. The curve, and what `cut` gave.
+
+    Args:
+        options: of `fit`.
+    """
+    optimizer = options.pop("optimizer", None) or make_optimizer(model, recipe)
+    results: list[Result] = []
+
+    def act() -> None:
+        results.append(cut())
+        start_afresh(optimizer, model, recipe)
+
+    after_step(optimizer, round(share * recipe.epochs * steps_per_epoch(data, recipe)), act)
+    return fit(model, data, recipe, seed, optimizer, report=report, **options), results[0]
 
 
 def one_share(recipe: Recipe, limit: int, fixed: int, costs: Sequence[Callable[[float], int]]) -> float:

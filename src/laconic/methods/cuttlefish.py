@@ -18,7 +18,7 @@ from ..data import Dataset
 from ..matricize import Unfolding, choose_unfolding
 from ..measure import count_params
 from ..recipe import Recipe
-from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
+from ..training import Report, fit, make_optimizer, steps_per_epoch
 from .base import Method, Trained, build, one_share, start_afresh
 from .fixed_rank import decay_products, factorise_all, inner_layers
 
@@ -41,9 +41,7 @@ def stands_still(past: list[float], still: float) -> bool:
     return abs(past[-1] - past[-1 - SMOOTH]) / SMOOTH * LOOKS / PAPER_EPOCHS <= still
 
 
-def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    """It cannot resume: the run starts afresh."""
-    del restart
+def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
     model = build(data, recipe, seed)
     optimizer = make_optimizer(model, recipe)
     total = recipe.epochs * steps_per_epoch(data, recipe)
@@ -79,4 +77,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return Trained(model, fit(model, data, recipe, seed, optimizer, report=report), notes=notes)
 
 
-CUTTLEFISH = Method("Cuttlefish's ranks", train, (STILL, 0.03, 0.1))
+CUTTLEFISH = Method("Cuttlefish's ranks", train, (STILL, 0.03, 0.1), resumes=False)

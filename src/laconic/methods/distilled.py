@@ -8,16 +8,15 @@ from torch import Tensor
 
 from ..data import Dataset
 from ..recipe import Recipe
-from ..training import Report, Restart, cross_entropy, fit, make_optimizer
+from ..training import Report, cross_entropy, fit, make_optimizer
 from . import dense
 from .base import Method, Trained, thin_network
 
 SHARE, TEMPERATURE = 0.9, 4.0  # setting: share of the teacher's soft targets in the loss; their temperature
 
 
-def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    """The teacher is trained first: its time is in the curve. It cannot resume: the run starts afresh."""
-    del restart
+def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
+    """The teacher is trained first: its time is in the curve."""
     teacher = dense.train(data, recipe, seed)
     teacher.model.eval()
     model = thin_network(data, recipe, seed)
@@ -34,4 +33,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return Trained(model, curve, notes=[f"widths {model.widths}, teacher: the dense network of this seed"])
 
 
-DISTILLED = Method("thin dense, distilled from dense", train, (SHARE, 0.5, 0.7))
+DISTILLED = Method("thin dense, distilled from dense", train, (SHARE, 0.5, 0.7), resumes=False)

@@ -24,8 +24,8 @@ from ..recipe import Recipe
 from ..surgery.factorize import factorize, pair_matrices, pair_weights
 from ..surgery.factorize import weights as pair_parameters
 from ..surgery.record import put
-from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
-from .base import Method, Trained, after_step, build, one_share, start_afresh
+from ..training import Report, fit, make_optimizer
+from .base import Method, Trained, build, cut_and_train_on, one_share
 
 WARM_UP = 0.1  # setting of Pufferfish: share of the run that it trains dense; the paper's is 80 of 300 epochs on CIFAR-10
 FROBENIUS_DECAY = 0.5  # setting of the other: the strength lambda, on the scale of a weight decay
@@ -83,24 +83,15 @@ def decay_products(optimizer: torch.optim.Optimizer, pairs: list[Pair], strength
     optimizer.register_step_post_hook(decay)
 
 
-def pufferfish(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    """The optimizer starts afresh at the cut, as in the paper's code. It cannot resume: the run starts afresh."""
-    del restart
+def pufferfish(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
+    """The optimizer starts afresh at the cut, as in the paper's code."""
     model = build(data, recipe, seed)
-    optimizer = make_optimizer(model, recipe)
-    last = round((recipe.setting or WARM_UP) * recipe.epochs * steps_per_epoch(data, recipe))
-
-    def cut() -> None:
-        factorise_all(model, shares_of_rank(model, recipe))
-        start_afresh(optimizer, model, recipe)
-
-    after_step(optimizer, last, cut)
-    return Trained(model, fit(model, data, recipe, seed, optimizer, report=report), notes=[f"factorised at step {last}"])
+    share = recipe.setting or WARM_UP
+    curve, _ = cut_and_train_on(model, data, recipe, seed, share, lambda: factorise_all(model, shares_of_rank(model, recipe)), report)
+    return Trained(model, curve, notes=[f"factorised at {share:g} of the run"])
 
 
-def spectral_init(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    """It cannot resume: the run starts afresh."""
-    del restart
+def spectral_init(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
     model = build(data, recipe, seed)
     pairs = factorise_all(model, shares_of_rank(model, recipe))
     optimizer = make_optimizer(model, recipe)
@@ -108,5 +99,5 @@ def spectral_init(data: Dataset, recipe: Recipe, seed: int, report: Report | Non
     return Trained(model, fit(model, data, recipe, seed, optimizer, report=report))
 
 
-PUFFERFISH = Method("Pufferfish", pufferfish, (WARM_UP, 0.25, 0.5))
-SPECTRAL_INIT = Method("spectral initialisation, Frobenius decay", spectral_init, (FROBENIUS_DECAY, 0.005, 0.05))
+PUFFERFISH = Method("Pufferfish", pufferfish, (WARM_UP, 0.25, 0.5), resumes=False)
+SPECTRAL_INIT = Method("spectral initialisation, Frobenius decay", spectral_init, (FROBENIUS_DECAY, 0.005, 0.05), resumes=False)

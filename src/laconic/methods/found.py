@@ -9,16 +9,15 @@ import torch
 
 from ..data import Dataset
 from ..recipe import Recipe
-from ..training import Report, Restart, fit, make_optimizer
+from ..training import Report, fit, make_optimizer
 from . import ours
 from .base import Method, Trained
 
 
 def from_scratch(label: str, **changes: Any) -> Method:
-    """What laconic ends with under the recipe with these changes, initialised anew as PyTorch does, layers of pairs too. It cannot resume: the run starts afresh."""
+    """What laconic ends with under the recipe with these changes, initialised anew as PyTorch does, layers of pairs too."""
 
-    def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-        del restart
+    def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
         found = ours.train(data, dataclasses.replace(recipe, **changes), seed)
         torch.manual_seed(seed)
         for module in found.model.modules():
@@ -29,7 +28,7 @@ def from_scratch(label: str, **changes: Any) -> Method:
         notes = ["the shape of laconic's network, from scratch; the time to find it is not counted"]
         return Trained(found.model, curve, found.report, notes=notes)
 
-    return Method(label, train)
+    return Method(label, train, resumes=False)
 
 
 FOUND = from_scratch("laconic's shape, from scratch")

@@ -21,7 +21,7 @@ from ..data import Dataset
 from ..matricize import Unfolding, choose_unfolding, unfoldings
 from ..measure import count_params
 from ..recipe import Recipe
-from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
+from ..training import Report, fit, make_optimizer, steps_per_epoch
 from .base import Method, Trained, build, start_afresh
 from .fixed_rank import factorise_all
 
@@ -54,9 +54,7 @@ def ranks_within(limit: int, layers: dict[str, Unfolding], values: dict[str, Flo
     return ranks_at(high, layers, values)
 
 
-def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    """It cannot resume: the run starts afresh."""
-    del restart
+def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
     model = build(data, recipe, seed)
     optimizer = make_optimizer(model, recipe)
     modules = {name: m for name, m in model.named_modules() if unfoldings(m)}
@@ -99,4 +97,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return Trained(model, fit(model, data, recipe, seed, optimizer, report=report), notes=[f"cut at step {last}"])
 
 
-LC = Method("LC rank learning", train, (FIRST, 0.03, 0.3))
+LC = Method("LC rank learning", train, (FIRST, 0.03, 0.3), resumes=False)

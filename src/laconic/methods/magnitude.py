@@ -18,16 +18,14 @@ from ..data import Dataset
 from ..matricize import Layer, unfoldings
 from ..measure import count_params
 from ..recipe import Recipe
-from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
+from ..training import Report, fit, make_optimizer, steps_per_epoch
 from .base import Method, Trained, build
 
 LAST = 0.7  # setting: the share of the run at which the last weights go
 FIRST, ROUNDS = 0.1, 20  # the share at which the first ones go; in how many rounds
 
 
-def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    """It cannot resume: the run starts afresh."""
-    del restart
+def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
     model = build(data, recipe, seed)
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # all that `prune` takes
     optimizer = make_optimizer(model, recipe)
@@ -57,4 +55,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return Trained(model, curve, notes=[f"{zeros:,} of {weights:,} weights are zero; the layers are as large as before"])
 
 
-MAGNITUDE = Method("magnitude pruning of single weights, zeros stored", train, (LAST, 0.35, 0.5))
+MAGNITUDE = Method("magnitude pruning of single weights, zeros stored", train, (LAST, 0.35, 0.5), resumes=False)

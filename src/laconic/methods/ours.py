@@ -54,7 +54,7 @@ def structures_of(recipe: Recipe, multiple: int = 1) -> list[Structure]:
     """What the recipe lets laconic use, in these multiples."""
     options: dict[str, Any] = {"penalty": LogSum(recipe.penalty_epsilon), "strength": recipe.strength or None}
     known: dict[str, Callable[[], Structure]] = {
-        "low-rank": lambda: LowRank(matricization=recipe.matricization, rank_multiple=multiple, **options),
+        "low-rank": lambda: LowRank(matricization=recipe.matricization, multiple=multiple, **options),
         "channels": lambda: Channels(multiple=multiple, **options),
     }
     for name in recipe.structures:

@@ -12,7 +12,7 @@ import torch
 from ..data import Dataset
 from ..errors import missing_extra
 from ..recipe import Recipe
-from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
+from ..training import Report, fit, make_optimizer, steps_per_epoch
 from .base import Method, Trained, build
 from .fixed_rank import factorise_all, shares_of_rank
 
@@ -20,13 +20,11 @@ HEAL = 0.5  # setting: the share of the run by which the ranks have fallen
 WARM_UP, EVERY = 0.1, 10  # the share before they begin to; steps between decompositions
 
 
-def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    """It cannot resume: the run starts afresh."""
+def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
     try:
         from torchao.prototype.pat.optim import PruneOptimizer
     except ImportError:
         raise missing_extra("torchao", "rivals", "the method pat") from None
-    del restart
     model = build(data, recipe, seed)
     ranks = shares_of_rank(model, recipe)
     inner = make_optimizer(model, recipe)
@@ -48,4 +46,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return Trained(model, curve, notes=[f"ranks {[r for _, r in ranks.values()]}"])
 
 
-PAT = Method("torchao PAT, ranks", train, (HEAL, 0.35, 0.7))
+PAT = Method("torchao PAT, ranks", train, (HEAL, 0.35, 0.7), resumes=False)

@@ -87,7 +87,7 @@ def pressed(label: str, direction: Direction, strengths: Sequence[float], polyno
         after_step(optimizer, round(cut_at * recipe.epochs * steps_per_epoch(data, recipe)), cut)
         return Trained(model, fit(model, data, recipe, seed, optimizer, report=report), done[0])
 
-    return Method(label, train, strengths)
+    return Method(label, train, strengths, resumes=cut_at == 1)
 
 
 SPECTRAL_WEIGHT_DECAY = pressed("spectral weight decay, then SVD", nuclear, SPECTRAL_DECAY, QUINTIC)

@@ -20,9 +20,9 @@ from ..plan import make_plan
 from ..recipe import Recipe
 from ..report import CompactReport
 from ..structures import LowRank
-from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
+from ..training import Report, Restart
 from . import dense
-from .base import Method, Trained, after_step, build, calibration, example, start_afresh
+from .base import Method, Trained, build, calibration, cut_and_train_on, example
 
 Cut = Callable[[nn.Module, Dataset, Recipe], CompactReport]
 LATE = 0.5  # setting of those that train on: the share of the run after which the network is cut
@@ -69,21 +69,13 @@ def post_hoc(label: str, smaller: Cut) -> Method:
 
 
 def trained_on(label: str, smaller: Cut) -> Method:
-    def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-        """The optimizer starts afresh at the cut. It cannot resume: the run starts afresh."""
-        del restart
+    def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
         model = build(data, recipe, seed)
-        optimizer = make_optimizer(model, recipe)
-        done: list[CompactReport] = []
+        return Trained(
+            model, *cut_and_train_on(model, data, recipe, seed, recipe.setting or LATE, lambda: smaller(model, data, recipe), report)
+        )
 
-        def shrink() -> None:
-            done.append(smaller(model, data, recipe))
-            start_afresh(optimizer, model, recipe)
-
-        after_step(optimizer, round((recipe.setting or LATE) * recipe.epochs * steps_per_epoch(data, recipe)), shrink)
-        return Trained(model, fit(model, data, recipe, seed, optimizer, report=report), done[0])
-
-    return Method(label, train, (LATE, 0.2, 0.35))
+    return Method(label, train, (LATE, 0.2, 0.35), resumes=False)
 
 
 SVD = post_hoc("dense, then SVD", by_product)

@@ -15,9 +15,9 @@ from ..data import Dataset
 from ..matricize import Layer, Unfolding, choose_unfolding, unfoldings
 from ..recipe import Recipe
 from ..report import CompactReport
-from ..training import Report, Restart, cross_entropy, fit, make_optimizer, steps_per_epoch
+from ..training import Report, cross_entropy
 from . import svd
-from .base import Method, Trained, after_step, build, start_afresh
+from .base import Method, Trained, build, cut_and_train_on
 
 HOYER = 0.01  # setting: lambda
 ORTHOGONAL, CUT = 1.0, 0.5  # strength of the orthogonality; the share of the run after which the network is cut
@@ -46,32 +46,27 @@ def penalty(u: Tensor, s: Tensor, vh: Tensor, hoyer: float) -> Tensor:
     return value
 
 
-def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    """It cannot resume: the run starts afresh."""
-    del restart
+def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
     model = build(data, recipe, seed)
     layers: list[Layer] = [m for m in model.modules() if unfoldings(m)]
     for layer in layers:
         parametrize.register_parametrization(layer, "weight", ThreeFactors(choose_unfolding(layer, recipe.matricization)))
-    optimizer = make_optimizer(model, recipe)
-    done: list[CompactReport] = []
+    whole = list(layers)  # empty once they are cut
 
     def loss(outputs: Tensor, _: Tensor, y: Tensor) -> Tensor:
         value = cross_entropy(outputs, y, recipe.label_smoothing)
-        for layer in () if done else layers:
+        for layer in whole:
             held = layer.parametrizations.weight
             value = value + penalty(held.original0, held.original1, held.original2, recipe.setting or HOYER)
         return value
 
-    def cut() -> None:
-        for layer in layers:
-            parametrize.remove_parametrizations(layer, "weight")
+    def cut() -> CompactReport:
+        while whole:
+            parametrize.remove_parametrizations(whole.pop(), "weight")
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        done.append(svd.by_product(model, data, recipe))
-        start_afresh(optimizer, model, recipe)
+        return svd.by_product(model, data, recipe)
 
-    after_step(optimizer, round(CUT * recipe.epochs * steps_per_epoch(data, recipe)), cut)
-    return Trained(model, fit(model, data, recipe, seed, optimizer, report=report, loss=loss), done[0])
+    return Trained(model, *cut_and_train_on(model, data, recipe, seed, CUT, cut, report, loss=loss))
 
 
-SVD_TRAINING = Method("SVD training with Hoyer, cut, trained on", train, (HOYER, 0.001, 0.1))
+SVD_TRAINING = Method("SVD training with Hoyer, cut, trained on", train, (HOYER, 0.001, 0.1), resumes=False)

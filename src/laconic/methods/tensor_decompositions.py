@@ -23,8 +23,8 @@ from ..measure import count_params
 from ..recipe import Recipe
 from ..surgery.factorize import factorize
 from ..surgery.record import put
-from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
-from .base import Method, Trained, after_step, build, one_share, start_afresh
+from ..training import Report
+from .base import Method, Trained, build, cut_and_train_on, one_share
 from .fixed_rank import inner_layers
 
 CUT = 0.35  # setting: the share of the run after which the layers are decomposed
@@ -128,28 +128,20 @@ def decompose(model: nn.Module, recipe: Recipe, convolution: Callable[[nn.Conv2d
 
 
 def trained_on(label: str, convolution: Callable[[nn.Conv2d], Small]) -> Method:
-    def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-        """It cannot resume: the run starts afresh."""
+    def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
         try:
             import tensorly
         except ImportError:
             raise missing_extra("tensorly", "rivals", "the methods tucker and cp") from None
         tensorly.set_backend("pytorch")
-        del restart
         model = build(data, recipe, seed)
-        optimizer = make_optimizer(model, recipe)
-        last = round((recipe.setting or CUT) * recipe.epochs * steps_per_epoch(data, recipe))
-        notes: list[str] = []
+        at = recipe.setting or CUT
+        curve, share = cut_and_train_on(model, data, recipe, seed, at, lambda: decompose(model, recipe, convolution), report)
+        return Trained(
+            model, curve, notes=[f"tensorly {tensorly.__version__}, share {share:g} of each layer, decomposed at {at:g} of the run"]
+        )
 
-        def cut() -> None:
-            share = decompose(model, recipe, convolution)
-            start_afresh(optimizer, model, recipe)
-            notes.append(f"tensorly {tensorly.__version__}, share {share:g} of each layer, decomposed at step {last}")
-
-        after_step(optimizer, last, cut)
-        return Trained(model, fit(model, data, recipe, seed, optimizer, report=report), notes=notes)
-
-    return Method(label, train, (CUT, 0.2, 0.5))
+    return Method(label, train, (CUT, 0.2, 0.5), resumes=False)
 
 
 TUCKER = trained_on("dense, Tucker-2, trained on", tucker)

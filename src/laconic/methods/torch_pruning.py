@@ -1,7 +1,7 @@
 """Torch-Pruning (DepGraph, CVPR 2023), the package itself: its group-norm pruner with sparse learning, and Taylor importances.
 
 Train (the group-norm pruner regularises the gradients meanwhile), prune to the budget at a share of the run, train on, as its examples do.
-A pruned parameter is a new one, so the optimizer goes on without a state. They cannot resume: the run starts afresh.
+A pruned parameter is a new one, so the optimizer goes on without a state.
 """
 
 from __future__ import annotations
@@ -15,25 +15,23 @@ from ..data import Dataset
 from ..errors import InfeasibleBudgetError, missing_extra
 from ..measure import count_params, evaluating
 from ..recipe import Recipe
-from ..training import Report, Restart, cross_entropy, fit, make_optimizer, steps_per_epoch
-from .base import Method, Trained, after_step, build, example, sample, start_afresh
+from ..training import Report, cross_entropy, make_optimizer, steps_per_epoch
+from .base import Method, Trained, build, cut_and_train_on, example, sample
 
 TAYLOR_AT = 0.2  # setting of Taylor importances: the share of the run at which it is pruned
 SCORED = 512  # training images whose loss gives the gradients of the Taylor importances
 
 
-def train(
-    data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None, taylor: bool = False
-) -> Trained:
+def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, taylor: bool = False) -> Trained:
     try:
         import torch_pruning as tp
     except ImportError:
         raise missing_extra("torch-pruning", "rivals", "the methods torch-pruning and torch-pruning-taylor") from None
-    del restart
     model = build(data, recipe, seed)
     optimizer = make_optimizer(model, recipe)
     limit = int(recipe.params * count_params(model))
-    last = round((recipe.setting or (TAYLOR_AT if taylor else recipe.torch_pruning_at)) * recipe.epochs * steps_per_epoch(data, recipe))
+    share = recipe.setting or (TAYLOR_AT if taylor else recipe.torch_pruning_at)
+    last = round(share * recipe.epochs * steps_per_epoch(data, recipe))
     options: dict[str, Any] = {
         "importance": tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance(p=2),
         "global_pruning": recipe.torch_pruning_global, "pruning_ratio": 1.0, "max_pruning_ratio": 0.95, "iterative_steps": 400,
@@ -60,19 +58,17 @@ def train(
             if count_params(model) == before and pruner.current_step >= pruner.iterative_steps:
                 raise InfeasibleBudgetError(f"params = {recipe.params}: Torch-Pruning stops at {before} parameters, above {limit}", 1.0)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        start_afresh(optimizer, model, recipe)
 
     if not taylor:
         optimizer.register_step_pre_hook(press)
-    after_step(optimizer, last, prune)
-    curve = fit(model, data, recipe, seed, optimizer, report=report)
+    curve, _ = cut_and_train_on(model, data, recipe, seed, share, prune, report, optimizer=optimizer)
     how = "Taylor importances" if taylor else f"reg {recipe.torch_pruning_reg}"
     return Trained(model, curve, notes=[f"torch-pruning {tp.__version__}, {how}, pruned at step {last}"])
 
 
-def train_taylor(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    return train(data, recipe, seed, report, restart, taylor=True)
+def train_taylor(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
+    return train(data, recipe, seed, report, taylor=True)
 
 
-TORCH_PRUNING = Method("Torch-Pruning", train, (0.35, 0.2, 0.5))
-TORCH_PRUNING_TAYLOR = Method("Torch-Pruning, Taylor", train_taylor, (TAYLOR_AT, 0.35, 0.5))
+TORCH_PRUNING = Method("Torch-Pruning", train, (0.35, 0.2, 0.5), resumes=False)
+TORCH_PRUNING_TAYLOR = Method("Torch-Pruning, Taylor", train_taylor, (TAYLOR_AT, 0.35, 0.5), resumes=False)

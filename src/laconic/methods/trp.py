@@ -15,16 +15,15 @@ from ..allocate import energy_rule
 from ..data import Dataset
 from ..matricize import Layer, Unfolding, choose_unfolding, unfoldings
 from ..recipe import Recipe
-from ..training import Report, Restart, fit, make_optimizer
+from ..training import Report, fit, make_optimizer
 from . import svd
 from .base import Method, Trained, build
 
 NUCLEAR, EVERY, ENERGY = 1e-3, 5, 0.9  # setting: strength lambda; steps between truncations and kept energy as in the paper's script
 
 
-def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    """The first layer and the last are left alone, as in the paper. It cannot resume: the run starts afresh."""
-    del restart
+def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
+    """The first layer and the last are left alone, as in the paper."""
     model = build(data, recipe, seed)
     optimizer = make_optimizer(model, recipe)
     layers: list[tuple[Layer, Unfolding]] = [(m, choose_unfolding(m, recipe.matricization)) for m in model.modules() if unfoldings(m)][1:-1]
@@ -54,4 +53,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return svd.cut(Trained(model, fit(model, data, recipe, seed, optimizer, report=report)), data, recipe)
 
 
-TRP = Method("TRP, then SVD", train, (NUCLEAR, 1e-4, 3e-4))
+TRP = Method("TRP, then SVD", train, (NUCLEAR, 1e-4, 3e-4), resumes=False)

@@ -195,7 +195,7 @@ class LowRank:
         matricization: of convolution kernels: `"out,in*kh*kw"`, `"out*kh,in*kw"`, or `"auto"` (per layer, whichever
             needs fewer parameters for 99 % of the energy of the weights as they are when the plan is made).
         include, exclude: shell-style patterns on module or parameter names.
-        rank_multiple: cut only at multiples of this rank (what the hardware likes: 8, 16).
+        multiple: cut only at multiples of this rank (what the hardware likes: 8, 16).
         inputs: cut the first layer of a convolution's pair again, along the channels that it takes in, where that serves the budget better (Tucker-2):
             1 x 1 from n to s channels, the kernel from s to r, 1 x 1 from r to m.
     """
@@ -206,12 +206,12 @@ class LowRank:
     matricization: str = CHANNEL
     include: str | tuple[str, ...] = ()
     exclude: str | tuple[str, ...] = ()
-    rank_multiple: int = 1
+    multiple: int = 1
     inputs: bool = True
 
     def __post_init__(self) -> None:
         check_options(self)
-        object.__setattr__(self, "rank_multiple", whole_number("rank_multiple", self.rank_multiple, least=1))
+        object.__setattr__(self, "multiple", whole_number("multiple", self.multiple, least=1))
         check_matricization(self.matricization)
 
     @classmethod
