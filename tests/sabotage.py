@@ -31,6 +31,46 @@ class Edit(NamedTuple):
 
 
 EDITS = [
+    Edit("a rate that is set later forgotten", "schedule.py", "if peak > self.peak:", "if False:", "test_compressor", "built_with"),
+    Edit("the user's inputs given away", "measure.py", "return model(*copied(inputs))", "return model(*inputs)", "test_measure", "users"),
+    Edit(
+        "a bad batch counts",
+        "moments.py",
+        "finite = torch.isfinite(squares).all()",
+        "finite = torch.tensor(True)",
+        "test_neurons",
+        "not_finite",
+    ),
+    Edit("hooks on blocks overlooked", "graph/groups.py", "if path and hooked(module):", "if False:", "test_graph", "hook_on_a_block"),
+    Edit("hooks on gradients overlooked", "checks.py", "return bool(parameter._backward_hooks or", "return bool(", "test_plan", "hook"),
+    Edit(
+        "names of parameters grow stale", "surgery/optimizer.py", 'group["param_names"][:] = names', "pass", "test_compressor", "names_that"
+    ),
+    Edit("nothing compiled anew", "compressor.py", "if self._compiled:", "if False:", "test_compressor", "begins_anew"),
+    Edit(
+        "a crashing kernel in the trial",
+        "graph/trial.py",
+        "_native_kernels() if unsafe_convolutions(model) else",
+        "",
+        "test_channels",
+        "kernel_that",
+    ),
+    Edit(
+        "a narrow shortcut untold",
+        "slimming.py",
+        'notes = [f"{unsafe}: {UNSAFE}"] if unsafe else []',
+        "notes = []",
+        "test_neurons",
+        "too_narrow",
+    ),
+    Edit(
+        "unreached layers untold",
+        "compressor.py",
+        "if ran := [path for path in unreached if",
+        "if ran := [path for path in [] if",
+        "test_neurons",
+        "is_told",
+    ),
     Edit("constant on the examples alone", "surgery/constants.py", "LOOKS = 4", "LOOKS = 1", "test_channels", "alone_is_no_constant"),
     Edit("padded depthwise layers forgotten", "surgery/constants.py", "_pads(module)]", "False]", "test_channels", "alone_is_no_constant"),
     Edit(
@@ -342,8 +382,8 @@ EDITS = [
     Edit(
         "stale parameter kept",
         "surgery/optimizer.py",
-        "params += [p] if position is None else new if len(old) == 1 else [new[position]]",
-        "params += [p] if position is None else [p, *new] if len(old) == 1 else [new[position]]",
+        "here = [p] if position is None else new if len(old) == 1 else [new[position]]",
+        "here = [p] if position is None else [p, *new] if len(old) == 1 else [new[position]]",
         "test_compaction",
     ),
     Edit(

@@ -592,6 +592,71 @@ def test_the_first_strength_does_not_depend_on_a_learning_rate_that_is_still_war
     assert first_strength(warm_up) == pytest.approx(first_strength(lambda o: None))
 
 
+SET_LATER = {
+    "by the loop": lambda o: None,
+    "one cycle": lambda o: optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=100),
+}
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-5])
+@pytest.mark.parametrize("schedule", SET_LATER.values(), ids=SET_LATER)
+def test_nor_on_the_learning_rate_that_the_optimizer_was_built_with(schedule, lr):
+    """A rate that is set after the compressor is built; before, the pressure was too high by the same factor."""
+
+    def weights(lr: float) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer = optim.SGD(model.parameters(), lr=lr)
+        laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.6), total_steps=100)
+        scheduler = schedule(optimizer)
+        for step in range(40):
+            if scheduler is None:
+                optimizer.param_groups[0]["lr"] = 0.1
+            backward(model, step)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+        return [p.detach() for p in model.parameters()]
+
+    torch.testing.assert_close(weights(lr), weights(0.1), rtol=1e-5, atol=1e-5)
+
+
+def test_an_optimizer_without_a_learning_rate_of_its_own_is_refused():
+    model = mlp()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = None  # as of Adafactor with its defaults
+    with pytest.raises(laconic.UnsupportedOptimizerError, match="lr=None"):
+        laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.6), total_steps=100)
+
+
+def test_names_that_an_optimizer_keeps_follow_the_cuts():
+    model = mlp()
+    optimizer = optim.AdamW(model.named_parameters(), lr=0.1)
+    compressor = laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.5), total_steps=20)
+    for step in range(20):
+        backward(model, step)
+        optimizer.step()
+    assert any(layer.rank is not None for layer in compressor.compact().layers)
+    group = optimizer.param_groups[0]
+    weights = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+    assert {name: p for name, p in zip(group["param_names"], group["params"], strict=True) if p.ndim == 2} == weights
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_is_compiled_begins_anew_when_the_shapes_are_final(compiled, monkeypatch):
+    resets = []
+    model = mlp()
+    given = torch.compile(model, backend="eager") if compiled else model
+    optimizer = optim.AdamW(model.parameters(), lr=0.1)
+    compressor = laconic.Compressor(given, optimizer, budget=laconic.Budget(params=0.5), total_steps=20)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(compressor.state.settled))
+    for step in range(20):
+        backward(model, step)
+        optimizer.step()
+    assert resets == [True] * compiled
+
+
 def test_with_several_optimizers_steering_happens_once_per_round_and_the_cut_pays_every_debt(monkeypatch):
     """The second optimizer holds none of the weights; at the cut the first one's weights still owe for a step."""
     model = mlp()

@@ -150,6 +150,12 @@ def hooked() -> nn.Module:
     return model
 
 
+def hooked_gradient() -> nn.Module:
+    model = plain()
+    model[2].bias.register_hook(lambda gradient: gradient.clamp(-1, 1))
+    return model
+
+
 def normed() -> nn.Module:
     model = plain()
     parametrizations.weight_norm(model[2])
@@ -167,6 +173,7 @@ def old_weight_norm() -> nn.Module:
 LEFT = {
     "frozen": (frozen, "frozen"),
     "hooks": (hooked, "hooks"),
+    "hooks on a gradient": (hooked_gradient, "hooks"),
     "weight norm": (normed, "parametrized"),
     "old weight norm": (old_weight_norm, "parametrized"),
 }
@@ -181,6 +188,18 @@ def test_a_layer_that_must_not_change_keeps_both_its_sides(build, reason):
     if build is not old_weight_norm:  # which cannot be copied, so that nothing can be tried
         assert "2 reads it" in reasons["0"]
         assert reason in reasons["0"]
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_what_a_hook_on_a_block_sees_stays(register):
+    """As for the distillation of features: the widths there are another code's business. What is inside the block can go."""
+    block = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(6, 8), block, nn.ReLU(), nn.Linear(8, 3))
+    assert set(found(model, torch.randn(4, 6))[0]) == {"0", "1.0", "1.2"}
+    getattr(block, register)(lambda *_: None)
+    groups, reasons = found(model, torch.randn(4, 6))
+    assert set(groups) == {"1.0"}
+    assert reasons["0"] == reasons["1.2"] == "hooks on 1 see it"
 
 
 class Functional(nn.Module):

@@ -158,6 +158,34 @@ def test_peak_memory_counts_parameters_buffers_and_the_activations_alive_at_once
     assert fixed + wide <= found <= fixed + wide + 3 * narrow
 
 
+class Careless(nn.Module):
+    """It writes into its input, and takes an entry out of a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 64), nn.Linear(64, 4)
+
+    def forward(self, batch):
+        x, labels = batch["x"], batch.pop("labels")
+        return F.cross_entropy(self.b(self.a(x.sub_(0.5).mul_(2.0)).relu()), labels)
+
+
+def test_inputs_are_the_users_whatever_the_model_does_to_them():
+    def given():
+        return {"x": torch.ones(16, 8), "labels": torch.zeros(16, dtype=torch.long)}
+
+    model, batch = Careless(), given()
+    assert laconic.profile(model, (batch,), seconds=0.01).macs == 16 * (8 * 64 + 64 * 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compressor = laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.5), total_steps=10, example_inputs=(batch,))
+    for _ in range(10):
+        model(given()).backward()
+        optimizer.step()
+    assert compressor.compact(calibration=[(batch,)]).params_after <= 0.5 * compressor.plan.params
+    assert batch.keys() == given().keys()
+    assert torch.equal(batch["x"], given()["x"])
+
+
 def test_a_profile_is_plain_data():
     found = laconic.profile(nn.Linear(4, 4), (torch.zeros(1, 4),), seconds=0.01)
     data = json.loads(json.dumps(found.to_json()))

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -809,6 +810,77 @@ class Noisy(nn.Module):
 
     def forward(self, x):
         return self.inner(x + 0.1 * torch.randn_like(x))
+
+
+def test_a_batch_that_is_not_finite_and_whose_step_is_skipped_leaves_no_trace():
+    """The step in which the inputs are watched: their means go into biases at the cut."""
+    model = wide_mlp()
+    optimizer = optim.AdamW(model.parameters(), lr=1e-3)
+    compressor = compressor_for(model, (64,), optimizer=optimizer, budget=laconic.Budget(params=0.3), total_steps=30)
+    for t in range(30):
+        for bad in (True, False):
+            x = noise(model, (8, 64), t)
+            x[0, 0] = math.nan if bad else x[0, 0]
+            loss = model(x).square().mean()
+            if not bad:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert len(compressor.plan.neurons[0].kept) < compressor.plan.neurons[0].group.units
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    assert compressor.state.moments == {} or all(bool(torch.isfinite(m.mean).all()) for m in compressor.state.moments.values())
+
+
+class Conditional(nn.Module):
+    """A layer that only some calls reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.condition, self.b = nn.Linear(16, 64), nn.Linear(8, 64), nn.Linear(64, 4)
+
+    def forward(self, x, condition=None):
+        hidden = self.a(x)
+        return self.b((hidden if condition is None else hidden + self.condition(condition)).relu())
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_layer_that_runs_in_training_and_not_on_the_example_inputs_is_told(reached):
+    model = Conditional()
+    optimizer = optim.AdamW(model.parameters(), lr=1e-3)
+    x = (torch.randn(4, 16), torch.randn(4, 8))
+    compressor = laconic.Compressor(
+        model, optimizer, BOTH, budget=laconic.Budget(params=0.5), total_steps=100, example_inputs=x if reached else x[:1]
+    )
+    told = contextlib.nullcontext() if reached else pytest.warns(UserWarning, match="condition: run in training, but not on the example")
+    with told:
+        for _ in range(3):
+            model(*x).square().mean().backward()
+            optimizer.step()
+    assert any("condition: run in training" in note for note in compressor.plan.notes) != reached
+    assert set(compressor.state.shapes) == {s.name for s in compressor.plan.sites}
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+
+
+class Classifier(nn.Module):
+    """A model that puts out an object of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = wide_mlp()
+
+    def forward(self, x):
+        return Output(self.net(x))
+
+
+def test_outputs_may_be_a_dataclass():
+    model = Classifier()
+    report = laconic.compress(model, BOTH, budget=laconic.Budget(params=0.3), example_inputs=(torch.randn(4, 64),))
+    assert report.groups[0].kept < report.groups[0].units
+    assert report.max_abs_diff > 0
 
 
 @pytest.mark.parametrize("fix", ["none", "contiguous", "multiples"])

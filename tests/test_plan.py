@@ -99,9 +99,9 @@ def with_one(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(layer(), nn.Linear(8, 8))
 
 
-def hooked(register: str) -> nn.Module:
+def hooked(register: str, of: Callable[[nn.Linear], nn.Module | Tensor] = lambda layer: layer) -> nn.Module:
     layer = nn.Linear(8, 8)
-    getattr(layer, register)(lambda *_: None)
+    getattr(of(layer), register)(lambda *_: None)
     return layer
 
 
@@ -197,6 +197,10 @@ CASES = {
     ),
     "forward hook": Case(with_one(lambda: hooked("register_forward_hook")), {"1.weight"}, {"0.weight": "hooks"}),
     "forward pre-hook": Case(with_one(lambda: hooked("register_forward_pre_hook")), {"1.weight"}, {"0.weight": "hooks"}),
+    "hook on a gradient": Case(with_one(lambda: hooked("register_hook", lambda x: x.weight)), {"1.weight"}, {"0.weight": "hooks"}),
+    "hook behind a gradient": Case(
+        with_one(lambda: hooked("register_post_accumulate_grad_hook", lambda x: x.weight)), {"1.weight"}, {"0.weight": "hooks"}
+    ),
     "backward hook": Case(with_one(lambda: hooked("register_full_backward_hook")), {"1.weight"}, {"0.weight": "hooks"}),
     "subclass": Case(with_one(lambda: Own(8, 8)), {"1.weight"}, {"0.weight": "Own is not supported"}),
     "bare parameter": Case(Bare, {"fc.weight"}, {"matrix": "Bare is not supported"}),

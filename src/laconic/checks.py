@@ -32,6 +32,11 @@ def check_finite(values: Tensor, name: str) -> None:
         raise NonFiniteError(f"{name} holds NaN or Inf: nothing was changed; look for a diverging loss or a learning rate that is too high")
 
 
+def has_hooks(parameter: Tensor) -> bool:
+    """Of the user's, on its gradient."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
 def check_module(model: Any) -> None:
     """
     Raises:

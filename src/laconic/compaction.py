@@ -259,7 +259,7 @@ def surgery_error(site: Site, pair: nn.Sequential) -> float:
             layer.weight = nn.Parameter(weight.to(layer.weight.device))
     twin = copy.deepcopy(pair).double()
     probe = probe_shape([module] if site.rank is None else module)
-    x = torch.randn(probe, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(site.weights[0].device)
+    x = torch.randn(probe, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu").to(site.weights[0].device)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         wanted, got = module(x), twin(x)
     scale = float(wanted.abs().max()) or 1.0

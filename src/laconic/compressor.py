@@ -28,7 +28,7 @@ from .checks import check_module
 from .compaction import choose_ranks, cut_sites, energy_ranks, guarded, not_carried, replay_cuts, spectra, values_of
 from .costs import Ranks, present_costs
 from .cuts import all_or_nothing
-from .distributed import agreed, bare, is_sharded, load_whole, reshard
+from .distributed import agreed, bare, is_compiled, is_sharded, load_whole, reshard
 from .errors import (
     CheckpointError,
     InfeasibleBudgetError,
@@ -38,6 +38,7 @@ from .errors import (
     NonFiniteError,
     OptimizerError,
 )
+from .graph import NOT_REACHED
 from .latency import skeleton
 from .matricize import Unfolding
 from .measure import check_inputs
@@ -68,6 +69,7 @@ from .surgery.constants import dead_constants, fold, unread_units
 from .timing import RankTimes, ShapeWatch, layer_times
 from .widths import choose_shapes
 
+TINY = 1e-12  # a learning rate that is as good as none
 ROUNDS = 16  # proximal steps in the phase of pressure, unless `every` is given
 # A layer is cut in mid-run once its pair takes at most this share of its time in training, and again whenever its rank
 # has fallen by a fifth. Where the time could not be measured: once it has this share of the break-even rank.
@@ -133,6 +135,7 @@ class Compressor:
         multiple = budget.multiple if isinstance(budget, Budget) else 1
         structures, unasked = check_structures(structures, example_inputs, trains_on, multiple)
         total_steps, every = check_arguments(structures, budget, total_steps, every, cut, schedule)
+        self._compiled = is_compiled(model)
         model = bare(model)
         optimizers = check_optimizers(optimizer)
         trained = {p for o in optimizers for g in o.param_groups for p in g["params"]}
@@ -203,7 +206,8 @@ class Compressor:
             return None
         # Half of the unit of the spectra over the whole phase of pressure, were the learning rate at its peak throughout.
         span = (self.settle - self.schedule.warmup) * self.total_steps
-        return Controller(strength=0.5 / max(span * peak_learning_rate(self.optimizers), 1e-12))
+        peak = max(peak_learning_rate(self.optimizers), TINY)  # what the loop or a scheduler sets later is seen later
+        return Controller(strength=0.5 / (span * peak), peak=peak)
 
     def _interval(self) -> int:
         """With a budget so that there are ROUNDS proximal steps until the network settles; else 20 or less."""
@@ -310,6 +314,8 @@ class Compressor:
             return
         state = self.state
         check_parameters(self.model, self._parameters, self.optimizers, [w for x in self._pressed for w in x.weights])
+        if state.controller is not None:
+            state.controller.see(peak_learning_rate(self.optimizers))
         if self._inputs is not None:
             state.moments, self._inputs = self._inputs.finish(), None
         for site in sites:
@@ -440,11 +446,20 @@ class Compressor:
         return times.at(rank) <= FIRST_CUT * times.dense
 
     def _watch_shapes(self) -> None:
-        """Between the first step and the second, see how large the inputs are in training."""
+        """Between the first step and the second, see how large the inputs are in training, and whether layers run that the example inputs do not reach."""
+        unreached = [path for path, why in self.plan.whole.items() if why == NOT_REACHED] if self.plan.neurons else []
         if self._watch is None:
-            self._watch = ShapeWatch({s.name: s.modules[0] for s in self.plan.sites})
-        else:
-            self.state.shapes, self._watch = self._watch.finish(), None
+            layers = {s.name: s.modules[0] for s in self.plan.sites}
+            self._watch = ShapeWatch(layers | {path: self.model.get_submodule(path) for path in unreached})
+            return
+        shapes, self._watch = self._watch.finish(), None
+        if ran := [path for path in unreached if shapes.pop(path, None)]:
+            self.plan.notes.append(
+                f"{', '.join(ran)}: run in training, but not on the example inputs: it is not known which neurons are tied to them, and the model may fail once "
+                "some are gone; pass example_inputs that reach them, or structures=laconic.LowRank()"
+            )
+            warnings.warn(f"laconic: {self.plan.notes[-1]}", stacklevel=2)
+        self.state.shapes = shapes
 
     def _settle(self) -> None:
         """The last cut in mid-run: to the budget."""
@@ -460,6 +475,8 @@ class Compressor:
             values = spectra(self.plan)
         self._correct(lambda: ({}, self._last_ranks(values, dense)))
         self._cut_in_mid_run(values, self._last_ranks(values, dense))
+        if self._compiled:  # which gives up after a few shapes, and none is new from here on
+            torch.compiler.reset()
 
     def _last_ranks(self, values: dict[str, Floats], dense: frozenset[str]) -> Ranks:
         assert self.budget is not None

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .allocate import Floats
 from .errors import SurgeryError
-from .measure import evaluating, seeded
+from .graph import leaves
+from .measure import call, evaluating, seeded
 from .plan import Plan
 from .structures import Site
 
@@ -71,8 +71,8 @@ def all_or_nothing(model: nn.Module, plan: Plan | None, optimizers: Sequence[Any
     planned: list[Any] = [plan, *plan.sites, *plan.inner, *plan.layers, *plan.neurons] if plan is not None else []
     attributes_of = [(x, {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}) for x in planned]
     gradients = [(p, p.grad) for p in model.parameters()]
-    held = [(o, [list(g["params"]) for g in o.param_groups], getattr(o, "state", {})) for o in optimizers]
-    held = [(o, params, {p: (entries, dict(entries)) for p, entries in state.items()}) for o, params, state in held]
+    lists = [[{key: list(x) for key, x in g.items() if isinstance(x, list)} for g in o.param_groups] for o in optimizers]
+    states = [{p: (entries, dict(entries)) for p, entries in getattr(o, "state", {}).items()} for o in optimizers]
     try:
         yield
     except BaseException:
@@ -87,9 +87,10 @@ def all_or_nothing(model: nn.Module, plan: Plan | None, optimizers: Sequence[Any
         for x, of_x in attributes_of:
             for name, value in of_x.items():
                 setattr(x, name, value)
-        for optimizer, groups, state in held:
-            for group, params in zip(optimizer.param_groups, groups, strict=True):
-                group["params"][:] = params
+        for optimizer, groups, state in zip(optimizers, lists, states, strict=True):
+            for group, before in zip(optimizer.param_groups, groups, strict=True):  # parameters, and their names where it has them
+                for key, content_before in before.items():
+                    group[key][:] = content_before
             if hasattr(optimizer, "state"):
                 optimizer.state.clear()
                 for parameter, (entries, content) in state.items():  # cuts take entries out of them one by one
@@ -115,12 +116,7 @@ def check_in_place(model: nn.Module, site: Site) -> None:
 
 def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     with evaluating(model), seeded():  # what is random in eval mode, too, is the same before and after a cut
-        return [x.detach().clone() for x in tree_leaves(_plain(model(*inputs))) if isinstance(x, Tensor)]
-
-
-def _plain(output: Any) -> Any:
-    """Mappings and dataclass-like model outputs as plain containers that can be walked."""
-    return dict(output) if hasattr(output, "keys") else output
+        return [x.detach().clone() for x in leaves(call(model, inputs))]
 
 
 def largest_difference(before: list[Tensor], after: list[Tensor]) -> float:

@@ -50,6 +50,11 @@ def bare(model: nn.Module) -> nn.Module:
             return model
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Is it, or a part of it, what `torch.compile` returned, or compiled in place?"""
+    return any(isinstance(getattr(m, "_orig_mod", None), nn.Module) or m._compiled_call_impl is not None for m in model.modules())
+
+
 def is_sharded(weight: Tensor) -> bool:
     """Does every process hold only a part of it (FSDP2: a DTensor)?"""
     return hasattr(weight, "full_tensor")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -124,9 +126,9 @@ def varied(inputs: Inputs, seed: int) -> Inputs:
         if not isinstance(x, Tensor) or not x.numel():
             return x
         if not x.is_floating_point():
-            return x.flatten()[torch.randperm(x.numel(), generator=generator).to(x.device)].reshape(x.shape)
+            return x.flatten()[torch.randperm(x.numel(), generator=generator, device="cpu").to(x.device)].reshape(x.shape)
         spread = float(x.double().std()) if x.numel() > 1 else 0.0
-        noise = torch.randn(x.shape, generator=generator).to(x)
+        noise = torch.randn(x.shape, generator=generator, device="cpu").to(x)
         return x + (spread or 1.0) * noise if math.isfinite(spread) else x
 
     return tuple(other(x) for x in inputs)
@@ -146,7 +148,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    return model(*inputs)
+    """The model on copies of the inputs, which are the user's: it may write into a tensor, or take an entry out of a dict. Nothing is compiled for it."""
+    compiled = "torch._dynamo" in sys.modules  # importing it takes seconds
+    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+        return model(*copied(inputs))
+
+
+def copied(inputs: Inputs) -> tuple[Any, ...]:
+    """Fresh containers and tensors, however nested; of other objects the same ones."""
+    copies: tuple[Any, ...] = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, tuple(inputs))
+    return copies
 
 
 @contextlib.contextmanager
@@ -197,7 +208,7 @@ def layer_macs(module: nn.Module, shapes: Sequence[torch.Size]) -> int:
 
 def measure_latency(model: nn.Module, example_inputs: Any, seconds: float = 0.3) -> Latency:
     """Time forward passes for about `seconds` after a warm-up, with the threads that torch is set to use now."""
-    inputs = check_inputs(example_inputs)
+    inputs = copied(check_inputs(example_inputs))
     if seconds <= 0:
         raise InvalidValueError(f"seconds = {seconds}: must be above 0")
     threads = torch.get_num_threads()
@@ -206,8 +217,10 @@ def measure_latency(model: nn.Module, example_inputs: Any, seconds: float = 0.3)
     with evaluating(model):
         for _ in range(3):
             call(model, inputs)
+        # A dict is a fresh one every time, for a model that takes entries out of it.
+        fresh = "copied(inputs)" if any(isinstance(x, Mapping) for x in inputs) else "inputs"
         # Timer sets the number of threads, synchronises an accelerator, and picks a block long enough for the clock.
-        timer = Timer("model(*inputs)", globals={"model": model, "inputs": inputs}, num_threads=threads)
+        timer = Timer(f"model(*{fresh})", globals={"model": model, "inputs": inputs, "copied": copied}, num_threads=threads)
         measured = timer.blocked_autorange(min_run_time=seconds)
     return Latency(measured.median * 1e3, measured.iqr * 1e3, len(measured.times), threads, device)
 
@@ -244,8 +257,9 @@ class _LiveBytes(TorchDispatchMode):
 def peak_memory(model: nn.Module, example_inputs: Any) -> int:
     """Bytes of parameters and buffers, plus the most bytes of activations alive at once in one forward pass."""
     fixed = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    inputs = copied(check_inputs(example_inputs))
     with evaluating(model), _LiveBytes() as live:
-        call(model, check_inputs(example_inputs))
+        model(*inputs)
     return fixed + live.peak
 
 

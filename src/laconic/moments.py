@@ -27,7 +27,7 @@ class InputMoments:
     """Collects the moments from now on until `finish`, see `Watch`; layers are named by the caller."""
 
     def __init__(self, layers: dict[str, nn.Module], training: bool = True):
-        self._sums: dict[str, tuple[int, Tensor, Tensor]] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._watch = Watch(layers, self._note, training)
 
     def _note(self, name: str, module: Any, x: Tensor) -> None:
@@ -35,7 +35,9 @@ class InputMoments:
         axis = x.ndim - 1 - (len(first.kernel_size) if hasattr(first, "kernel_size") else 0)
         rest = [d for d in range(x.ndim) if d != axis]
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        count, total, squares = x.numel() // x.shape[axis], x.sum(rest).double().cpu(), x.square().sum(rest).double().cpu()
+        total, squares = x.sum(rest).double().cpu(), x.square().sum(rest).double().cpu()
+        finite = torch.isfinite(squares).all()  # a bad batch does not count: the loop, or a GradScaler, will skip its step
+        count, total, squares = finite * (x.numel() // x.shape[axis]), torch.where(finite, total, 0.0), torch.where(finite, squares, 0.0)
         if name in self._sums:
             before = self._sums[name]
             count, total, squares = before[0] + count, before[1] + total, before[2] + squares
@@ -50,9 +52,9 @@ class InputMoments:
         self.drop()
         found = {}
         everywhere = gathered(self._sums)
-        for name in self._sums:
-            seen = [sums[name] for sums in everywhere]
-            count = sum(n for n, _, _ in seen)
+        for name in dict.fromkeys(name for sums in everywhere for name in sums):
+            seen = [sums[name] for sums in everywhere if name in sums]
+            count = sum(int(n) for n, _, _ in seen)
             if count < FEWEST:
                 continue
             mean = torch.stack([total for _, total, _ in seen]).sum(0) / count

@@ -16,7 +16,7 @@ def check_optimizers(optimizer: Any) -> list[Any]:
 
     Raises:
         OptimizerError: an empty list.
-        UnsupportedOptimizerError: LBFGS, or an object without parameter groups.
+        UnsupportedOptimizerError: LBFGS, an object without parameter groups, or one that is told no learning rate.
     """
     optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not optimizers:
@@ -31,6 +31,10 @@ def check_optimizers(optimizer: Any) -> list[Any]:
             )
         if not hasattr(o, "param_groups"):
             raise UnsupportedOptimizerError(f"{type(o).__name__} has no param_groups: expected a torch.optim.Optimizer")
+        if any(g.get("lr", 0.0) is None for g in o.param_groups):
+            raise UnsupportedOptimizerError(
+                f"{type(o).__name__}(lr=None) finds its steps by itself, but the pressure goes with the learning rate: give it one, such as Adafactor(lr=1e-3, relative_step=False)"
+            )
         found.append(o)
     return found
 

@@ -45,13 +45,20 @@ class Controller:
 
     Attributes:
         strength: threshold per unit of learning rate.
+        peak: the largest learning rate known when the strength was set.
         start_gap: gap at the first proximal step; None before.
     """
 
     strength: float
+    peak: float
     start_gap: float | None = None
     final_gap: float = 0.1
     rate: float = 1.15
+
+    def see(self, peak: float) -> None:
+        """A learning rate above those known: the strength falls in proportion, so that their product stays what was meant."""
+        if peak > self.peak:
+            self.strength, self.peak = self.strength * self.peak / peak, peak
 
     def update(self, progress: float, gap: float) -> None:
         """Adjust the strength; `progress` goes from 0 (start of the pressure) to 1 (cut)."""

@@ -16,7 +16,7 @@ from .cuts import CutResult, check_in_place, largest_difference, outputs
 from .errors import SurgeryError, first_line
 from .graph import unread, unsafe_convolutions
 from .matricize import TRANSPOSED_CONVS, Layer, is_hf_conv1d
-from .measure import check_inputs, evaluating
+from .measure import call, check_inputs, evaluating
 from .moments import FEWEST, InputMoments, Moments
 from .plan import Plan
 from .surgery.channels import Group, channels_kept, slim, slimmed, width
@@ -149,7 +149,7 @@ def watch_inputs(model: nn.Module, plan: Plan, batches: Iterable[Any]) -> dict[s
     watch = InputMoments(consumers(model, plan), training=False)
     with evaluating(model):
         for batch in batches:
-            model(*check_inputs(batch))
+            call(model, check_inputs(batch))
     return watch.finish()
 
 

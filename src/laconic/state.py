@@ -16,7 +16,7 @@ from .report import Snapshot
 from .schedule import Controller
 from .timing import RankTimes
 
-VERSION = 7
+VERSION = 8
 MAX_SNAPSHOTS = 200
 
 

@@ -16,8 +16,8 @@ times: the model without some units must give what the model gives when nothing 
 """
 
 from ..surgery.channels import Count, End, Group
-from .groups import find_groups
+from .groups import NOT_REACHED, find_groups
 from .labels import leaves
 from .trial import unread, unsafe_convolutions
 
-__all__ = ["Count", "End", "Group", "find_groups", "leaves", "unread", "unsafe_convolutions"]
+__all__ = ["NOT_REACHED", "Count", "End", "Group", "find_groups", "leaves", "unread", "unsafe_convolutions"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..checks import has_hooks
 from ..matricize import unfoldings
 from ..measure import _countable_attention, call, check_inputs, seeded
 from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, End, Group, Ints, channels_kept, groups_of
@@ -19,6 +20,7 @@ from ..surgery.factorize import MARK
 from .tracer import Decision, Tracer
 from .trial import line, tried
 
+NOT_REACHED = "not reached on the example inputs"
 OPAQUE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
 
 
@@ -37,7 +39,13 @@ def find_groups(model: nn.Module, example_inputs: Any) -> tuple[list[Group], dic
     layers, reasons = _layers(model)
     patched = next((path or "the model" for path, m in model.named_modules() if "forward" in vars(m)), None)
     if patched is not None:  # a bound method: a copy would run the original
-        return [], {path: reasons.get(path, f"{patched} has a forward of its own, set on the object") for path in layers.producers}
+        return [], {
+            path: reasons.get(
+                path,
+                f"{patched} has a forward of its own, set on the object (by a wrapper for mixed precision: build the compressor before it)",
+            )
+            for path in layers.producers
+        }
     try:
         groups, held = _best_trace(copy.deepcopy(model).eval(), layers, inputs)
     except Exception as error:  # whatever goes on in a model's code
@@ -102,11 +110,17 @@ def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
     return found, reasons
 
 
+def hooked(module: nn.Module) -> bool:
+    """With hooks of the user's, which may rely on the widths."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
 def _untouchable(path: str, module: nn.Module, holders: Mapping[int, set[str]]) -> str | None:
     parameters = list(module.parameters())
-    hooked = [m for m in module.modules() if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks]
-    if hooked:
+    if any(hooked(m) for m in module.modules()):
         return "it has forward or backward hooks, which may rely on its width"
+    if any(has_hooks(p) for p in parameters):
+        return "its parameters have hooks on their gradients, which would be lost"
     if not all(p.requires_grad for p in parameters):
         return "frozen (requires_grad is False)"
     for parameter in parameters:
@@ -159,6 +173,16 @@ def _trace(
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
         handles.append(module.register_forward_hook(leave, with_kwargs=True))
 
+    def overlook(path: str, module: nn.Module) -> None:
+        def hold(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            if not tracer.inside:
+                tracer.hold_all((args, kwargs, result), f"hooks on {path} see it")
+
+        handles.append(module.register_forward_hook(hold, with_kwargs=True))
+
+    for path, module in twin.named_modules():
+        if path and hooked(module):  # of a layer, the reason is known already; here it is a block, or an activation
+            overlook(path, module)
     for path in [*layers.producers, *layers.carriers, *layers.opaque]:
         if path in layers.opaque or not any(path.startswith(f"{p}.") for p in layers.opaque):
             watch(path, twin.get_submodule(path), layers.opaque.get(path))
@@ -186,7 +210,7 @@ def _grouped(model: nn.Module, layers: Layers, tracer: Tracer) -> tuple[list[Gro
         if path not in producers:
             if path not in layers.opaque:
                 grouped = groups_of(model.get_submodule(path)) > 1
-                reasons[path] = "grouped: its outputs follow its inputs, which stay" if grouped else "not reached on the example inputs"
+                reasons[path] = "grouped: its outputs follow its inputs, which stay" if grouped else NOT_REACHED
             continue
         here = roots[path, PRODUCER]
         free[path] = [int(r) for r in dict.fromkeys(here.tolist()) if r not in units.held]

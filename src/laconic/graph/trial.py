@@ -154,13 +154,13 @@ class Trial:
         if dtype is not None:
             model = copy.deepcopy(model).to(dtype)
         with torch.no_grad(), seeded(seed):
-            outputs = list(leaves(call(model, _copies(inputs, dtype))))
+            outputs = list(leaves(call(model, _cast(inputs, dtype))))
         return [y.detach() for y in outputs if y.is_floating_point() and y.numel()]
 
     def _trains(self, model: nn.Module, inputs: Sequence[Any]) -> str | None:
         try:
             with torch.enable_grad(), seeded(), _native_kernels() if unsafe_convolutions(model) else contextlib.nullcontext():
-                outputs = [y for y in leaves(call(model.train(), _copies(inputs, None))) if y.is_floating_point() and y.requires_grad]
+                outputs = [y for y in leaves(call(model.train(), inputs)) if y.is_floating_point() and y.requires_grad]
                 sum(y.float().square().mean() for y in outputs).backward()  # type: ignore[union-attr]
         except Exception as error:
             return f"the model does not train without some of its units ({line(error)})"
@@ -188,8 +188,8 @@ def _native_kernels() -> Iterator[None]:
         torch.backends.mkldnn.enabled = before
 
 
-def _copies(inputs: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
-    return [(x.to(dtype) if dtype is not None and x.is_floating_point() else x.clone()) if isinstance(x, Tensor) else x for x in inputs]
+def _cast(inputs: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
+    return [x.to(dtype) if isinstance(x, Tensor) and dtype is not None and x.is_floating_point() else x for x in inputs]
 
 
 def _some(units: int, generator: np.random.Generator) -> list[int]:
@@ -209,7 +209,7 @@ def _shake(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like)
+        return torch.randn(like.shape, generator=generator, device="cpu").to(like)
 
     with torch.no_grad():
         for parameter in model.parameters():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import InvalidValueError
+from ..measure import call
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -38,7 +39,7 @@ def reestimate(model: nn.Module, calibration: Iterable[Any]) -> int:
             layer.train()
         with torch.no_grad():
             for batch in calibration:
-                model(*((batch,) if isinstance(batch, Tensor) else batch))
+                call(model, (batch,) if isinstance(batch, Tensor) else batch)
                 batches += 1
         if batches == 0:
             raise InvalidValueError("calibration holds no batch: pass an iterable of inputs, such as [x for x, _ in loader]")

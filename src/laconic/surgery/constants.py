@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..matricize import CONVS, TRANSPOSED_CONVS, Layer, is_hf_conv1d
-from ..measure import check_inputs, evaluating, varied
+from ..measure import call, check_inputs, evaluating, varied
 from .channels import NORMS, End, Group, Ints, channels_kept, units_kept
 from .factorize import MARK, plain_layers
 
@@ -217,7 +217,7 @@ class _Watch:
                 handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
         try:
             with evaluating(self.model), torch.inference_mode(), Readers():
-                reader("", self.model(*(x.clone() if isinstance(x, Tensor) else x for x in inputs)))
+                reader("", call(self.model, inputs))
         finally:
             for handle in handles:
                 handle.remove()

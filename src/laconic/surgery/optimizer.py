@@ -44,11 +44,17 @@ def carry(optimizer: torch.optim.Optimizer, old: Sequence[nn.Parameter], pair: n
     with its state; in place, nothing else changes."""
     new = weights(pair)
     for group in optimizer.param_groups:
-        params: list[nn.Parameter] = []
-        for p in group["params"]:  # by identity: `in` would compare tensors
+        params, names = list[nn.Parameter](), list[str]()
+        known_as = group.get("param_names") or [""] * len(group["params"])
+        for p, name in zip(group["params"], known_as, strict=True):  # by identity: `in` would compare tensors
             position = next((i for i, w in enumerate(old) if p is w), None)
-            params += [p] if position is None else new if len(old) == 1 else [new[position]]
+            here = [p] if position is None else new if len(old) == 1 else [new[position]]
+            params += here
+            path, dot, leaf = name.rpartition(".")
+            names += [name] if len(here) == 1 else [f"{path}{dot}{i}.{leaf}" for i in range(len(here))]
         group["params"][:] = params
+        if "param_names" in group:
+            group["param_names"][:] = names
     known = all(unknown_state(optimizer, w) is None for w in old)
     states = [getattr(optimizer, "state", {}).pop(w, None) for w in old]
     if not all(states) or not known:  # nothing to carry, or nothing that can be: the pair starts without a state
