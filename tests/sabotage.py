@@ -31,6 +31,31 @@ class Edit(NamedTuple):
 
 
 EDITS = [
+    Edit(
+        "a default device taken over",
+        "structures/channels.py",
+        'total = torch.zeros(len(site.kept), dtype=torch.float64, device="cpu")',
+        "total = torch.zeros(len(site.kept), dtype=torch.float64)",
+        "test_neurons",
+        "default_device",
+    ),
+    Edit(
+        "other processes' layers forgotten",
+        "moments.py",
+        "dict.fromkeys(name for sums in everywhere for name in sums)",
+        "self._sums",
+        "test_neurons",
+        "some_processes",
+    ),
+    Edit(
+        "compiled for a look",
+        "measure.py",
+        'compiled = "torch._dynamo" in sys.modules',
+        "compiled = False",
+        "test_plan",
+        "compiled_on_the_object",
+    ),
+    Edit("a resume that cannot be", "cli/shared.py", "if resume and not resumes:", "if False:", "test_running", "resuming_nothing"),
     Edit("a rate that is set later forgotten", "schedule.py", "if peak > self.peak:", "if False:", "test_compressor", "built_with"),
     Edit("the user's inputs given away", "measure.py", "return model(*copied(inputs))", "return model(*inputs)", "test_measure", "users"),
     Edit(
@@ -571,7 +596,7 @@ EDITS = [
     Edit(
         "hooks ignored",
         "plan.py",
-        "if any(hooks) and not is_sharded(parameter):",
+        "if hooked(module) and not is_sharded(parameter):",
         "if False:",
         "test_plan",
     ),

@@ -21,6 +21,7 @@ from laconic.compaction import spectra
 from laconic.costs import present_costs
 from laconic.measure import count_macs, count_params
 from laconic.models import GPT
+from laconic.moments import InputMoments
 from laconic.plan import make_plan
 from laconic.slimming import importances_of, slim_neurons, watch_inputs
 from laconic.timing import RankTimes
@@ -858,6 +859,47 @@ def test_a_layer_that_runs_in_training_and_not_on_the_example_inputs_is_told(rea
             optimizer.step()
     assert any("condition: run in training" in note for note in compressor.plan.notes) != reached
     assert set(compressor.state.shapes) == {s.name for s in compressor.plan.sites}
+
+
+def test_inputs_that_only_some_processes_saw_count(monkeypatch):
+    """A layer that another process alone has run: before, each process had moments of its own layers, or a KeyError."""
+    layers = nn.ModuleDict({"here": nn.Linear(4, 2), "there": nn.Linear(4, 2)})
+    x = torch.randn(10, 4)
+    other = InputMoments(dict(layers.items()))
+    layers["there"](x)
+    sums = other._sums
+    mine = InputMoments({"here": layers["here"]})
+    layers["here"](x)
+    monkeypatch.setattr("laconic.moments.gathered", lambda value: [value, sums])
+    found = mine.finish()
+    other.drop()
+    assert set(found) == {"here", "there"}
+    torch.testing.assert_close(found["there"].mean, x.double().mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_default_device_is_not_where_the_model_is():
+    model = wide_mlp()
+    optimizer = optim.AdamW(model.parameters(), lr=1e-3)
+    x = torch.randn(16, 64)
+    with torch.device("meta"):
+        compressor = laconic.Compressor(
+            model,
+            optimizer,
+            BOTH,
+            budget=laconic.Budget(params=0.3),
+            total_steps=30,
+            example_inputs=(x,),
+            schedule=laconic.Schedule(settle=0.5),
+        )
+        for _ in range(30):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        report = compressor.compact()
+    assert report.params_after <= 0.3 * report.params_before
+    assert any(g.kept < g.units for g in report.groups)
+    assert any(layer.rank is not None for layer in report.layers)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
 @dataclasses.dataclass

@@ -349,6 +349,14 @@ def test_a_layer_whose_attributes_are_read_in_a_run_stays_dense_and_is_named(how
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
+def test_a_forward_compiled_on_the_object_does_not_hide_the_layers():
+    model = mlp()
+    model.forward = torch.compile(model.forward, backend="eager")
+    plan = make_plan(model, [laconic.LowRank(strength=0.1)], (torch.randn(4, 6, dtype=torch.float64),))
+    assert {s.name for s in plan.sites} == {"0.weight", "2.weight", "4.weight"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
 def test_a_compiled_model_is_taken_out_of_its_wrapper():
     model = mlp()
     plan = laconic.Compressor(

@@ -32,8 +32,13 @@ def check_finite(values: Tensor, name: str) -> None:
         raise NonFiniteError(f"{name} holds NaN or Inf: nothing was changed; look for a diverging loss or a learning rate that is too high")
 
 
-def has_hooks(parameter: Tensor) -> bool:
-    """Of the user's, on its gradient."""
+def hooked(module: nn.Module) -> bool:
+    """With hooks of the user's, which see what goes in or comes out."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Of the user's, which a new parameter would not have."""
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 

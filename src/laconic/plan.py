@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from .checks import has_hooks
+from .checks import has_gradient_hooks, hooked
 from .distributed import full, is_sharded, own_class
 from .errors import InvalidTypeError, InvalidValueError, NothingToCompressError, PatternError
 from .graph import find_groups
@@ -414,10 +414,9 @@ def _why_not(
                 return "the model itself is this layer: wrap it in nn.Sequential"
             if path in readers:
                 return readers[path]
-        hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-        if any(hooks) and not is_sharded(parameter):  # a sharded model is not cut itself
+        if hooked(module) and not is_sharded(parameter):  # a sharded model is not cut itself
             return f"{kind} has forward or backward hooks, which a cut would lose"
-        if has_hooks(parameter) and not is_sharded(parameter):
+        if has_gradient_hooks(parameter) and not is_sharded(parameter):
             return "it has hooks on its gradient, which a cut would lose"
         if options is not None and (options.name, options.shape) != (here[0].name, here[0].shape):
             return "tied between layers of different kinds"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..checks import has_hooks
+from ..checks import has_gradient_hooks, hooked
 from ..matricize import unfoldings
 from ..measure import _countable_attention, call, check_inputs, seeded
 from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, End, Group, Ints, channels_kept, groups_of
@@ -110,16 +110,11 @@ def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
     return found, reasons
 
 
-def hooked(module: nn.Module) -> bool:
-    """With hooks of the user's, which may rely on the widths."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
 def _untouchable(path: str, module: nn.Module, holders: Mapping[int, set[str]]) -> str | None:
     parameters = list(module.parameters())
     if any(hooked(m) for m in module.modules()):
         return "it has forward or backward hooks, which may rely on its width"
-    if any(has_hooks(p) for p in parameters):
+    if any(has_gradient_hooks(p) for p in parameters):
         return "its parameters have hooks on their gradients, which would be lost"
     if not all(p.requires_grad for p in parameters):
         return "frozen (requires_grad is False)"

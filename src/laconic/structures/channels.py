@@ -154,7 +154,7 @@ class Channels:
 
     def values(self, site: Neurons) -> Tensor:
         """Norm of each unit that is there, float64 on CPU: over its rows in every producer, and its biases."""
-        total = torch.zeros(len(site.kept), dtype=torch.float64)
+        total = torch.zeros(len(site.kept), dtype=torch.float64, device="cpu")
         for end in site.group.producers:
             module = site.model.get_submodule(end.path)
             energy = slice_energies(module, "out")
@@ -178,7 +178,7 @@ class Channels:
             module = site.model.get_submodule(end.path)
             last = plain_layers(module)[-1]
             index = site.channels(end)
-            scale = torch.ones(width(last, "out"), dtype=torch.float64)
+            scale = torch.ones(width(last, "out"), dtype=torch.float64, device="cpu")
             scale[index] = factors[:, None].expand(index.shape)
             axis = 1 if present_unfolding(last).name in ("in,out", "in,out*k") else 0
             shape = [-1 if d == axis else 1 for d in range(last.weight.ndim)]
@@ -194,7 +194,7 @@ class Channels:
         squared norm of the unit's own row (or the norm's scale behind it) stands for them. Only a unit whose own row is
         zero counts nothing at all.
         """
-        total = torch.zeros(len(site.kept), dtype=torch.float64)
+        total = torch.zeros(len(site.kept), dtype=torch.float64, device="cpu")
         spread = self.values(site).square()
         dead = spread == 0
         norms = [site.model.get_submodule(e.path) for e in site.group.carriers]
