@@ -186,6 +186,39 @@ def test_inputs_are_the_users_whatever_the_model_does_to_them():
     assert torch.equal(batch["x"], given()["x"])
 
 
+class Counting(nn.Module):
+    """Its output depends on how often it was called, counted in three ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 64), nn.Linear(64, 4)
+        self.calls = 0
+        self.register_buffer("written", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.written += 1
+        self.replaced = self.replaced + 1
+        return self.b(self.a(x).relu()) + 0.01 * (self.calls + self.written + self.replaced)
+
+
+def test_what_a_model_counts_in_its_forward_is_not_counted_by_looking_at_it():
+    model, x = Counting(), torch.ones(16, 8)
+    laconic.profile(model, (x,), seconds=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compressor = laconic.Compressor(
+        model, optimizer, laconic.Channels(), budget=laconic.Budget(params=0.5), total_steps=20, example_inputs=(x,)
+    )
+    for _ in range(20):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (group,) = compressor.compact().groups
+    assert group.kept < group.units  # which would not have been taken out of a model that differs from call to call
+    assert (model.calls, int(model.written), int(model.replaced)) == (20, 20, 20)
+
+
 def test_a_profile_is_plain_data():
     found = laconic.profile(nn.Linear(4, 4), (torch.zeros(1, 4),), seconds=0.01)
     data = json.loads(json.dumps(found.to_json()))

@@ -134,17 +134,32 @@ def varied(inputs: Inputs, seed: int) -> Inputs:
     return tuple(other(x) for x in inputs)
 
 
+PLAIN = (bool, int, float, str, type(None))  # what a module may count with
+
+
+@contextlib.contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model has the modes, the buffers, and the numbers that its forward passes count on its modules, of before."""
+    modules = [(m, {k: v for k, v in vars(m).items() if isinstance(v, PLAIN)}, dict(m._buffers)) for m in model.modules()]
+    values = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in modules:
+            module.__dict__.update(attributes)
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, version, value in values:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; every module's own mode is restored."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    """Eval mode and no gradients inside; afterwards the model is as it was."""
+    with as_it_was(model), torch.no_grad():
+        model.eval()
+        yield
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import first_line
 from ..matricize import CONVS, TRANSPOSED_CONVS, Layer
-from ..measure import call, seeded
+from ..measure import as_it_was, call, seeded
 from ..surgery.channels import Count, Group, channels_kept, slim, slimmed
 from ..surgery.factorize import plain_layers
 from .labels import leaves
@@ -153,7 +153,7 @@ class Trial:
     def _run(self, model: nn.Module, dtype: torch.dtype | None, inputs: Sequence[Any], seed: int = 0) -> list[Tensor]:
         if dtype is not None:
             model = copy.deepcopy(model).to(dtype)
-        with torch.no_grad(), seeded(seed):
+        with as_it_was(model), torch.no_grad(), seeded(seed):  # it may count its calls
             outputs = list(leaves(call(model, _cast(inputs, dtype))))
         return [y.detach() for y in outputs if y.is_floating_point() and y.numel()]
 
