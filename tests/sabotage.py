@@ -83,8 +83,8 @@ EDITS = [
     Edit(
         "a narrow shortcut untold",
         "slimming.py",
-        'notes = [f"{unsafe}: {UNSAFE}"] if unsafe else []',
-        "notes = []",
+        "if unsafe:  # said",
+        "if False:  # said",
         "test_neurons",
         "too_narrow",
     ),
@@ -613,6 +613,27 @@ EDITS = [
         "        with sdpa_kernel(SDPBackend.MATH):\n            yield",
         "        yield",
         "test_measure",
+    ),
+    Edit("hooks lost in silence", "compaction.py", "or has_gradient_hooks(s.weights[0])]", "]", "test_compressor", "put_on_later"),
+    Edit(
+        "hooks on slim weights lost in silence",
+        "slimming.py",
+        "any(has_gradient_hooks(p) for p in m.parameters())",
+        "False",
+        "test_compressor",
+        "put_on_later",
+    ),
+    Edit("our own hooks warned of", "checks.py", "return not ours or", "return bool(hooks) or", "test_compressor", "laconics_own"),
+    Edit(
+        "a tied weight asked for under both names",
+        "checkpoint.py",
+        "            state[name] = state[given]",
+        "            pass",
+        "test_checkpoint",
+        "one_of_its_names",
+    ),
+    Edit(
+        "packed values not refused", "checkpoint.py", "if is_traceable_wrapper_subclass(value):", "if False:", "test_checkpoint", "packed"
     ),
     Edit(
         "modes not restored",

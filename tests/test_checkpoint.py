@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import laconic
+from laconic.checkpoint import load_weights
 
 from .models import Shared, Tied, assert_same, cnn, inputs_for, mlp, snapshot
 
@@ -409,3 +412,54 @@ def test_saving_changes_nothing_in_the_model(tmp_path):
     laconic.save(model, tmp_path / "compact")
     assert_same(snapshot(model), snapshot(twin))
     assert all(m.training for m in model.modules())
+
+
+UNREADABLE = {
+    "text.safetensors": (lambda p: p.write_text("hello"), r"cannot be read \(SafetensorError"),
+    "text.pt": (lambda p: p.write_text("hello"), "cannot be read .*: expected a .safetensors or .pt file"),
+    "empty.pt": (lambda p: p.touch(), r"cannot be read \(EOFError"),
+    "whole.pt": (lambda p: torch.save(mlp(), p), "holds more than tensors .*save model.state_dict"),
+    "list.pt": (lambda p: torch.save([1, 2], p), "holds a list: expected"),
+    "inside.pt": (
+        lambda p: torch.save({"epoch": 3, "model": mlp().state_dict()}, p),
+        r"holds 'epoch', 'model', .*torch.load\(...\)\['model'\]",
+    ),
+    "fewer.pt": (
+        lambda p: torch.save(dict(list(mlp().state_dict().items())[1:]), p),
+        "does not fit the model: missing: 0.weight$",
+    ),
+    "more.pt": (lambda p: torch.save(mlp().state_dict() | {"other": torch.zeros(1)}, p), "not in the model: other$"),
+    "larger.pt": (
+        lambda p: torch.save({n: torch.zeros(*x.shape, 2) for n, x in mlp().state_dict().items()}, p),
+        "of another shape: 0.weight, 0.bias, 2.weight and 3 more$",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_weights_that_cannot_be_taken_are_told_apart_in_one_line(name, tmp_path):
+    write, message = UNREADABLE[name]
+    write(tmp_path / name)
+    with pytest.raises(laconic.CheckpointError, match=message) as raised:
+        load_weights(mlp(), tmp_path / name)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_tied_weight_may_be_written_under_one_of_its_names(tmp_path):
+    model, other = Tied(), Tied()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    state = model.state_dict(keep_vars=True)
+    first = {id(x): name for name, x in reversed(state.items())}
+    save_file({name: state[name].detach() for name in first.values()}, tmp_path / "w.safetensors")
+    assert len(first) < len(state)
+    assert_same(snapshot(load_weights(other, tmp_path / "w.safetensors")), snapshot(model))
+
+
+def test_values_that_are_packed_in_another_tensor_are_refused_by_name(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(TwoTensor(torch.zeros(4, 4), torch.zeros(4, 4)))
+    with pytest.raises(laconic.CheckpointError, match=r"1.weight is a TwoTensor.*before it is quantized"):
+        laconic.save(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -7,6 +7,7 @@ import sys
 import types
 import weakref
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
@@ -677,3 +678,47 @@ def test_with_several_optimizers_steering_happens_once_per_round_and_the_cut_pay
         model.zero_grad()
     assert steered == [2, 4, 6, 7]
     assert owed == [0]
+
+
+LATE = {
+    "on a layer that is cut": (laconic.LowRank(), lambda m: m[0].register_forward_hook(print_nothing), "0: hooks"),
+    "on a weight that is cut": (laconic.LowRank(), lambda m: m[0].weight.register_hook(print_nothing), "0: hooks"),
+    "on weights that lose neurons": (laconic.Channels(), lambda m: m[2].weight.register_hook(print_nothing), "2: hooks"),
+}
+
+
+def print_nothing(*_) -> None:
+    pass
+
+
+@pytest.mark.parametrize("late", LATE)
+@pytest.mark.parametrize("optimizer", [optim.AdamW, partial(optim.SGD, lr=0.01)])  # whose pairs have hooks of laconic's own
+def test_hooks_that_were_put_on_later_are_not_lost_without_a_word(late, optimizer):
+    structure, put_on, what = LATE[late]
+    model = mlp()
+    x = inputs_for(model)
+    optimizer = optimizer(model.parameters())
+    compressor = laconic.Compressor(model, optimizer, structure, budget=laconic.Budget(params=0.5), total_steps=20, example_inputs=(x,))
+    put_on(model)
+
+    def train() -> None:
+        for _ in range(20):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with pytest.warns(UserWarning, match=f"laconic: {what} that were put there after") as warned:
+        train()
+    assert len([w for w in warned if "put there after" in str(w.message)]) == 1  # none of laconic's own
+    assert any("put there after" in note for note in compressor.compact().notes)
+
+
+def test_hooks_of_laconics_own_are_not_warned_of(recwarn):
+    model = mlp()
+    optimizer = optim.AdamW(model.parameters())
+    x = inputs_for(model)
+    laconic.Compressor(model, optimizer, laconic.LowRank(), budget=laconic.Budget(params=0.5), total_steps=1, example_inputs=(x,))
+    model(x).square().mean().backward()
+    optimizer.step()  # cut in the very step after which it watches what the layers take in
+    assert isinstance(model[0], nn.Sequential)
+    assert not recwarn.list

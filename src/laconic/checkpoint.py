@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import tempfile
 import warnings
@@ -19,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _version
 from .checks import check_module
 from .distributed import bare
-from .errors import ArchitectureMismatchError, CheckpointError, CheckpointNotFoundError
+from .errors import ArchitectureMismatchError, CheckpointError, CheckpointNotFoundError, first_line
 from .plain import plain_json
 from .report import CompactReport
 from .surgery.record import Cut, Slim, find_cuts, find_slims, replay, replay_slims, undo
@@ -59,6 +61,10 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: CompactRep
         if not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{name} in the model's state is a {type(value).__name__}, not a tensor: it cannot be saved without pickle"
+            )
+        if is_traceable_wrapper_subclass(value):
+            raise CheckpointError(
+                f"{name} is a {type(value).__name__}, which safetensors cannot hold: save the model before it is quantized or sharded, and do that again after loading"
             )
     tensors, aliases = _separate_ties(state)
     record = {
@@ -159,20 +165,52 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     """
     if path.is_dir():
         return load(path, model)
-    if not path.is_file():
-        raise CheckpointNotFoundError(
-            f"{path} does not exist: expected a .safetensors or .pt file with the model's state_dict, or a saved model"
-        )
-    state: dict[str, Tensor]
+    state = read_weights(path)
+    own = model.state_dict(keep_vars=True)
+    for name, x in own.items():  # safetensors writes a tied weight under one of its names
+        if name not in state and (given := next((n for n, y in own.items() if y is x and n in state), None)):
+            state[name] = state[given]
     try:
-        if path.suffix == ".safetensors":
-            state = load_tensors(path.read_bytes())
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state)
     except Exception as error:
-        raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())[:400]}") from None
+        raise CheckpointError(f"{path} does not fit the model: {_misfit(own, state) or first_line(error)}") from None
     return model
+
+
+def _misfit(own: dict[str, Any], given: dict[str, Any]) -> str:
+    """What of a state dict is not the model's own: counted, with a few names."""
+    missing, unknown = [name for name in own if name not in given], [name for name in given if name not in own]
+    wrong = [name for name, x in own.items() if name in given and getattr(given[name], "shape", None) != getattr(x, "shape", None)]
+    kinds = (("missing", missing), ("not in the model", unknown), ("of another shape", wrong))
+    return "; ".join(f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}" for what, names in kinds if names)
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """The state dict in a .safetensors or .pt file.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointError: there is none.
+    """
+    expected = "expected a .safetensors or .pt file with the model's state_dict, or a saved model"
+    if not path.is_file():
+        raise CheckpointNotFoundError(f"{path} does not exist: {expected}")
+    try:
+        state = (
+            load_tensors(path.read_bytes()) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} is damaged, or holds more than tensors (a whole model?), which could run code and is not loaded: save model.state_dict(), and pass that"
+        ) from None
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {first_line(error)}): {expected}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}: {expected}")
+    if nested := [key for key, value in state.items() if isinstance(value, dict)]:
+        raise CheckpointError(
+            f"{path} holds {', '.join(map(repr, state))}, not the tensors themselves: save one of them alone, such as torch.load(...)[{nested[0]!r}]"
+        )
+    return state
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

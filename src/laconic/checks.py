@@ -34,7 +34,9 @@ def check_finite(values: Tensor, name: str) -> None:
 
 def hooked(module: nn.Module) -> bool:
     """With hooks of the user's, which see what goes in or comes out."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ours = all(type(hook).__module__.startswith(f"{__package__}.") for hook in hooks)
+    return not ours or bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from .allocate import Floats, energy_rule, log_shares
 from .budget import Budget, prepare, ranks_for_budget
+from .checks import has_gradient_hooks, hooked
 from .costs import Ranks
-from .cuts import CutResult, all_or_nothing, check_in_place, largest_difference, outputs
+from .cuts import CutResult, all_or_nothing, check_in_place, hooks_lost, largest_difference, outputs
 from .errors import InfeasibleBudgetError, InvalidTypeError, InvalidValueError, NonFiniteError, SurgeryError, first_line
 from .matricize import Layer
 from .measure import check_inputs, input_shapes, measure_latency
@@ -102,13 +103,14 @@ def _cut(
     optimizers: Sequence[torch.optim.Optimizer],
     calibration: Iterable[Any] | None,
 ) -> CutResult:
-    notes: list[str] = []
     inputs = check_inputs(example_inputs) if example_inputs is not None else None
     before = outputs(model, inputs) if inputs is not None else []
 
     to_cut = [(site, rank) for site in sites if (rank := ranks.get(site.name)) is not None and rank != site.rank]
     for site, _ in to_cut:
         check_in_place(model, site)
+    whole = [site for site, _ in to_cut if site.rank is None]
+    notes = hooks_lost([s.layer for s in whole if any(hooked(m) for m in s.modules) or has_gradient_hooks(s.weights[0])])
     pairs = {site.name: site.structure.cut(site, rank) for site, rank in to_cut}
     errors = {site.name: surgery_error(site, pairs[site.name][0]) for site, _ in to_cut}
     for site, _ in to_cut:

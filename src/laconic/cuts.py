@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -112,6 +113,18 @@ def check_in_place(model: nn.Module, site: Site) -> None:
                 raise SurgeryError(
                     f"{path} is no longer the layer that was planned (replaced or removed since): build a new Compressor after changing the model"
                 )
+
+
+def hooks_lost(names: Sequence[str]) -> list[str]:
+    """What to say, at once and in the report, of hooks that go with what is cut. Those that were there before are known to the plan."""
+    if not names:
+        return []
+    note = (
+        f"{', '.join(names)}: hooks that were put there after the Compressor was built are gone with the weight that was cut: "
+        "put them there before, and the layer stays as it is, or once the structure is final"
+    )
+    warnings.warn(f"laconic: {note}", stacklevel=2)
+    return [note]
 
 
 def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:

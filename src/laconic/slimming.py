@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .allocate import Floats
-from .cuts import CutResult, check_in_place, largest_difference, outputs
+from .checks import has_gradient_hooks
+from .cuts import CutResult, check_in_place, hooks_lost, largest_difference, outputs
 from .errors import SurgeryError, first_line
 from .graph import unread, unsafe_convolutions
 from .matricize import TRANSPOSED_CONVS, Layer, is_hf_conv1d
@@ -78,14 +79,17 @@ def slim_neurons(
         shares[g.name] = float(importances[g.name][stay].sum() / max(importances[g.name].sum(), math.ulp(0.0)))
     if means:
         fold_means(model, tied, kept, means)
+    layers = {end.path: model.get_submodule(end.path) for group in tied for end in group.ends}
+    whole = {path: m for path, m in layers.items() if not hasattr(m, MARK)}  # the gradients of pairs are scaled by hooks of our own
+    notes = hooks_lost([path for path, m in whole.items() if any(has_gradient_hooks(p) for p in m.parameters())])
     unsafe_before = set(unsafe_convolutions(model))
     slim(model, tied, kept, optimizers)
     took_out(model, plan, kept)
     after = outputs(model, inputs)
     unsafe = ", ".join(path for path in unsafe_convolutions(model) if path not in unsafe_before)
-    notes = [f"{unsafe}: {UNSAFE}"] if unsafe else []
-    for note in notes:  # at once: a crash would lose the report
-        warnings.warn(f"laconic: {note}", stacklevel=2)
+    if unsafe:  # said at once: a crash would lose the report
+        notes.append(f"{unsafe}: {UNSAFE}")
+        warnings.warn(f"laconic: {notes[-1]}", stacklevel=2)
     return CutResult(
         errors={g.name: off for g in groups},
         max_abs_diff=largest_difference(before, after),
