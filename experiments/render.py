@@ -37,6 +37,7 @@ TASKS = {
     **{f"cifar10{part}": "CIFAR-10, part" for part in ("-half", "", "-tenth", "-twentieth", "-latency")},
     **{f"cifar10-full{part}": "CIFAR-10, all" for part in ("", "-tenth")},
     "resnet20-tenth": "CIFAR-10, part, ResNet-20",
+    "resnet20-full-tenth": "CIFAR-10, all, ResNet-20",
     **{f"lenet-300-100{part}": "MNIST, LeNet-300-100" for part in ("-quarter", "")},
     **{f"lenet-5{part}": "MNIST, LeNet-5" for part in ("-tenth", "")},
     "digits": "digits",

@@ -67,7 +67,7 @@ EDITS = [
         "not_finite",
     ),
     Edit("hooks on blocks overlooked", "graph/groups.py", "if path and hooked(module):", "if False:", "test_graph", "hook_on_a_block"),
-    Edit("hooks on gradients overlooked", "checks.py", "return bool(parameter._backward_hooks or", "return bool(", "test_plan", "hook"),
+    Edit("hooks on gradients overlooked", "checks.py", "return _users(parameter._backward_hooks, ", "return _users(", "test_plan", "hook"),
     Edit(
         "names of parameters grow stale", "surgery/optimizer.py", 'group["param_names"][:] = names', "pass", "test_compressor", "names_that"
     ),
@@ -614,16 +614,23 @@ EDITS = [
         "        yield",
         "test_measure",
     ),
-    Edit("hooks lost in silence", "compaction.py", "or has_gradient_hooks(s.weights[0])]", "]", "test_compressor", "put_on_later"),
+    Edit("hooks lost in silence", "compaction.py", "or any(map(has_gradient_hooks, s.weights))]", "]", "test_compressor", "put_on_later"),
     Edit(
         "hooks on slim weights lost in silence",
         "slimming.py",
-        "any(has_gradient_hooks(p) for p in m.parameters())",
+        "any(map(has_gradient_hooks, layer.parameters()))",
         "False",
         "test_compressor",
         "put_on_later",
     ),
-    Edit("our own hooks warned of", "checks.py", "return not ours or", "return bool(hooks) or", "test_compressor", "laconics_own"),
+    Edit(
+        "our own hooks warned of",
+        "checks.py",
+        'any(not type(hook).__module__.startswith(f"{__package__}.") for',
+        "any(True for",
+        "test_compressor",
+        "laconics_own",
+    ),
     Edit(
         "a tied weight asked for under both names",
         "checkpoint.py",
@@ -635,6 +642,15 @@ EDITS = [
     Edit(
         "packed values not refused", "checkpoint.py", "if is_traceable_wrapper_subclass(value):", "if False:", "test_checkpoint", "packed"
     ),
+    Edit(
+        "dropout hides what training does",
+        "graph/trial.py",
+        "with NoDropout():",
+        "with contextlib.nullcontext():",
+        "test_graph",
+        "does_not_hide_what_training",
+    ),
+    Edit("units rolled", "graph/operations.py", '_rolled: "roll"', '_moved: "roll"', "test_graph", "mixes_the_units"),
     Edit(
         "modes not restored",
         "measure.py",

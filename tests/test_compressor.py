@@ -722,3 +722,21 @@ def test_hooks_of_laconics_own_are_not_warned_of(recwarn):
     optimizer.step()  # cut in the very step after which it watches what the layers take in
     assert isinstance(model[0], nn.Sequential)
     assert not recwarn.list
+
+
+def test_scaled_gradients_of_a_pair_that_is_cut_again_are_not_taken_for_the_users(recwarn):
+    torch.manual_seed(1)
+    layers = [nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1), nn.Conv2d(24, 4, 1)]
+    model = nn.Sequential(
+        layers[0], nn.GroupNorm(4, 24), nn.ReLU(), layers[1], nn.GroupNorm(4, 24), nn.ReLU(), layers[2], nn.ReLU(), layers[3]
+    )
+    optimizer = optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    x, y = torch.randn(4, 3, 8, 8), torch.randn(4, 4, 8, 8)
+    compressor = laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.2), total_steps=40, example_inputs=(x,))
+    for _ in range(40):
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert compressor.state.gradient_scales
+    assert not any("put there after" in note for note in compressor.compact().notes)
+    assert not any("put there after" in str(w.message) for w in recwarn.list)

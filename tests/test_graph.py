@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -224,6 +225,9 @@ HELD = {
     "a product with a parameter": (lambda m, y: y @ m.weight, "not a layer"),
     "a functional layer": (lambda m, y: F.linear(y, m.weight), "not a supported layer's own"),
     "chosen by number": (lambda m, y: y[:, [0, 2, 1, 3, 4, 5, 6, 7]], "by number"),
+    "rolled": (lambda m, y: y.roll(1, -1), "roll moves the last units to the front"),
+    "rolled, all in one": (lambda m, y: y.roll(1), "roll moves"),
+    "the largest unit": (lambda m, y: y.max(-1, keepdim=True)[0] + y, "max over the units"),
     "a cumulative sum": (lambda m, y: y.cumsum(-1), "mixes the units"),
     "a pooling over them": (lambda m, y: F.avg_pool1d(y[:, None], 3, 1, 1)[:, 0], "works along it"),
     "an unknown operation": (lambda m, y: torch.fft.fft(y).real, "does not follow"),
@@ -266,6 +270,9 @@ FREE = {
     "dropped out": lambda m, y: F.dropout(y, 0.5, m.training),
     "interpolated": lambda m, y: F.interpolate(y[:, :, None], scale_factor=2, mode="linear").mean(-1),
     "padded elsewhere": lambda m, y: F.pad(y[:, :, None], (1, 1)).amax(-1),
+    "the largest elsewhere": lambda m, y: torch.stack([y, -y], -1).max(-1)[0] + torch.stack([y, y + 1]).min(dim=0).values,
+    "the largest two elsewhere": lambda m, y: y.topk(2, 0).values,
+    "rolled elsewhere": lambda m, y: y.roll(1, 0),
     "sorted elsewhere": lambda m, y: y.sort(0).values,
     "repeated": lambda m, y: y.repeat(2, 1)[:4],
 }
@@ -332,6 +339,35 @@ class ViewedInTraining(OnlyInTraining):
         y = self.a(x).relu()
         out = self.c(F.dropout(self.b(y).relu(), 0.1, self.training))
         return (out, self.extra(y.view(-1, 8))) if self.training else out
+
+
+class CentredInTraining(nn.Module):
+    """Dropout, which draws other numbers for fewer units, must not hide it."""
+
+    def __init__(self, dropout: Callable[[Tensor, bool], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.dropout = nn.Linear(6, 8), nn.Linear(8, 3), dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        return self.b(self.dropout(y - y.mean(1, keepdim=True) if self.training else y, self.training))
+
+
+DROPOUTS = {
+    "functional": lambda x, training: F.dropout(x, 0.5, training),
+    "in place": lambda x, training: torch.dropout_(x.clone(), 0.5, training),
+    "a module": lambda x, training: nn.Dropout(0.5).train(training)(x),
+    "of channels": lambda x, training: F.dropout1d(x[:, :, None], 0.5, training)[:, :, 0],
+    "alpha": lambda x, training: F.alpha_dropout(x, 0.5, training),
+    "in attention": lambda x, training: F.scaled_dot_product_attention(*2 * [torch.ones(4, 1, 2)], x[:, None], None, 0.5 * training)[:, 0],
+}
+
+
+@pytest.mark.parametrize("dropout", DROPOUTS.values(), ids=DROPOUTS)
+def test_dropout_does_not_hide_what_training_does(dropout):
+    groups, reasons = found(CentredInTraining(dropout), torch.randn(4, 6))
+    assert groups == {}
+    assert "off by" in reasons["a"]
 
 
 class NormedAndSliced(SlicedInTraining):

@@ -34,14 +34,17 @@ def check_finite(values: Tensor, name: str) -> None:
 
 def hooked(module: nn.Module) -> bool:
     """With hooks of the user's, which see what goes in or comes out."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    ours = all(type(hook).__module__.startswith(f"{__package__}.") for hook in hooks)
-    return not ours or bool(module._backward_hooks or module._backward_pre_hooks)
+    return _users(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:
     """Of the user's, which a new parameter would not have."""
-    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+    return _users(parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def _users(*hooks: Any) -> bool:
+    """Are some not of our own?"""
+    return any(not type(hook).__module__.startswith(f"{__package__}.") for of_kind in hooks for hook in (of_kind or {}).values())
 
 
 def check_module(model: Any) -> None:

@@ -109,8 +109,7 @@ def _cut(
     to_cut = [(site, rank) for site in sites if (rank := ranks.get(site.name)) is not None and rank != site.rank]
     for site, _ in to_cut:
         check_in_place(model, site)
-    whole = [site for site, _ in to_cut if site.rank is None]
-    notes = hooks_lost([s.layer for s in whole if any(hooked(m) for m in s.modules) or has_gradient_hooks(s.weights[0])])
+    notes = hooks_lost([s.layer for s, _ in to_cut if any(map(hooked, s.modules)) or any(map(has_gradient_hooks, s.weights))])
     pairs = {site.name: site.structure.cut(site, rank) for site, rank in to_cut}
     errors = {site.name: surgery_error(site, pairs[site.name][0]) for site, _ in to_cut}
     for site, _ in to_cut:

@@ -14,7 +14,7 @@ that the product decays at twice the rate of the layer, with SGD as with AdamW.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,11 +47,19 @@ def scale_moments(sites: Sequence[Site], optimizers: Sequence[Any], old: Scales,
                         value.mul_(factor)
 
 
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """A hook on a gradient."""
+
+    scale: float
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * self.scale
+
+
 def scale_gradients(sites: Sequence[Site], scales: Scales) -> list[RemovableHandle]:
     """Hooks on the weights: whatever is accumulated into `.grad` is scaled."""
-    return [
-        w.register_hook(partial(torch.mul, other=scales[s.name])) for s in sites if s.name in scales for w in s.weights if w.requires_grad
-    ]
+    return [w.register_hook(Scaling(scales[s.name])) for s in sites if s.name in scales for w in s.weights if w.requires_grad]
 
 
 def _has_second_moment(optimizer: Any, site: Site) -> bool:

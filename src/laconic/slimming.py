@@ -80,8 +80,7 @@ def slim_neurons(
     if means:
         fold_means(model, tied, kept, means)
     layers = {end.path: model.get_submodule(end.path) for group in tied for end in group.ends}
-    whole = {path: m for path, m in layers.items() if not hasattr(m, MARK)}  # the gradients of pairs are scaled by hooks of our own
-    notes = hooks_lost([path for path, m in whole.items() if any(has_gradient_hooks(p) for p in m.parameters())])
+    notes = hooks_lost([path for path, layer in layers.items() if any(map(has_gradient_hooks, layer.parameters()))])
     unsafe_before = set(unsafe_convolutions(model))
     slim(model, tied, kept, optimizers)
     took_out(model, plan, kept)

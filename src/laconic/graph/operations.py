@@ -129,7 +129,7 @@ def _dims(op: Operation, x: Tensor) -> set[int]:
 
 
 def _along(op: Operation) -> Labels:
-    """The shape stays; places along `dim` depend on each other (softmax, cumsum, sort)."""
+    """Only `dim` may change in size; places along it depend on each other (softmax, cumsum, sort, topk)."""
     x, label = op.first()
     op.hold_others()
     if label is not None and label.axis in _dims(op, x):
@@ -148,6 +148,21 @@ def _reduced(op: Operation) -> Labels:
         return [None] * len(op.outputs)
     axis = label.axis if op.arg("keepdim", False) else label.axis - sum(d < label.axis for d in dims)
     return [Label(axis, label.ids)] * len(op.outputs)
+
+
+def _largest(op: Operation) -> Labels:
+    """`max` and `min`: of two tensors place by place, or over dimensions."""
+    return _pointwise(op) if len(op.tensors) > 1 else _reduced(op)
+
+
+def _rolled(op: Operation) -> Labels:
+    """Along the units it is another order once the last ones are gone."""
+    x, label = op.first()
+    dims = op.arg("dims") or range(x.ndim)
+    if label is not None and label.axis in {d % x.ndim for d in dims}:
+        op.units.hold(label.ids, "roll moves the last units to the front")
+        return [None]
+    return _moved(op)
 
 
 def _spatial(op: Operation) -> Labels:
@@ -280,13 +295,15 @@ def _rules() -> dict[str, Callable[[Operation], Labels]]:
     table: dict[Callable[[Operation], Labels], str] = {
         _viewed: "view _unsafe_view _reshape_alias _reshape_copy",
         _moved: "permute transpose t expand squeeze unsqueeze select slice split split_with_sizes unsafe_split unsafe_split_with_sizes "
-        "unbind cat stack repeat flip roll unfold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle diagonal",
+        "unbind cat stack repeat flip unfold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle diagonal",
         _kept: "clone detach alias _to_copy lift_fresh lift_fresh_copy native_dropout zeros_like ones_like empty_like full_like "
         "rand_like randn_like bernoulli view_as_real",
         _fresh: "new_zeros new_ones new_full new_empty new_empty_strided",
-        _along: "softmax _softmax log_softmax _log_softmax cumsum cumprod sort logcumsumexp _safe_softmax",
+        _along: "softmax _softmax log_softmax _log_softmax cumsum cumprod sort topk logcumsumexp _safe_softmax",
         _reduced: "sum mean amax amin argmax argmin prod var std var_mean std_mean logsumexp norm linalg_vector_norm any all "
         "count_nonzero nansum median",
+        _largest: "max min",
+        _rolled: "roll",
         _spatial: "avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices _adaptive_avg_pool2d "
         "_adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
         "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d "

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import first_line
 from ..matricize import CONVS, TRANSPOSED_CONVS, Layer
@@ -21,6 +23,10 @@ from ..surgery.factorize import plain_layers
 from .labels import leaves
 
 TOLERANCE = 1e-5  # of the largest output
+DROPOUTS = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_, torch.alpha_dropout, torch.feature_alpha_dropout,
+}  # fmt: skip
 Kept = dict[str, list[int]]
 Draw = Callable[[int, np.random.Generator], list[int]]
 Distance = Callable[[Sequence[Tensor], Sequence[Tensor]], float]
@@ -100,9 +106,10 @@ class Trial:
             return why
         self.twin.train()
         try:
-            once, again = (self._run(self.twin, self.dtypes[0], inputs, seed) for seed in (0, 1))
-            random = _distance(once, again) > 0  # dropout draws other numbers for fewer units
-            return self._compared(groups, inputs, (_some, _all_but_one), _other_shapes if random else _distance, " in training")
+            with NoDropout():  # which draws other numbers for fewer units
+                once, again = (self._run(self.twin, self.dtypes[0], inputs, seed) for seed in (0, 1))
+                random = _distance(once, again) > 0
+                return self._compared(groups, inputs, (_some, _all_but_one), _other_shapes if random else _distance, " in training")
         finally:
             self.twin.eval()
 
@@ -193,8 +200,8 @@ def _cast(inputs: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
 
 
 def _some(units: int, generator: np.random.Generator) -> list[int]:
-    """About half; of two groups hardly ever as many, or a tie that was not seen would not show."""
-    return sorted(generator.permutation(units)[: generator.integers(max(units // 3, 1), max(2 * units // 3, 1) + 1)].tolist())
+    """About half, without the last; of two groups hardly ever as many, or a tie that was not seen would not show."""
+    return sorted(generator.permutation(max(units - 1, 1))[: generator.integers(max(units // 3, 1), max(2 * units // 3, 1) + 1)].tolist())
 
 
 def _all_but_the_first(units: int, generator: np.random.Generator) -> list[int]:
@@ -244,6 +251,22 @@ def unread(model: nn.Module, groups: Sequence[Group], kept: Kept) -> Iterator[No
         with torch.no_grad():
             for weight, old in reversed(before):
                 weight.copy_(old)
+
+
+class NoDropout(TorchFunctionMode):
+    """Inside, dropout lets everything through."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask", "dropout_p")
+            args, kwargs = args[5:], {**dict(zip(names, args, strict=False)), **kwargs, "dropout_p": 0.0}
+            if args:
+                kwargs["is_causal"] = args[0]
+            args = ()
+        return func(*args, **kwargs)
 
 
 def _other_shapes(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
