@@ -257,15 +257,12 @@ class NoDropout(TorchFunctionMode):
     """Inside, dropout lets everything through."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if func in DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
-            names = ("query", "key", "value", "attn_mask", "dropout_p")
-            args, kwargs = args[5:], {**dict(zip(names, args, strict=False)), **kwargs, "dropout_p": 0.0}
-            if args:
-                kwargs["is_causal"] = args[0]
-            args = ()
+            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+            args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs, "dropout_p": 0.0}
         return func(*args, **kwargs)
 
 
