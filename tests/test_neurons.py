@@ -1036,3 +1036,16 @@ def test_the_price_is_the_loss_for_a_percent_of_the_budget():
         again.go(item, step[1])
         percents = 100 * (spent - float(again.spent[0])) / float(limits[0])
         assert found[item.name] == pytest.approx((before - again.gain()) / percents)
+
+
+@pytest.mark.parametrize(
+    ("structures", "words"),
+    [(laconic.Channels(), "narrowest; smallest"), (None, "narrowest and every weight at its lowest rank; smallest")],
+)
+def test_out_of_reach_speaks_of_what_there_is_to_take(structures, words):
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 9))
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(laconic.InfeasibleBudgetError, match=f"every layer at its {words} feasible: params=0.0"):
+        laconic.Compressor(
+            model, optimizer, structures, budget=laconic.Budget(params=0.01), total_steps=20, example_inputs=(torch.randn(4, 6),)
+        )

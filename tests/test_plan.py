@@ -203,7 +203,7 @@ CASES = {
     ),
     "backward hook": Case(with_one(lambda: hooked("register_full_backward_hook")), {"1.weight"}, {"0.weight": "hooks"}),
     "subclass": Case(with_one(lambda: Own(8, 8)), {"1.weight"}, {"0.weight": "Own is not supported"}),
-    "bare parameter": Case(Bare, {"fc.weight"}, {"matrix": "Bare is not supported"}),
+    "bare parameter": Case(Bare, {"fc.weight"}, {"matrix": "it is Bare's own, beside its layers"}),
     "one row": Case(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)), {"0.weight"}, {"1.weight": "one row or column"}),
     "too small": Case(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), {"0.weight", "1.weight"}),
     "even smaller": Case(

@@ -408,7 +408,8 @@ def _why_not(
             return "nn.MultiheadAttention reads its weights directly"
         here = unfoldings(module) if attribute == "weight" else []
         if not here:
-            return f"{kind} is not supported"
+            beside = next(module.children(), None) is not None
+            return f"it is {kind}'s own, beside its layers" if beside else f"{kind} is not supported"
         for path in modules[module]:
             if path == "":
                 return "the model itself is this layer: wrap it in nn.Sequential"

@@ -298,9 +298,10 @@ class Walk:
         name = self.currencies[worst]
         currency = CURRENCIES[name]
         asked, left = (f"{x[worst]:.0f}" if currency.whole else f"{x[worst]:.3g}" for x in (self.limits, self.spent))
+        ranks = " and every weight at its lowest rank" if self.plan.sites else ""
         return (
-            f"budget out of reach: at most {asked} {currency.unit} are asked for, but {left} are left with every layer at its narrowest and "
-            f"every weight at its lowest rank; smallest feasible: {name}={fraction}{self.plan.out_of_reach if name == 'params' else ''}",
+            f"budget out of reach: at most {asked} {currency.unit} are asked for, but {left} are left with every layer at its narrowest{ranks}; "
+            f"smallest feasible: {name}={fraction}{self.plan.out_of_reach if name == 'params' else ''}",
             fraction,
         )
 
