@@ -200,13 +200,14 @@ class Counting(nn.Module):
         self.calls += 1
         self.written += 1
         self.replaced = self.replaced + 1
-        return self.b(self.a(x).relu()) + 0.01 * (self.calls + self.written + self.replaced)
+        return self.b(self.a(x).relu()) + self.calls + self.written + self.replaced
 
 
 def test_what_a_model_counts_in_its_forward_is_not_counted_by_looking_at_it():
+    torch.manual_seed(0)
     model, x = Counting(), torch.ones(16, 8)
     laconic.profile(model, (x,), seconds=0.01)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     compressor = laconic.Compressor(
         model, optimizer, laconic.Channels(), budget=laconic.Budget(params=0.5), total_steps=20, example_inputs=(x,)
     )
@@ -217,6 +218,14 @@ def test_what_a_model_counts_in_its_forward_is_not_counted_by_looking_at_it():
     (group,) = compressor.compact().groups
     assert group.kept < group.units  # which would not have been taken out of a model that differs from call to call
     assert (model.calls, int(model.written), int(model.replaced)) == (20, 20, 20)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_model_is_measured_and_left_in_its_mode():
+    model, x = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)))), torch.randn(3, 4)
+    assert laconic.profile(model, (x,), seconds=0.01).macs == 3 * (4 * 4 + 4 * 8)
+    assert all(m.training for m in model.modules())
+    assert int(model[1][1].num_batches_tracked) == 0
 
 
 def test_a_profile_is_plain_data():

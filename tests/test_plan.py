@@ -1,6 +1,7 @@
 """Which weights are taken, which are left dense, and what the plan says of each."""
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -127,6 +128,11 @@ class Case:
     inputs: Callable[[], Tensor] = lambda: torch.randn(2, 8)
 
 
+def scripted() -> nn.Module:
+    with warnings.catch_warnings(action="ignore"):  # deprecated, and still about
+        return torch.jit.script(nn.Linear(8, 8))
+
+
 tokens = lambda: torch.arange(12).reshape(2, 6)  # noqa: E731
 sequence = lambda: torch.randn(2, 5, 8)  # noqa: E731
 PARAMETRIZED = r"parametrized \(weight_norm"
@@ -203,6 +209,7 @@ CASES = {
     ),
     "backward hook": Case(with_one(lambda: hooked("register_full_backward_hook")), {"1.weight"}, {"0.weight": "hooks"}),
     "subclass": Case(with_one(lambda: Own(8, 8)), {"1.weight"}, {"0.weight": "Own is not supported"}),
+    "scripted": Case(with_one(scripted), {"1.weight"}, {"0.weight": "is not supported"}),
     "bare parameter": Case(Bare, {"fc.weight"}, {"matrix": "it is Bare's own, beside its layers"}),
     "one row": Case(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)), {"0.weight"}, {"1.weight": "one row or column"}),
     "too small": Case(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), {"0.weight", "1.weight"}),

@@ -142,7 +142,7 @@ def unfoldings(module: Layer) -> list[Unfolding]:
     if not isinstance(weight, Tensor):
         return []
     shape = tuple(weight.shape)
-    forward = type(module).forward
+    forward = getattr(type(module), "forward", None)  # a scripted module's class has none
     if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
         return [unfolding_named("out,in", shape)]
     if is_hf_conv1d(module):

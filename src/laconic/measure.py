@@ -140,14 +140,16 @@ PLAIN = (bool, int, float, str, type(None))  # what a module may count with
 @contextlib.contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """Afterwards the model has the modes, the buffers, and the numbers that its forward passes count on its modules, of before."""
-    modules = [(m, {k: v for k, v in vars(m).items() if isinstance(v, PLAIN)}, dict(m._buffers)) for m in model.modules()]
+    modules = [(m, m.training, {k: v for k, v in vars(m).items() if isinstance(v, PLAIN)}, dict(m._buffers)) for m in model.modules()]
     values = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
     try:
         yield
     finally:
-        for module, attributes, buffers in modules:
+        for module, training, attributes, buffers in modules:
             module.__dict__.update(attributes)
-            module._buffers.update(buffers)
+            module.training = training  # in a scripted module neither this nor a buffer is in a dict
+            for name, buffer in buffers.items():
+                module._buffers[name] = buffer
         with torch.no_grad():
             for buffer, version, value in values:
                 if buffer._version != version:
