@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+import laconic
+
 
 def mlp(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
@@ -98,3 +100,15 @@ def assert_same(a, b, where: str = "") -> None:
             assert_same(x, y, f"{where}[{i}]")
     else:
         assert a == b or (a != a and b != b), f"{where}: {a} != {b}"
+
+
+def set_clock(monkeypatch, clock):
+    """From here on, a forward pass of a model takes as many milliseconds as `clock(model)` says."""
+
+    def beside(model, reference, inputs):
+        ms = clock(reference)
+        return clock(model) / ms, ms
+
+    monkeypatch.setattr("laconic.latency.measure_latency", lambda model, *_: laconic.measure.Latency(clock(model), 0.0, 1, 1, "clockwork"))
+    for module in ("latency", "outcome"):
+        monkeypatch.setattr(f"laconic.{module}.relative_latency", beside)

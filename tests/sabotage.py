@@ -251,6 +251,20 @@ EDITS = [
         "known(plan.fixed_ms)",
         "test_neurons test_shrinking",
     ),
+    Edit(
+        "the share of the milliseconds is told by two days' clocks",
+        "outcome.py",
+        "latency_before=dense_ms",
+        "latency_before=plan.latency_ms",
+        "test_shrinking",
+    ),
+    Edit(
+        "two models are timed one after the other",
+        "measure.py",
+        "statistics.median(a / b for a, b in times)",
+        "statistics.median(a for a, _ in times[:4]) / statistics.median(b for _, b in times[4:])",
+        "test_measure",
+    ),
     Edit("a missed bound in milliseconds is not said", "outcome.py", "latency > 1.05 * limit_ms", "False", "test_shrinking"),
     Edit(
         "Tucker's core unpaid",
@@ -313,8 +327,8 @@ EDITS = [
     Edit(
         "a clock that wanders",
         "latency.py",
-        "of_dense, of_cut = (min(times) for times in zip(*rounds, strict=True))",
-        "of_dense, of_cut = known(1.0), min(cut for _, cut in rounds)",
+        "whole, of_dense = relative_latency(cut, dense(), inputs)",
+        "whole, of_dense = measure_latency(cut, inputs).median_ms / known(plan.latency_ms), known(plan.latency_ms)",
         "test_shrinking",
     ),
     Edit(

@@ -1,8 +1,11 @@
 """Parameters, MACs, latency and memory, against numbers worked out by hand."""
 
 import json
+import random
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import laconic
-from laconic.measure import count_macs, input_shapes, measure_latency, peak_memory
+from laconic.measure import count_macs, input_shapes, measure_latency, peak_memory, relative_latency
 
 from .models import Shared, Tied
 
@@ -147,6 +150,48 @@ def test_latency_is_in_milliseconds_per_call():
     """A lower bound holds on a busy machine too."""
     latency = measure_latency(Sleeper(), (torch.zeros(1),), 0.05)
     assert 5 <= latency.median_ms < 500
+
+
+class Wandering:
+    """In place of `torch.utils.benchmark.Timer`: a model takes its own number of milliseconds, on a machine that gets slower by the call."""
+
+    turns: ClassVar[list[nn.Module]] = []
+    pace = staticmethod(lambda turn: 1.05**turn)
+
+    def __init__(self, statement, globals, num_threads):
+        self.model = globals["model"]
+
+    def timeit(self, count):
+        self.turns.append(self.model)
+        return SimpleNamespace(mean=self.model.ms * 1e-3 * self.pace(len(self.turns)))
+
+
+def test_two_models_are_timed_in_turns(monkeypatch):
+    """The machine takes three times as long at the end as at the start, and the share is told to a few percent."""
+    monkeypatch.setattr(laconic.measure, "Timer", Wandering)
+    monkeypatch.setattr(Wandering, "turns", [])
+    model, reference = nn.Identity(), nn.Identity()
+    model.ms, reference.ms = 3.0, 10.0
+    share, milliseconds = relative_latency(model, reference, (torch.zeros(1),))
+    assert share == pytest.approx(0.3, rel=0.06)
+    assert 10 < milliseconds < 30
+    assert len(Wandering.turns) == 2 + 2 * laconic.measure.TURNS  # it is never in doubt
+
+
+def test_a_noisy_clock_is_asked_more_often(monkeypatch):
+    draw = random.Random(0)
+    monkeypatch.setattr(laconic.measure, "Timer", Wandering)
+    monkeypatch.setattr(Wandering, "turns", [])
+    monkeypatch.setattr(Wandering, "pace", staticmethod(lambda turn: draw.uniform(0.9, 1.1)))
+    model, reference = nn.Identity(), nn.Identity()
+    model.ms, reference.ms = 3.0, 10.0
+    share, _ = relative_latency(model, reference, (torch.zeros(1),))
+    assert share == pytest.approx(0.3, rel=0.02)
+    assert len(Wandering.turns) > 100
+    monkeypatch.setattr(laconic.measure, "PATIENCE", 0.0)
+    monkeypatch.setattr(Wandering, "turns", [])
+    relative_latency(model, reference, (torch.zeros(1),))
+    assert len(Wandering.turns) == 2 + 2 * laconic.measure.TURNS
 
 
 def test_peak_memory_counts_parameters_buffers_and_the_activations_alive_at_once():

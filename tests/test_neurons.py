@@ -28,7 +28,7 @@ from laconic.timing import RankTimes
 from laconic.widths import Walk, choose_shapes, most_important
 
 from .architectures import Basic, Net, conv
-from .models import assert_same, cnn, inputs_for, mlp, snapshot
+from .models import assert_same, cnn, inputs_for, mlp, set_clock, snapshot
 from .test_shrinking import IMAGE, NETWORKS, Residual, noise, train, wide_mlp
 
 BOTH = (laconic.LowRank(), laconic.Channels())
@@ -714,18 +714,17 @@ def test_narrow_layers_stay_whole_where_a_pair_would_take_longer(monkeypatch, tm
         ranks = timing.grid(break_even)
         return RankTimes(unfolding.dense_params / 1000, ranks, tuple(0.3 * unfolding.dense_params / 1000 for _ in ranks))
 
-    def clock(model, inputs, seconds=0.3):
-        return laconic.measure.Latency(sum(p.numel() for p in model.parameters() if p.ndim > 1) / 1000, 0.0, 1, 1, "clockwork")
+    def clock(model):
+        return sum(p.numel() for p in model.parameters() if p.ndim > 1) / 1000
 
     monkeypatch.setattr("laconic.timing._measure", measured)
-    monkeypatch.setattr("laconic.latency.measure_latency", clock)
-    monkeypatch.setattr("laconic.outcome.measure_latency", clock)
+    set_clock(monkeypatch, clock)
     model = wide_mlp()
-    dense = clock(model, None).median_ms
+    dense = clock(model)
     compressor = compressor_for(model, (8, 64), budget=laconic.Budget(latency=0.05), total_steps=20)
     train(model, compressor.optimizers[0], (8, 64), 20)
     report = compressor.compact()
-    assert clock(model, None).median_ms <= 0.05 * dense
+    assert clock(model) <= 0.05 * dense
     assert any(layer.rank is None and layer.slim for layer in report.layers)
     assert all(group.kept > 1 for group in report.groups)
 
@@ -734,18 +733,17 @@ def test_narrow_layers_stay_whole_where_a_pair_would_take_longer(monkeypatch, tm
 def test_a_slim_layer_is_timed_as_it_will_be(monkeypatch, empty_table, share):
     """On a machine where a layer of half the weights takes more than half of the time."""
 
-    def clock(model, inputs, seconds=0.3):
+    def clock(model):
         layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        return laconic.measure.Latency(sum((m.weight.numel() / 1000) ** 0.6 for m in layers), 0.0, 1, 1, "clockwork")
+        return sum((m.weight.numel() / 1000) ** 0.6 for m in layers)
 
-    monkeypatch.setattr("laconic.latency.measure_latency", clock)
-    monkeypatch.setattr("laconic.outcome.measure_latency", clock)
+    set_clock(monkeypatch, clock)
     model = wide_mlp()
-    dense = clock(model, None).median_ms
+    dense = clock(model)
     compressor = compressor_for(model, (8, 64), structures=laconic.Channels(), budget=laconic.Budget(latency=share), total_steps=20)
     train(model, compressor.optimizers[0], (8, 64), 20)
     compressor.compact()
-    assert (share - 0.1) * dense <= clock(model, None).median_ms <= 1.05 * share * dense
+    assert (share - 0.1) * dense <= clock(model) <= 1.05 * share * dense
 
 
 def test_sizes_are_multiples_of_eight_where_milliseconds_count():

@@ -90,9 +90,9 @@ class Budget:
             return final
         return np.maximum(final, dense * (np.minimum(final, dense) / dense) ** way)
 
-    def limit_ms(self, plan: Plan) -> float | None:
-        """The bound in milliseconds; None without one."""
-        return dict(zip(self.currencies, self.limits(plan), strict=True)).get("latency")
+    def limit_ms(self, dense_ms: float) -> float | None:
+        """The bound in milliseconds where the dense model takes so many; None without one."""
+        return self._limit("latency", dense_ms) if "latency" in self.currencies else None
 
     def _limit(self, name: str, dense: float) -> float:
         currency = CURRENCIES[name]

@@ -20,6 +20,7 @@ from .checks import has_gradient_hooks, hooked
 from .costs import Ranks
 from .cuts import CutResult, all_or_nothing, check_in_place, hooks_lost, largest_difference, outputs
 from .errors import InfeasibleBudgetError, InvalidTypeError, InvalidValueError, NonFiniteError, SurgeryError, first_line
+from .latency import skeleton
 from .matricize import Layer
 from .measure import check_inputs, input_shapes, measure_latency
 from .outcome import make_report
@@ -344,6 +345,7 @@ def compress(
     importances = importances_of(plan, moments)
     if budget is not None:
         prepare(model, plan, values, importances, budget, example_inputs)
+    dense = skeleton(model) if budget is not None and "latency" in budget.currencies else None
 
     def choose(keep_dense: frozenset[str]) -> Ranks:
         if budget is not None:
@@ -363,4 +365,4 @@ def compress(
         result.add(cut_sites(model, plan, values, ranks, example_inputs=example_inputs, calibration=batches))
     result.timings = times
     result.notes[:0] = [*unasked, *notes, *(unseen(plan, moments) if budget is not None else [])]
-    return make_report(model, plan, result, example_inputs, budget.limit_ms(plan) if budget is not None else None)
+    return make_report(model, plan, result, example_inputs, budget, dense)

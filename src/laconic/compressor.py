@@ -169,7 +169,7 @@ class Compressor:
         if budget is not None:
             importances = importances_of(self.plan, {})
             prepare(model, self.plan, start, importances, budget, self.example_inputs)  # out of reach: said now, not at the end
-        self._dense = skeleton(model) if budget is not None and "latency" in budget.currencies and self.cut_early else None
+        self._dense = skeleton(model) if budget is not None and "latency" in budget.currencies else None
         self.energy: float | None = None
         self.weights = cost_weights(self.plan, budget)
         self.state = RunState(
@@ -594,7 +594,8 @@ class Compressor:
             self.plan,
             self.state.cuts,
             self.example_inputs,
-            self.budget.limit_ms(self.plan) if self.budget is not None else None,
+            self.budget,
+            self._dense,
             history=tuple(self.history),
             spectra_start={k: tuple(float(f"{x:.6g}") for x in v) for k, v in self.state.spectra_start.items()},
         )

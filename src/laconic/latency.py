@@ -15,15 +15,13 @@ from .costs import Ranks, Rates, cut_costs, dense_costs, known, layer_costs, pre
 from .distributed import agreed
 from .errors import InvalidValueError
 from .matricize import Layer, Unfolding
-from .measure import input_shapes, measure_latency
+from .measure import input_shapes, measure_latency, relative_latency
 from .plan import Plan
 from .structures import WideLayer
 from .surgery.channels import slim, width
 from .surgery.factorize import SLIM, narrow, new_pair
 from .surgery.record import put
 from .timing import added, layer_times, remembered
-
-SECONDS = 0.15  # of one timing of a whole model; each is timed twice
 
 
 def measure_times(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], seconds: float = 0.3) -> None:
@@ -117,11 +115,11 @@ def _shares_of_dense(
     what = [str(cut), parameters, taken, [(str(getattr(x, "dtype", "")), tuple(getattr(x, "shape", ()))) for x in inputs]]
 
     def measure() -> dict[str, Any]:
-        whole = dense()
-        rounds = [[measure_latency(m, inputs, SECONDS).median_ms for m in (whole, cut)] for _ in range(2)]
-        of_dense, of_cut = (min(times) for times in zip(*rounds, strict=True))
-        layers = {name: sum(_module_ms(m, shapes) for m in modules) / of_dense for name, modules in changed.items()}
-        return {"whole": of_cut / of_dense, "layers": layers}
+        whole, of_dense = relative_latency(cut, dense(), inputs)
+        return {
+            "whole": whole,
+            "layers": {name: sum(_module_ms(m, shapes) for m in modules) / of_dense for name, modules in changed.items()},
+        }
 
     found: dict[str, Any] = remembered(what, next(cut.parameters()).device, measure)
     return found

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import sys
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from .errors import InvalidTypeError, InvalidValueError, NonFiniteError, first_line
 
 Inputs = Sequence[Any]
+
+BLOCK = 0.02  # seconds that a model has its turn, where two are timed beside each other
+TURNS = 8  # at least, of each
+PRECISION = 0.005  # of their ratio
+PATIENCE = 2.0  # seconds, after which it is taken as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,18 +235,45 @@ def measure_latency(model: nn.Module, example_inputs: Any, seconds: float = 0.3)
     inputs = copied(check_inputs(example_inputs))
     if seconds <= 0:
         raise InvalidValueError(f"seconds = {seconds}: must be above 0")
-    threads = torch.get_num_threads()
     parameter = next(model.parameters(), None)
     device = str(parameter.device) if parameter is not None else "cpu"
     with evaluating(model):
-        for _ in range(3):
-            call(model, inputs)
-        # A dict is a fresh one every time, for a model that takes entries out of it.
-        fresh = "copied(inputs)" if any(isinstance(x, Mapping) for x in inputs) else "inputs"
-        # Timer sets the number of threads, synchronises an accelerator, and picks a block long enough for the clock.
-        timer = Timer(f"model(*{fresh})", globals={"model": model, "inputs": inputs, "copied": copied}, num_threads=threads)
-        measured = timer.blocked_autorange(min_run_time=seconds)
-    return Latency(measured.median * 1e3, measured.iqr * 1e3, len(measured.times), threads, device)
+        measured = _warm_timer(model, inputs).blocked_autorange(min_run_time=seconds)
+    return Latency(measured.median * 1e3, measured.iqr * 1e3, len(measured.times), measured.num_threads, device)
+
+
+def relative_latency(model: nn.Module, reference: nn.Module, example_inputs: Any) -> tuple[float, float]:
+    """The share of a reference's time that a model takes for a forward pass, and the reference's milliseconds.
+
+    Clocks wander: one after the other, the two may be off by a tenth. So they take turns in short blocks, and the share is the
+    median over the turns, which go on until its standard error is below `PRECISION`, or for `PATIENCE` seconds.
+    """
+    inputs = copied(check_inputs(example_inputs))
+    times: list[tuple[float, float]] = []
+    with evaluating(model), evaluating(reference):
+        timers = [_warm_timer(m, inputs) for m in (model, reference)]
+        counts = [max(1, round(BLOCK / timer.timeit(1).mean)) for timer in timers]
+        start = time.perf_counter()
+        while len(times) < TURNS or (_uncertainty(times) > PRECISION and time.perf_counter() - start < PATIENCE):
+            one, other = (timer.timeit(count).mean for timer, count in zip(timers, counts, strict=True))
+            times.append((one, other))
+    return statistics.median(a / b for a, b in times), statistics.median(b for _, b in times) * 1e3
+
+
+def _uncertainty(times: Sequence[tuple[float, float]]) -> float:
+    """Standard error of the median of the ratios, relative to it, from their quartiles (as those of a normal distribution)."""
+    low, middle, high = statistics.quantiles([a / b for a, b in times], n=4)
+    return 0.93 * (high - low) / middle / math.sqrt(len(times))
+
+
+def _warm_timer(model: nn.Module, inputs: tuple[Any, ...]) -> Timer:
+    """It sets the number of threads, synchronises an accelerator, and picks a block long enough for the clock."""
+    for _ in range(3):
+        call(model, inputs)
+    # A dict is a fresh one every time, for a model that takes entries out of it.
+    fresh = "copied(inputs)" if any(isinstance(x, Mapping) for x in inputs) else "inputs"
+    named = {"model": model, "inputs": inputs, "copied": copied}
+    return Timer(f"model(*{fresh})", globals=named, num_threads=torch.get_num_threads())
 
 
 class _LiveBytes(TorchDispatchMode):

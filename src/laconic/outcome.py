@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from .budget import Budget
 from .cuts import CutResult
 from .matricize import Layer
-from .measure import check_inputs, count_macs, count_params, measure_latency
+from .measure import count_macs, count_params, relative_latency
 from .plan import Plan
 from .report import CompactReport, GroupReport, LayerReport
 from .state import RunState
@@ -46,9 +48,18 @@ def run_notes(model: nn.Module, plan: Plan, state: RunState) -> list[str]:
 
 
 def make_report(
-    model: nn.Module, plan: Plan, cuts: CutResult, example_inputs: Any, limit_ms: float | None = None, **extra: Any
+    model: nn.Module,
+    plan: Plan,
+    cuts: CutResult,
+    example_inputs: Any,
+    budget: Budget | None = None,
+    dense: Callable[[], nn.Module] | None = None,
+    **extra: Any,
 ) -> CompactReport:
-    """The report on everything that was cut so far; it says where the model takes longer than `limit_ms`, by more than clocks wander."""
+    """The report on everything that was cut so far; with a `dense` model, both are timed beside each other now.
+
+    It says where the model takes longer than the budget allows, by more than clocks wander.
+    """
     layers = []
     for site in plan.sites:
         u, rank = site.unfolding, site.rank
@@ -94,22 +105,26 @@ def make_report(
     for alone in reasons.values():
         size = math.prod(alone.shape)
         layers.append(LayerReport(alone.name.rpartition(".")[0] or alone.name, "", alone.shape, None, None, size, size, note=alone.reason))
-    latency = measure_latency(model, check_inputs(example_inputs)).median_ms if plan.latency_ms is not None else None
+    dense_ms = latency = None
+    if dense is not None:
+        share, dense_ms = relative_latency(model, dense(), example_inputs)
+        latency = share * dense_ms
     stay: dict[str, list[str]] = {}
     for name, reason in plan.whole.items():
         stay.setdefault(reason, []).append(name)
     notes = [*cuts.notes, *(f"neurons of {', '.join(names)} all stay: {reason}" for reason, names in stay.items())]
+    limit_ms = budget.limit_ms(dense_ms) if budget is not None and dense_ms is not None else None
     if limit_ms is not None and latency is not None and latency > 1.05 * limit_ms:
         notes.append(
-            f"{latency:.3g} ms were measured at the end, {limit_ms:.3g} ms asked for: it was planned by the times of single layers, which do not quite add up, and at "
-            "the pace that the machine had at the start; beside the dense model now, laconic.profile says how much of that it is"
+            f"{latency:.3g} ms were measured at the end, {limit_ms:.3g} ms asked for, {dense_ms:.3g} ms taken by the dense model beside it "
+            f"({plan.latency_ms:.3g} ms at the start): where that has changed, so has the pace of the machine"
         )
     return CompactReport(
         params_before=plan.params,
         params_after=count_params(model),
         macs_before=plan.macs,
         macs_after=count_macs(model, example_inputs) if example_inputs is not None else None,
-        latency_before=plan.latency_ms,
+        latency_before=dense_ms,
         latency_after=latency,
         max_abs_diff=cuts.max_abs_diff,
         surgery_error=max(cuts.errors.values(), default=0.0),

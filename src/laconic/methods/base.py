@@ -15,7 +15,7 @@ from ..budget import LANES
 from ..checkpoint import load_weights
 from ..data import Dataset
 from ..errors import InfeasibleBudgetError
-from ..measure import count_macs, count_params, measure_latency
+from ..measure import count_macs, count_params, relative_latency
 from ..models import MODELS, Shape, thin_widths, widest
 from ..recipe import Recipe
 from ..report import CompactReport
@@ -80,20 +80,15 @@ def thin_network(data: Dataset, recipe: Recipe, seed: int) -> nn.Module:
     dense = build(data, recipe, seed)
     widths = thin_widths(lambda widths: network(data, recipe, widths), recipe.widths, int(recipe.params * count_params(dense)))
     if recipe.macs or recipe.latency:
-        bounds: list[tuple[Callable[..., float], float, Any]] = [(count_macs, recipe.macs, example(data))] if recipe.macs else []
-        bounds += [(milliseconds, recipe.latency, example(data, 64))] if recipe.latency else []
 
         def fits(widths: tuple[int, ...]) -> bool:
             thin = build(data, recipe, seed, widths)
-            return all(cost(thin, inputs) <= share * cost(dense, inputs) for cost, share, inputs in bounds)
+            if recipe.macs and count_macs(thin, example(data)) > recipe.macs * count_macs(dense, example(data)):
+                return False
+            return not recipe.latency or relative_latency(thin, dense, example(data, 64))[0] <= recipe.latency
 
         widths = widest(widths, fits, LANES if recipe.latency else 1)
     return build(data, recipe, seed, widths)
-
-
-def milliseconds(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
-    """Of a forward pass."""
-    return measure_latency(model, inputs).median_ms
 
 
 def example(data: Dataset, batch: int = 1) -> tuple[torch.Tensor]:
