@@ -175,6 +175,7 @@ class Attention(nn.Module):
     def __init__(self, width: int = 16, heads: int = 4, layout: str = "chunk"):
         super().__init__()
         self.heads, self.head_dim, self.layout = heads, width // heads, layout
+        self.temperature = nn.Parameter(torch.rand(heads, 1, 1) + 0.5) if layout == "counted, with temperatures" else None
         self.qkv, self.out, self.head = nn.Linear(width, 3 * width), nn.Linear(width, width), nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -186,6 +187,7 @@ class Attention(nn.Module):
         else:
             q, k, v = self.qkv(x).view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         scores = torch.einsum("bhtd,bhsd->bhts", q, k) / math.sqrt(self.head_dim)
+        scores = scores if self.temperature is None else scores * self.temperature
         y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, t, -1)
         return self.head(x + self.out(y))
 
@@ -253,6 +255,61 @@ class ConvNeXt(nn.Module):
         x = self.stem(x)
         y = self.down(F.gelu(self.up(self.norm(self.spatial(x).permute(0, 2, 3, 1))))) * self.scale
         return self.head((x + y.permute(0, 3, 1, 2)).mean((2, 3)))
+
+
+class Scaled(nn.Module):
+    """A scale and a shift of its own for each channel."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.conv, self.next = conv(3, width), conv(width, width)
+        self.scale, self.shift = nn.Parameter(torch.rand(width, 1, 1) + 0.5), nn.Parameter(torch.randn(width))
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.conv(x) * self.scale + self.shift.view(1, -1, 1, 1)).relu()
+        return self.head(self.next(x).mean((2, 3)))
+
+
+class QueryKeyNorm(nn.Module):
+    """Attention whose queries and keys are scaled by numbers that run along a head, turned by angles that a file holds, and weighed by the token."""
+
+    def __init__(self, width: int = 16, heads: int = 4, length: int = 5) -> None:
+        super().__init__()
+        self.head_dim = width // heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.scale, self.gate = nn.Parameter(torch.rand(self.head_dim) + 0.5), nn.Parameter(torch.rand(length, 1))
+        self.mix = nn.Parameter(torch.rand(2))
+        self.register_buffer("frequencies", torch.rand(self.head_dim))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (layer(x).view(b, t, -1, self.head_dim) for layer in (self.query, self.key, self.value))
+        angles = torch.outer(torch.arange(t, dtype=x.dtype), self.frequencies)[:, None]
+        q, k = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) * self.scale * angles.cos() for y in (q, k))
+        weights = (torch.einsum("bthd,bshd->bhts", q, k) * self.gate).softmax(-1)
+        y = torch.einsum("bhts,bshd->bthd", weights, v)
+        y = (self.mix.softmax(0).view(2, 1, 1, 1, 1) * torch.stack([y, y.sigmoid()])).sum(0)
+        return self.head(x + self.out(y.reshape(b, t, -1)))
+
+
+class FrozenNorm(nn.Module):
+    """A BatchNorm whose numbers are buffers, as detectors have it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name, value in {
+            "weight": torch.rand(width),
+            "bias": torch.randn(width),
+            "mean": torch.randn(width),
+            "var": torch.rand(width),
+        }.items():
+            self.register_buffer(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.reshape(1, -1, 1, 1) * (self.var.reshape(1, -1, 1, 1) + 1e-5).rsqrt()
+        return x * scale + (self.bias.reshape(1, -1, 1, 1) - self.mean.reshape(1, -1, 1, 1) * scale)
 
 
 class SubPixel(nn.Module):
@@ -458,6 +515,14 @@ CASES: dict[str, Case] = {
         per_layer("model.layers", {"self_attn.q_proj": 2, "mlp.gate_proj": 24}),
         {"model.layers.0.mlp.down_proj": "embedding", "lm_head": OUTPUT},
     ),
+    "scaled": Case(lambda: nn.Sequential(Scaled(), nn.Identity()), image, {"0.conv.0": 8, "0.next.0": 8}, {"0.head": OUTPUT}),
+    "frozen norm": Case(
+        lambda: Net(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), FrozenNorm(8), nn.ReLU()), conv(8, 12), 12), image, {"stem.0": 8, "body.0": 12}, {"head": OUTPUT}
+    ),
+    "attention with temperatures": Case(
+        lambda: Attention(layout="counted, with temperatures"), lambda: (torch.randn(2, 5, 16),), {"qkv": 4}, {"head": OUTPUT, "out": "the input"}
+    ),
+    "norms along a head": Case(QueryKeyNorm, lambda: (torch.randn(2, 5, 16),), {"query": 4}, {"head": OUTPUT, "out": "the input"}),
     # Left alone, by name.
     "shuffle": Case(
         lambda: Net(conv(3, 8), Shuffle(8), 8), image, {"body.branch.0.0": 4}, {"stem.0": "equal shares", "body.branch.1.0": "without some of its units"}

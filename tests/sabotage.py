@@ -221,7 +221,7 @@ EDITS = [
         "values = [state[key] for state in states]",
         "test_memory",
     ),
-    Edit("neurons counted once", "widths.py", "SIDES = 2", "SIDES = 1", "test_neurons"),
+    Edit("neurons counted once", "widths.py", "COUNTED = 2", "COUNTED = 1", "test_neurons"),
     Edit(
         "neurons of a perceptron counted twice",
         "widths.py",
@@ -265,6 +265,48 @@ EDITS = [
         "statistics.median(a for a, _ in times[:4]) / statistics.median(b for _, b in times[4:])",
         "test_measure",
     ),
+    Edit(
+        "vectors of another axis hold units",
+        "graph/operations.py",
+        "        op.tracer.forget(op.tensors)\n",
+        "        pass\n",
+        "test_graph",
+    ),
+    Edit(
+        "vectors of another kind cross units",
+        "graph/tracer.py",
+        "if rule not in PLACE_BY_PLACE and not self.forget(labelled):",
+        "if False:",
+        "test_graph",
+    ),
+    Edit("neurons with a shift of their own are dead", "structures/channels.py", "dead = torch.zeros_like(dead)", "pass", "test_neurons"),
+    Edit(
+        "a number where a vector was saved",
+        "surgery/record.py",
+        "if type(module).__name__ == slim.kind and missing:",
+        "if False:",
+        "test_channels",
+    ),
+    Edit("parameters of the model's own are shared", "graph/groups.py", "if len(holders[id(tensor)]) == 1", "if True", "test_graph"),
+    Edit("buffers that no file holds are sliced", "graph/groups.py", "or name in module._non_persistent_buffers_set", "", "test_graph"),
+    Edit(
+        "frozen parameters of the model's own are sliced",
+        "graph/groups.py",
+        "tensor.requires_grad is isinstance(tensor, nn.Parameter)",
+        "True",
+        "test_graph",
+    ),
+    Edit(
+        "the model's own parameters are not counted",
+        "plan.py",
+        "beside=1.0, side=end.side",
+        "beside=0.0, side=end.side",
+        "test_neurons",
+    ),
+    Edit(
+        "buffers are counted", "plan.py", "costs_nothing = end.own and end.side in module._buffers", "costs_nothing = False", "test_neurons"
+    ),
+    Edit("a mark has its parameters, or its counts", "surgery/channels.py", """mark["sizes"] |= counts""", "pass", "test_channels"),
     Edit("a missed bound in milliseconds is not said", "outcome.py", "latency > 1.05 * limit_ms", "False", "test_shrinking"),
     Edit(
         "Tucker's core unpaid",
@@ -632,7 +674,7 @@ EDITS = [
     Edit(
         "hooks on slim weights lost in silence",
         "slimming.py",
-        "any(map(has_gradient_hooks, layer.parameters()))",
+        "any(map(has_gradient_hooks, parameters))",
         "False",
         "test_compressor",
         "put_on_later",

@@ -71,6 +71,9 @@ def silence(model: nn.Module, groups: list[Group], kept: dict[str, list[int]], n
             for end in (*group.producers, *(group.carriers if norms else ())):
                 module = model.get_submodule(end.path)
                 gone = torch.from_numpy(np.delete(end.index, kept[group.name], axis=0).ravel())
+                if end.own:  # a parameter of the model's own
+                    getattr(module, end.side).view(-1)[gone] = 0
+                    continue
                 module.weight.movedim(rows(module, "out"), 0)[gone] = 0
                 if module.bias is not None if hasattr(module, "bias") else False:
                     module.bias[gone] = 0
@@ -83,6 +86,10 @@ def expected_params(model: nn.Module, groups: list[Group], kept: dict[str, list[
         for end in group.ends:
             module = model.get_submodule(end.path)
             gone = torch.from_numpy(np.delete(end.index, kept[group.name], axis=0).ravel())
+            if end.own:
+                if isinstance(getattr(module, end.side), nn.Parameter):
+                    masks[id(getattr(module, end.side))].view(-1)[gone] = False
+                continue
             masks[id(module.weight)].movedim(rows(module, end.side), 0)[gone] = False
             if end.side == "out" and getattr(module, "bias", None) is not None:
                 masks[id(module.bias)][gone] = False
@@ -113,7 +120,8 @@ def test_dead_units_go_and_nothing_changes_but_the_size(name):
     sum(y.square().mean() for y in leaves(model.train()(*inputs)) if y.is_floating_point()).backward()
     for group in groups:
         for end in group.ends:
-            grad = model.get_submodule(end.path).weight.grad
+            tensor = getattr(model.get_submodule(end.path), end.side if end.own else "weight")
+            grad = tensor.grad if isinstance(tensor, nn.Parameter) else tensor
             assert grad is not None, end.path
             assert bool(torch.isfinite(grad).all()), end.path
     optimizer.step()
@@ -132,6 +140,21 @@ def test_a_slim_model_saves_and_loads_bit_for_bit(name, tmp_path):
     assert_same(outputs(fresh, inputs), outputs(model, inputs))
     assert [units_kept(fresh, g) for g in groups] == [units_kept(model, g) for g in groups]
     assert find_slims(fresh) == find_slims(model)
+
+
+@pytest.mark.parametrize("value", [None, 1.0, torch.rand(2, 4)], ids=["none", "a number", "another shape"])
+def test_a_model_without_the_numbers_that_were_saved_is_refused_by_name(value, tmp_path):
+    model, _ = settled("scaled")
+    groups = groups_of("scaled")
+    slim(model, groups, chosen(groups))
+    laconic.save(model, tmp_path / "slim")
+    fresh = CASES["scaled"].build()
+    del fresh[0].scale
+    fresh[0].scale = value if value is None or isinstance(value, float) else nn.Parameter(value)
+    before = snapshot(fresh)
+    with pytest.raises(laconic.ArchitectureMismatchError, match="layer '0': saved with a number for each channel in 'scale'"):
+        laconic.load(tmp_path / "slim", fresh)
+    assert_same(snapshot(fresh), before)
 
 
 # ---- constants ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from laconic.errors import InvalidTypeError
 from laconic.graph import Group, find_groups
 from laconic.matricize import unfoldings
 
-from .architectures import CASES, Net, conv, groups_of
+from .architectures import CASES, Net, Scaled, conv, groups_of
 from .models import Shared, Tied, assert_same, snapshot
 
 
@@ -56,7 +56,7 @@ def test_groups_and_reasons_are_as_they_are_known_to_be(name):
         for end in group.ends:
             assert end.index.shape[0] == group.units
             assert len(np.unique(end.index)) == end.index.size
-            assert end.side == ("in" if end in group.consumers else "out")
+            assert end in group.carriers if end.own else end.side == ("in" if end in group.consumers else "out")
 
 
 def ends(name: str) -> dict[str, Group]:
@@ -189,6 +189,57 @@ def test_a_layer_that_must_not_change_keeps_both_its_sides(build, reason):
     if build is not old_weight_norm:  # which cannot be copied, so that nothing can be tried
         assert "2 reads it" in reasons["0"]
         assert reason in reasons["0"]
+
+
+def watched_gradient(model: Scaled) -> None:
+    model.scale.register_hook(lambda gradient: gradient.clamp(-1, 1))
+
+
+def not_in_the_state(model: Scaled) -> None:
+    scale = model.scale.detach().clone()
+    del model.scale
+    model.register_buffer("scale", scale, persistent=False)
+
+
+OWN_LEFT = {
+    "frozen": lambda model: model.scale.requires_grad_(False),
+    "hook on its gradient": watched_gradient,
+    "held twice": lambda model: setattr(model, "keeper", nn.ParameterList([model.scale])),
+    "not in the state": not_in_the_state,
+    "for each channel and place": lambda model: setattr(model, "scale", nn.Parameter(torch.randn(8, 8, 8))),
+}
+
+
+@pytest.mark.parametrize("change", OWN_LEFT.values(), ids=OWN_LEFT)
+def test_a_parameter_of_the_models_own_that_must_not_change_holds_its_neurons(change):
+    model = Scaled()
+    assert found(model, torch.randn(2, 3, 8, 8))[0] == {"conv.0": 8, "next.0": 8}
+    change(model)
+    groups, reasons = found(model, torch.randn(2, 3, 8, 8))
+    assert groups == {"next.0": 8}
+    assert "a parameter" in reasons["conv.0"]
+
+
+class Tracked(nn.Module):
+    """A buffer that training writes to, and that evaluation may read."""
+
+    def __init__(self, read: bool) -> None:
+        super().__init__()
+        self.read = read
+        self.register_buffer("seen", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen.lerp_(x.detach().square().mean((0, 2, 3)), 0.1)
+        return x / self.seen[:, None, None] if self.read else x
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_a_buffer_that_training_alone_uses_holds_its_neurons(read):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Tracked(read), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    groups, reasons = found(model, torch.randn(2, 3, 8, 8))
+    assert groups == ({"0": 8} if read else {})
+    assert read or "does not train without some of its units" in reasons["0"]
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])

@@ -27,7 +27,7 @@ from laconic.slimming import importances_of, slim_neurons, watch_inputs
 from laconic.timing import RankTimes
 from laconic.widths import Walk, choose_shapes, most_important
 
-from .architectures import Basic, Net, conv
+from .architectures import CASES, Basic, Net, conv
 from .models import assert_same, cnn, inputs_for, mlp, set_clock, snapshot
 from .test_shrinking import IMAGE, NETWORKS, Residual, noise, train, wide_mlp
 
@@ -1047,3 +1047,54 @@ def test_out_of_reach_speaks_of_what_there_is_to_take(structures, words):
         laconic.Compressor(
             model, optimizer, structures, budget=laconic.Budget(params=0.01), total_steps=20, example_inputs=(torch.randn(4, 6),)
         )
+
+
+@pytest.mark.parametrize("name", ["scaled", "frozen norm", "attention with temperatures"])
+def test_parameters_of_the_models_own_are_counted_and_go_with_their_neurons(name, tmp_path):
+    torch.manual_seed(0)
+    case = CASES[name]
+    model, inputs = case.build(), case.inputs()
+    dense = sum(p.numel() for p in model.parameters())
+    optimizer = optim.AdamW(model.parameters(), lr=1e-3)
+    budget = laconic.Budget(params=0.8)
+    compressor = laconic.Compressor(model, optimizer, laconic.Channels(), budget=budget, total_steps=20, every=1, example_inputs=inputs)
+    for _ in range(20):
+        model(*inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    report = compressor.compact()
+    left = sum(p.numel() for p in model.parameters())
+    assert left == present_costs(compressor.plan, ["params"])[0] == report.params_after <= 0.8 * dense
+    own = {end.name for g in compressor.plan.neurons for end in g.group.carriers if end.own}
+    shrunk = {layer for group in report.groups if group.kept < group.units for layer in group.layers} & own
+    assert shrunk, own
+    listed = {layer.name: layer for layer in report.layers}
+    for tensor in shrunk & listed.keys():
+        assert listed[tensor].slim == tuple(model.get_parameter(tensor).shape)
+        assert listed[tensor].params_after == model.get_parameter(tensor).numel() < listed[tensor].params_before
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in model.parameters())
+    loaded = laconic.load(laconic.save(model, tmp_path / "slim"), case.build())
+    assert_same(snapshot(loaded), snapshot(model))
+    assert_same(loaded.eval()(*inputs), model.eval()(*inputs))
+
+
+def test_a_neuron_with_a_zero_row_and_a_noise_of_its_own_is_not_dead():
+    """What a parameter of the model's own brings in, nobody knows from the rows."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.strength, self.head = nn.Conv2d(1, 8, 3, padding=1), nn.Parameter(torch.ones(1, 8, 1, 1)), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head((self.conv(x) + self.strength * x.sin()).relu())
+
+    model = Noisy()
+    with torch.no_grad():
+        model.conv.weight[3] = 0
+        model.conv.bias[3] = 0
+    plan = make_plan(model, [laconic.Channels()], (torch.randn(2, 1, 6, 6),))
+    (group,) = plan.neurons
+    assert "strength" in {end.name for end in group.group.carriers}
+    assert group.structure.importance(group).min() > 0

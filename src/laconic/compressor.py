@@ -733,7 +733,7 @@ class Compressor:
                 "latency_ms": self.plan.latency_ms,
                 "fixed_ms": self.plan.fixed_ms,
                 "times": {s.name: s.times.to_json() if s.times is not None else None for s in self.plan.sites},
-                "layers": {x.path: [x.beside_ms, x.weight_ms] for x in self.plan.layers},
+                "layers": {x.name: [x.beside_ms, x.weight_ms] for x in self.plan.layers},
             },
             "run": self.state.to_state(),
         }
@@ -784,7 +784,7 @@ class Compressor:
         measured = state["measured"]
         self.plan.latency_ms, self.plan.fixed_ms = measured["latency_ms"], measured["fixed_ms"]
         for layer in self.plan.layers:
-            layer.beside_ms, layer.weight_ms = measured["layers"][layer.path]
+            layer.beside_ms, layer.weight_ms = measured["layers"][layer.name]
         self.weights = dict(measured["weights"])
         self.state = run
         self.plan.ranks = run.ranks

@@ -46,7 +46,7 @@ def measure_times(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], seconds
     for site in plan.sites if alone > plan.latency_ms else ():
         site.times = known(site.times).scaled(0.999 * plan.latency_ms / alone, 0.999 * plan.latency_ms / alone)
     plan.fixed_ms = max(plan.latency_ms - alone, 0.0) * (1 - 1e-9)  # together not above it by rounding
-    free = [layer for layer in plan.layers if layer.site is None]
+    free = [layer for layer in plan.layers if layer.site is None and not layer.own]
     shapes = input_shapes(model, [model.get_submodule(layer.path) for layer in free], inputs)
     spent = {layer.path: agreed(partial(_module_ms, model.get_submodule(layer.path), shapes)) for layer in free}
     share = min(1.0, plan.fixed_ms / max(sum(spent.values()), 1e-9))
@@ -56,10 +56,10 @@ def measure_times(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], seconds
         layer.beside_ms, layer.weight_ms = (0.0, ms / (out * taken)) if layer.weight else (ms / out, 0.0)
     # What is left is mostly activations, pooling, sums: in proportion to what the layers put out.
     left = max(plan.fixed_ms - share * sum(spent.values()), 0.0)
-    positions = {x.path: x.site.positions[0] if x.site is not None and x.site.positions is not None else x.positions for x in plan.layers}
-    elements = sum(positions[x.path] * x.dense[0] for x in plan.layers)
+    positions = {x.name: x.site.positions[0] if x.site is not None and x.site.positions is not None else x.positions for x in plan.layers}
+    elements = sum(positions[x.name] * x.dense[0] for x in plan.layers)
     for layer in plan.layers:
-        layer.beside_ms += left * positions[layer.path] / max(elements, 1)
+        layer.beside_ms += left * positions[layer.name] / max(elements, 1)
 
 
 def _module_ms(module: nn.Module, shapes: dict[nn.Module, list[torch.Size]], seconds: float = 0.05) -> float:
@@ -184,7 +184,7 @@ def _expected_times(cut: nn.Module, plan: Plan, ranks: Ranks) -> tuple[float, di
     for layer in plan.layers:
         module, rank = cut.get_submodule(layer.path), ranks[layer.site.name] if layer.site is not None else None
         rates, ranked = Rates.of(layer), None if rank is None else [rank]
-        out, taken = width(module, "out"), width(module, "in") if layer.site or layer.weight else layer.taken
+        out, taken = width(module, layer.side), width(module, "in") if layer.site or layer.weight else layer.taken
         slimmed = float(layer_costs(rates, out, taken, ranked, ["latency"])[0, 0])
         total += slimmed - float(layer_costs(rates, layer.out, layer.taken, ranked, ["latency"])[0, 0])
         if layer.site is not None or layer.weight:

@@ -92,13 +92,13 @@ def make_report(
     reasons = {alone.name: alone for alone in plan.left_alone}
     for layer in plan.layers:  # slim or not, but under no site
         if layer.site is None and len(layer.shape) > 1:
-            name = f"{layer.path}.weight"
-            reason = reasons.pop(name).reason if name in reasons else ""
+            reason = reasons.pop(layer.tensor).reason if layer.tensor in reasons else ""
             module: Layer = model.get_submodule(layer.path)
-            now, size = tuple(module.weight.shape), math.prod(layer.shape)
+            weight = getattr(module, layer.side) if layer.own else module.weight
+            now, size = tuple(weight.shape), math.prod(layer.shape)
             layers.append(
                 LayerReport(
-                    layer.path, type(module).__name__, layer.shape, None, None, size, module.weight.numel(),
+                    layer.name, type(weight if layer.own else module).__name__, layer.shape, None, None, size, weight.numel(),
                     note=reason, slim=now if now != layer.shape else None,
                 )
             )  # fmt: skip
@@ -135,7 +135,7 @@ def make_report(
                 g.group.units,
                 len(g.kept),
                 cuts.shares.get(g.name, 1.0),
-                tuple(dict.fromkeys(e.path for e in g.group.ends)),
+                tuple(dict.fromkeys(e.name for e in g.group.ends)),
                 cuts.prices.get(g.name),
             )
             for g in plan.neurons

@@ -25,7 +25,7 @@ from .matricize import choose_unfolding, unfoldings
 from .measure import check_inputs, check_run, count_macs, count_params, input_shapes, layer_macs
 from .readers import read_in_a_run, weight_readers
 from .structures import Channels, Entries, LowRank, Neurons, Site, Structure, Weight, WideLayer, inner_site
-from .surgery.channels import width
+from .surgery.channels import End, parameters_at, width
 from .surgery.factorize import MARK, empty_pair
 
 
@@ -78,7 +78,7 @@ class Plan:
     @property
     def out_of_reach(self) -> str:
         """What to say of the largest weights that stay dense, where a budget cannot be met."""
-        slimmed = {f"{layer.path}.weight" for layer in self.layers}
+        slimmed = {layer.tensor for layer in self.layers}
         stay = [(math.prod(x.shape), x) for x in self.left_alone if x.name not in slimmed]
         largest = sorted(stay, key=lambda pair: -pair[0])[:3]
         named = "; ".join(f"{x.name}, {count:,} parameters: {x.reason}" for count, x in largest)
@@ -283,7 +283,7 @@ def _add_neurons(
         elif any(path in of_site and getattr(module, "groups", 1) > 1 for end, module in ends for path in modules[module]):
             reason = "it touches a grouped convolution that may be factorised: exclude that from LowRank"
         elif trained is not None and (
-            gone := next((e.path for e, m in ends for p in m.parameters(False) if p not in trained or not p.requires_grad), None)
+            gone := next((e.name for e, m in ends for p in parameters_at(m, e) if p not in trained or not p.requires_grad), None)
         ):
             reason = f"{gone} is frozen or not in the optimizer"
         if reason is None:
@@ -292,14 +292,22 @@ def _add_neurons(
             plan.whole[group.name] = reason
     for neurons in plan.neurons:
         for end in neurons.group.ends:
-            if all(layer.path != end.path for layer in plan.layers):
-                plan.layers.append(_wide_layer(end.path, model.get_submodule(end.path), of_site.get(end.path)))
+            module = model.get_submodule(end.path)
+            costs_nothing = end.own and end.side in module._buffers
+            if not costs_nothing and all(layer.name != end.name for layer in plan.layers):
+                plan.layers.append(_own_layer(end, module) if end.own else _wide_layer(end.path, module, of_site.get(end.path)))
     plan.layers += [
         _wide_layer(site.layer, site.modules[0], site)
         for site in plan.sites
         if plan.neurons and all(x.site is not site for x in plan.layers)
     ]
     return acting
+
+
+def _own_layer(end: End, module: nn.Module) -> WideLayer:
+    parameter = module.get_parameter(end.side)
+    size = parameter.numel()
+    return WideLayer(end.path, tuple(parameter.shape), (size, size), size, size, None, beside=1.0, side=end.side)
 
 
 def _wide_layer(path: str, module: Any, site: Site | None) -> WideLayer:
@@ -338,11 +346,11 @@ def _count(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> None:
         if site.inner is not None:
             entries = sum(math.prod(shape) for module in site.modules for shape in shapes[module])
             site.inner.positions = (site.positions[1], entries // site.unfolding.sides[1], site.positions[1])
-    others: dict[str, Any] = {x.path: model.get_submodule(x.path) for x in plan.layers if x.site is None}
+    others: dict[str, Any] = {x.path: model.get_submodule(x.path) for x in plan.layers if x.site is None and not x.own}
     others = {path: module for path, module in others.items() if unfoldings(module)}
     shapes = input_shapes(model, list(others.values()), inputs)
     for layer in plan.layers:
-        if layer.path in others:
+        if layer.name in others:
             macs = _dense_macs(others[layer.path], shapes[others[layer.path]])
             if layer.weight:
                 layer.positions = macs / others[layer.path].weight.numel()

@@ -20,7 +20,7 @@ from .matricize import TRANSPOSED_CONVS, Layer, is_hf_conv1d
 from .measure import call, check_inputs, evaluating
 from .moments import FEWEST, InputMoments, Moments
 from .plan import Plan
-from .surgery.channels import Group, channels_kept, slim, slimmed, width
+from .surgery.channels import Group, channels_kept, parameters_at, slim, slimmed, width
 from .surgery.factorize import MARK
 
 UNSAFE = (
@@ -79,8 +79,8 @@ def slim_neurons(
         shares[g.name] = float(importances[g.name][stay].sum() / max(importances[g.name].sum(), math.ulp(0.0)))
     if means:
         fold_means(model, tied, kept, means)
-    layers = {end.path: model.get_submodule(end.path) for group in tied for end in group.ends}
-    notes = hooks_lost([path for path, layer in layers.items() if any(map(has_gradient_hooks, layer.parameters()))])
+    held = {end.name: parameters_at(model.get_submodule(end.path), end) for group in tied for end in group.ends}
+    notes = hooks_lost([name for name, parameters in held.items() if any(map(has_gradient_hooks, parameters))])
     unsafe_before = set(unsafe_convolutions(model))
     slim(model, tied, kept, optimizers)
     took_out(model, plan, kept)
@@ -128,7 +128,7 @@ def took_out(model: nn.Module, plan: Plan, kept: dict[str, list[int]]) -> None:
             group.kept = np.array(sorted(kept[group.name]), dtype=np.int64)
     for layer in plan.layers:
         module = model.get_submodule(layer.path)
-        layer.out = width(module, "out")
+        layer.out = width(module, layer.side)
         layer.taken = width(module, "in") if layer.site is not None or layer.weight else layer.out
         if layer.site is not None and layer.site.unfolding.sides != (layer.out, layer.taken):
             layer.site.resize(layer.out, layer.taken)

@@ -16,7 +16,7 @@ from .report import Snapshot
 from .schedule import Controller
 from .timing import RankTimes
 
-VERSION = 8
+VERSION = 9
 MAX_SNAPSHOTS = 200
 
 

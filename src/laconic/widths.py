@@ -29,11 +29,12 @@ from .costs import CURRENCIES, Rates, layer_costs, model_costs, present_costs
 from .errors import InfeasibleBudgetError
 from .plan import Plan
 from .structures import Neurons, Site, WideLayer, inner_site
+from .surgery.channels import End
 
 Widths = dict[str, int]
 Step = tuple[float, tuple[int, int]]  # what it loses per cost that it saves; to how many units, 0, or to which ranks
 STEP = 32  # a step takes this part of the units, or of the ranks, that are left
-SIDES = 2  # a unit of a convolution counts twice: lost to the weights that put it out, and to those that read it
+COUNTED = 2  # a unit of a convolution counts twice: lost to the weights that put it out, and to those that read it
 GRID = 24  # ranks that are tried for a weight that is still dense, or for an inner site that is whole
 
 
@@ -100,7 +101,7 @@ class Walk:
         units: that each group keeps.
         ranks: of each site; inner: of the site within it, 0 where that stays whole.
         shares: logarithms of what is kept, by the number of units or the rank.
-        layers, rates, sizes, costs: of every layer, by path: itself, its prices, its channels, what it costs.
+        layers, rates, sizes, costs: of every layer, by name: itself, its prices, its channels, what it costs.
         spent: what the model costs; weights: of the currencies.
         touching: groups and sites that change a layer.
     """
@@ -128,11 +129,11 @@ class Walk:
         self.units = {g.name: len(g.kept) for g in plan.neurons}
         self.ranks = {s.name: s.rank for s in plan.sites}
         self.inner = {s.name: s.inner.rank or 0 if s.inner is not None else 0 for s in plan.sites}
-        self.layers = {layer.path: layer for layer in plan.layers}
-        self.rates = {layer.path: Rates.of(layer) for layer in plan.layers}
-        self.sizes = {layer.path: (layer.out, layer.taken) for layer in plan.layers}
+        self.layers = {layer.name: layer for layer in plan.layers}
+        self.rates = {layer.name: Rates.of(layer) for layer in plan.layers}
+        self.sizes = {layer.name: (layer.out, layer.taken) for layer in plan.layers}
         self.shares = {
-            g.name: self.sides(g) * log_shares(np.sqrt(np.sort(self.importances[g.name])[::-1]))
+            g.name: self.counted(g) * log_shares(np.sqrt(np.sort(self.importances[g.name])[::-1]))
             for g in plan.neurons
             if g.name in self.importances
         }
@@ -142,18 +143,22 @@ class Walk:
         self.weights = self.currency_weights()
         self.touching = defaultdict(set)
         for group in plan.neurons:
-            for end in group.group.ends:
-                self.touching[end.path].add(group.name)
+            for end in self.priced(group):
+                self.touching[end.name].add(group.name)
         for site in plan.sites:
             self.touching[site.layer].add(site.name)
         for group in plan.neurons:
             self.bury(group)
 
-    def sides(self, group: Neurons) -> int:
+    def priced(self, group: Neurons) -> list[End]:
+        """Without buffers, which cost nothing."""
+        return [end for end in group.group.ends if end.name in self.layers]
+
+    def counted(self, group: Neurons) -> int:
         """How often a unit's share counts: where a pair can be cut along its inputs, ranks do what neurons do, and keep the best directions
         instead of the best axes."""
-        sites = [self.layers[end.path].site for end in group.group.ends if end.path in self.layers]
-        return SIDES if any(site is not None and inner_site(site) is not None for site in sites) else 1
+        sites = [self.layers[end.name].site for end in self.priced(group)]
+        return COUNTED if any(site is not None and inner_site(site) is not None for site in sites) else 1
 
     def cost(self, path: str, size: tuple[int, int] | None = None) -> Floats:
         """Of a layer at its rank, with these numbers of channels (None: its own)."""
@@ -189,10 +194,10 @@ class Walk:
         """Numbers of channels of all layers of a group that keeps so many units."""
         less = self.units[group.name] - count
         sizes: dict[str, tuple[int, int]] = {}
-        for end in group.group.ends:
-            out, taken = sizes.get(end.path, self.sizes[end.path])
+        for end in self.priced(group):
+            out, taken = sizes.get(end.name, self.sizes[end.name])
             width = less * end.index.shape[1]
-            sizes[end.path] = (out - width, taken) if end.side == "out" else (out, taken - width)
+            sizes[end.name] = (out, taken - width) if end.side == "in" else (out - width, taken)
         return sizes
 
     def change(self, sizes: dict[str, tuple[int, int]]) -> Floats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..checks import has_gradient_hooks, hooked
 from ..matricize import unfoldings
 from ..measure import _countable_attention, call, check_inputs, seeded
-from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, End, Group, Ints, channels_kept, groups_of
+from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, SIDES, End, Group, Ints, channels_kept, groups_of, per_channel
 from ..surgery.factorize import MARK
 from .tracer import Decision, Tracer
 from .trial import line, tried
@@ -60,20 +60,22 @@ def find_groups(model: nn.Module, example_inputs: Any) -> tuple[list[Group], dic
 
 @dataclasses.dataclass(slots=True)
 class Layers:
-    """Paths of the layers of a model: those with outputs of their own, those that pass units on, those not looked into."""
+    """Paths of the layers of a model: those with outputs of their own, those that pass units on, those not looked into; and where the model's own
+    code holds a number for each channel: path and name."""
 
     producers: list[str] = dataclasses.field(default_factory=list)
     carriers: list[str] = dataclasses.field(default_factory=list)
     opaque: dict[str, str] = dataclasses.field(default_factory=dict)
+    own: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
 def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
     """The layers of a model by path, and the reasons that are known before anything runs."""
-    holders: dict[int, set[str]] = {}
+    holders: dict[int, list[str]] = {}
     for path, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders.setdefault(id(parameter), set()).add(path)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                holders.setdefault(id(tensor), []).append(path)
     found, reasons = Layers(), {}
     skip: list[tuple[str, str]] = []
     for path, module in model.named_modules():
@@ -96,6 +98,7 @@ def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
         elif supported or carrier:
             why = _untouchable(path, module, holders)
         if why is None and not supported and not carrier:
+            found.own += [(path, name) for name, tensor in _own(module) if len(holders[id(tensor)]) == 1]
             continue
         if supported or parametrized or isinstance(module, OPAQUE):
             found.producers.append(path)
@@ -110,7 +113,16 @@ def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
     return found, reasons
 
 
-def _untouchable(path: str, module: nn.Module, holders: Mapping[int, set[str]]) -> str | None:
+def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters that are trained and buffers of this module itself with a number for each channel."""
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is None or name in SIDES or name in module._non_persistent_buffers_set or not per_channel(tensor):
+            continue
+        if tensor.requires_grad is isinstance(tensor, nn.Parameter) and not has_gradient_hooks(tensor):
+            yield name, tensor
+
+
+def _untouchable(path: str, module: nn.Module, holders: Mapping[int, Sequence[str]]) -> str | None:
     parameters = list(module.parameters())
     if any(hooked(m) for m in module.modules()):
         return "it has forward or backward hooks, which may rely on its width"
@@ -181,6 +193,8 @@ def _trace(
     for path in [*layers.producers, *layers.carriers, *layers.opaque]:
         if path in layers.opaque or not any(path.startswith(f"{p}.") for p in layers.opaque):
             watch(path, twin.get_submodule(path), layers.opaque.get(path))
+    for path, name in layers.own:
+        tracer.own(path, name, getattr(twin.get_submodule(path), name))
     try:
         with torch.inference_mode(), _countable_attention(), seeded():
             own = [x.clone() if isinstance(x, Tensor) else x for x in inputs]  # made here: tensors without a history
@@ -199,7 +213,7 @@ def _grouped(model: nn.Module, layers: Layers, tracer: Tracer) -> tuple[list[Gro
     units = tracer.units
     reasons: dict[str, str] = {}
     roots = {key: units.find(ids) for key, ids in tracer.layers.items()}
-    producers = [path for path in layers.producers if (path, PRODUCER) in roots]
+    producers = [path for path in layers.producers if (path, "out", PRODUCER) in roots]
     free: dict[str, list[int]] = {}
     for path in layers.producers:
         if path not in producers:
@@ -207,7 +221,7 @@ def _grouped(model: nn.Module, layers: Layers, tracer: Tracer) -> tuple[list[Gro
                 grouped = groups_of(model.get_submodule(path)) > 1
                 reasons[path] = "grouped: its outputs follow its inputs, which stay" if grouped else NOT_REACHED
             continue
-        here = roots[path, PRODUCER]
+        here = roots[path, "out", PRODUCER]
         free[path] = [int(r) for r in dict.fromkeys(here.tolist()) if r not in units.held]
         stuck = [int(r) for r in here if r in units.held]
         if stuck:
@@ -236,23 +250,22 @@ def _grouped(model: nn.Module, layers: Layers, tracer: Tracer) -> tuple[list[Gro
     return sorted(groups, key=lambda g: producers.index(g.name)), reasons
 
 
-def _group(model: nn.Module, paths: list[str], members: list[int], roots: Mapping[tuple[str, str], Ints]) -> tuple[Group | None, str]:
+def _group(model: nn.Module, paths: list[str], members: list[int], roots: Mapping[tuple[str, str, str], Ints]) -> tuple[Group | None, str]:
     if len(members) < 2:
         return None, "all its channels are tied into one unit"
-    order = dict.fromkeys(int(r) for path in paths for r in roots[path, PRODUCER])
+    order = dict.fromkeys(int(r) for path in paths for r in roots[path, "out", PRODUCER])
     inside = set(members)
     position = np.full(1 + max(int(here.max()) for here in roots.values()), -1)
     position[[root for root in order if root in inside]] = np.arange(len(members))
     ends = []
-    for (path, role), here in roots.items():
+    for (path, side, role), here in roots.items():
         mine = position[here]
         if not (mine >= 0).any():
             continue
         counts = np.bincount(mine[mine >= 0], minlength=len(members))
         if counts.min() != counts.max():
-            return None, f"its units do not have equal shares in {path}"
+            return None, f"its units do not have equal shares in {path}{'' if side in SIDES else f'.{side}'}"
         channels = np.argsort(mine, kind="stable")[(mine < 0).sum() :]
-        side = "in" if role == CONSUMER else "out"
         dense = channels_kept(model.get_submodule(path), side)[channels]
         ends.append(End(path, side, dense.reshape(len(members), -1), role))
     ends.sort(key=lambda end: ((PRODUCER, CARRIER, CONSUMER).index(end.role), paths.index(end.path) if end.role == PRODUCER else 0))

@@ -71,9 +71,16 @@ def unknown(op: Operation) -> Labels:
 
 def _pointwise(op: Operation) -> Labels:
     out = op.outputs[0]
-    labels = [(x, label) for x in op.tensors if (label := op.tracer.label(x)) is not None]
-    found = [Label(out.ndim - x.ndim + label.axis, label.ids) for x, label in labels]
+
+    def labels() -> list[Label]:
+        return [Label(out.ndim - x.ndim + label.axis, label.ids) for x in op.tensors if (label := op.tracer.label(x)) is not None]
+
+    if len({label.axis for label in labels()}) > 1:
+        op.tracer.forget(op.tensors)
+    found = labels()
     axes = {label.axis for label in found}
+    if not found:
+        return [None] * len(op.outputs)
     if len(axes) > 1:
         op.hold(f"{op.name} crosses it with other units")
         return [None] * len(op.outputs)
@@ -327,6 +334,7 @@ def _rules() -> dict[str, Callable[[Operation], Labels]]:
 
 
 _RULES = _rules()
+PLACE_BY_PLACE = (_pointwise, _viewed, _moved, _kept)  # where a parameter of the model's own may meet the units that it belongs to
 
 
 def rule_for(func: Any) -> Callable[[Operation], Labels] | None:

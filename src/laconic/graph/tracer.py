@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..matricize import CONVS, TRANSPOSED_CONVS, Layer
 from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, Ints, groups_of
 from ..surgery.factorize import plain_layers
 from .labels import Label, Units, leaves
-from .operations import Operation, rule_for, unknown
+from .operations import PLACE_BY_PLACE, Operation, rule_for, unknown
 
 Decision = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -28,7 +28,7 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         decisions: every such operation that was met, with the axes that it could be.
-        layers: for each (path, role) the unit of each channel.
+        layers: for each (path, side, role) the unit of each channel.
     """
 
     def __init__(self, choices: Mapping[Decision, int]):
@@ -36,7 +36,7 @@ class Tracer(TorchDispatchMode):
         self.units = Units()
         self.choices = choices
         self.decisions: dict[Decision, tuple[int, ...]] = {}
-        self.layers: dict[tuple[str, str], Ints] = {}
+        self.layers: dict[tuple[str, str, str], Ints] = {}
         self.made: dict[str, Ints] = {}
         self.inside = 0  # depth of layers whose own operations are not followed
         self._labels: dict[int, tuple[Tensor, Label]] = {}  # by id; the tensor is kept alive, so that ids are not reused
@@ -66,6 +66,8 @@ class Tracer(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
             rule = unknown
+        if rule not in PLACE_BY_PLACE and not self.forget(labelled):
+            return func(*args, **kwargs)
         written = [x for x, a in zip(args, func._schema.arguments, strict=False) if a.alias_info is not None and a.alias_info.is_write]
         before = [self.label(x) for x in written]
         result = func(*args, **kwargs)
@@ -127,26 +129,45 @@ class Tracer(TorchDispatchMode):
             label = None
         ids = label.ids if label is not None else np.zeros(x.shape[channels], dtype=np.int64)
         if isinstance(module, (*NORMS, nn.PReLU)):
-            self.note(path, CARRIER, ids)
+            self.note(path, "out", CARRIER, ids)
             made = ids
         elif (groups := groups_of(module)) > 1:
             rows = ids.reshape(groups, -1)
             self.units.hold(rows[(rows == 0).any(1)].ravel(), f"{path} is grouped, and reads it beside numbers that are no layer's output")
             self.units.tie(rows, np.broadcast_to(rows[:, :1], rows.shape))
             made = np.repeat(rows[:, 0], y.shape[channels] // groups)
-            self.note(path, CARRIER, made)
+            self.note(path, "out", CARRIER, made)
         else:
-            self.note(path, CONSUMER, ids)
+            self.note(path, "in", CONSUMER, ids)
             if path not in self.made:
                 self.made[path] = self.units.new(y.shape[channels])
-                self.note(path, PRODUCER, self.made[path])
+                self.note(path, "out", PRODUCER, self.made[path])
             made = self.made[path]
         self.set_label(y, Label(channels, made))
 
-    def note(self, path: str, role: str, ids: Ints) -> None:
+    def own(self, path: str, name: str, tensor: Tensor) -> None:
+        """A parameter or buffer of the model's own, with a number for each channel: of what, will be seen where the two meet."""
+        axis = next(a for a, size in enumerate(tensor.shape) if size > 1)
+        self.layers[path, name, CARRIER] = ids = self.units.new(tensor.numel())
+        self.set_label(tensor, Label(axis, ids))
+
+    def forget(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Give up labels of the model's own that have met no layer's units: they belong to something else. Returns the tensors that keep theirs."""
+        made = self.units.find(np.concatenate([np.zeros(0, dtype=np.int64), *self.made.values()]))
+        kept = []
+        for x in tensors:
+            label = self.label(x)
+            if label is not None and np.isin(self.units.find(label.ids), made).any():
+                kept.append(x)
+            elif label is not None:
+                self.units.hold(label.ids, "it is used in another way, too")
+                self.set_label(x, None)
+        return kept
+
+    def note(self, path: str, side: str, role: str, ids: Ints) -> None:
         """What a layer reads or makes; at a second call it must be tied to what it was at the first."""
-        before = self.layers.get((path, role))
-        self.layers[path, role] = ids if before is None else self.units.meet(before, ids, f"{path} also reads something else")
+        before = self.layers.get((path, side, role))
+        self.layers[path, side, role] = ids if before is None else self.units.meet(before, ids, f"{path} also reads something else")
 
     def hold_all(self, values: Any, reason: str) -> None:
         for x in leaves(values):

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import first_line
 from ..matricize import CONVS, TRANSPOSED_CONVS, Layer
 from ..measure import as_it_was, call, seeded
-from ..surgery.channels import Count, Group, channels_kept, slim, slimmed
+from ..surgery.channels import Count, Group, channels_kept, per_channel, slim, slimmed
 from ..surgery.factorize import plain_layers
 from .labels import leaves
 
@@ -226,7 +226,7 @@ def _shake(model: nn.Module) -> None:
         for name, buffer in model.named_buffers():
             if name.rpartition(".")[2] == "running_mean":
                 buffer.add_(noise(buffer), alpha=0.2)
-            elif name.rpartition(".")[2] == "running_var":
+            elif per_channel(buffer):  # a variance, say
                 buffer.mul_(1 + 0.5 * torch.rand(buffer.shape, generator=generator).to(buffer))
 
 
@@ -286,7 +286,9 @@ def _distance(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
 
 def _candidates(model: nn.Module, group: Group) -> Iterator[tuple[Count, ...]]:
     """Numbers on the modules above the group's layers that may count its units (`heads`), or their channels."""
-    above = {""} | {path.rpartition(".")[0] for end in group.ends for path in _and_above(end.path)}
+    above = {"", *(end.path for end in group.ends if end.own)} | {
+        path.rpartition(".")[0] for end in group.ends for path in _and_above(end.path)
+    }
     widths = {group.units * d for end in group.ends for d in range(1, end.index.shape[1] + 1) if end.index.shape[1] % d == 0}
     found = [
         Count(path, name, value)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checks import check_finite, whole_number
 from ..matricize import Layer, Unfolding, unfolding_named, unfoldings
 from ..penalties import L1, LogSum, Penalty
-from ..surgery.channels import NORMS, End, Group, channels_kept, width
+from ..surgery.channels import NORMS, SIDES, End, Group, channels_kept, width
 from ..surgery.factorize import MARK, plain_layers, product
 from .base import InUnits, Shrinkage, check_options, root_mean_square
 from .low_rank import Site
@@ -28,7 +28,7 @@ class WideLayer:
     """A layer whose cost depends on how many channels it puts out and takes in.
 
     Attributes:
-        path: in the model.
+        path: in the model; side: `"out"`, or the name of a parameter or buffer of the model's own (see `surgery.channels.End`), which is a layer here.
         shape: of the weight in the dense model.
         dense: channels that it puts out and takes in in the dense model; out, taken: now.
         site: its weight's, where that may be factorised.
@@ -52,6 +52,22 @@ class WideLayer:
     beside_macs: float = 0.0
     beside_ms: float = 0.0
     weight_ms: float = 0.0
+    side: str = "out"
+
+    @property
+    def own(self) -> bool:
+        """Is it a parameter or buffer of the model's own?"""
+        return self.side not in SIDES
+
+    @property
+    def name(self) -> str:
+        """Its path, or the whole name of the model's own parameter."""
+        return self.tensor if self.own else self.path
+
+    @property
+    def tensor(self) -> str:
+        """The name of its weight, or of the model's own parameter."""
+        return f"{self.path}.{self.side if self.own else 'weight'}".lstrip(".")
 
     def params_at(self, out: int, taken: int) -> float:
         """Parameters that are under no site, with these numbers of channels."""
@@ -197,6 +213,8 @@ class Channels:
         total = torch.zeros(len(site.kept), dtype=torch.float64, device="cpu")
         spread = self.values(site).square()
         dead = spread == 0
+        if any(end.own for end in site.group.carriers):  # which may bring in something by itself
+            dead = torch.zeros_like(dead)
         norms = [site.model.get_submodule(e.path) for e in site.group.carriers]
         scales = [m.weight.detach().double().cpu().square() for m in norms if isinstance(m, NORMS) and m.weight is not None]
         ends = [e for e, m in zip(site.group.carriers, norms, strict=True) if isinstance(m, NORMS) and m.weight is not None]

@@ -26,6 +26,7 @@ Ints = NDArray[np.int64]
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 PRODUCER, CONSUMER, CARRIER = "producer", "consumer", "carrier"
+SIDES = ("out", "in")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +35,27 @@ class End:
 
     Attributes:
         path: the layer's path in the dense model (the first of its paths).
-        side: `"out"`: rows of the weight, bias, entries of a norm; `"in"`: columns of the weight.
+        side: `"out"`: rows of the weight, bias, entries of a norm; `"in"`: columns of the weight; else the name of a parameter or
+            buffer that the module at `path`, whose code is the model's own, holds for each channel (a layer scale).
         index: `[units, k]`: the channels of that side, in the dense layer's numbering, of each unit.
         role: `"producer"` computes the units from something else, `"consumer"` reads them, `"carrier"` passes each on by
-            itself (BatchNorm, PReLU, depthwise convolution).
+            itself (BatchNorm, PReLU, depthwise convolution, a parameter of the model's own).
     """
 
     path: str
     side: str
     index: Ints
     role: str
+
+    @property
+    def own(self) -> bool:
+        """Is it a parameter or buffer of the model's own?"""
+        return self.side not in SIDES
+
+    @property
+    def name(self) -> str:
+        """The layer's path, or the whole name of the model's own parameter."""
+        return f"{self.path}.{self.side}".lstrip(".") if self.own else self.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +152,9 @@ def slimmed(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Sequen
 def _plan(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Sequence[int]]) -> list[Edit]:
     gone, counts = _what_goes(model, groups, kept)
     edits: list[Edit] = []
-    for path, sides in gone.items():
-        edits += _edits(path, _module(model, path), sides)
-    return edits + [_count_edit(_module(model, path), values) for path, values in counts.items()]
+    for path in gone | counts:
+        edits += _edits(path, _module(model, path), gone.get(path, {}), counts.get(path, {}))
+    return edits
 
 
 def apply(edits: Sequence[Edit]) -> Callable[[], None]:
@@ -181,7 +193,9 @@ def units_kept(model: nn.Module, group: Group) -> list[int]:
 
 
 def width(module: Layer, side: str) -> int:
-    """Channels of one side of a layer, a pair, or a carrier, as it is now."""
+    """Channels of one side of a layer, a pair, or a carrier, as it is now; or the length of a parameter of the model's own."""
+    if side not in SIDES:
+        return int(getattr(module, side).numel())
     if hasattr(module, MARK):
         return width(module[0] if side == "in" else module[1], side)
     if is_hf_conv1d(module):
@@ -194,6 +208,13 @@ def width(module: Layer, side: str) -> int:
     )
 
 
+def parameters_at(module: nn.Module, end: End) -> list[nn.Parameter]:
+    """Of the layer at an end, or the one of the model's own."""
+    if end.own:
+        return [p for name, p in module.named_parameters(recurse=False) if name == end.side]
+    return list(module.parameters())
+
+
 def groups_of(module: Layer) -> int:
     """Groups of a convolution or of the pair it became; 1 for everything else."""
     return groups_of(module[0]) if hasattr(module, MARK) else int(getattr(module, "groups", 1))
@@ -202,7 +223,7 @@ def groups_of(module: Layer) -> int:
 def replayed(path: str, module: nn.Module, kept: Mapping[str, Sequence[int]], sizes: Mapping[str, int]) -> list[Edit]:
     """The edits that make a dense layer the slim one that kept these channels; of another module they set its counts."""
     gone = {side: np.setdiff1d(np.arange(width(module, side)), np.asarray(stay)) for side, stay in kept.items()}
-    return _edits(path, module, gone) if gone else [_count_edit(module, sizes)]
+    return _edits(path, module, gone, sizes)
 
 
 # ---- what goes ------------------------------------------------------------------------------------------------------
@@ -243,8 +264,8 @@ def _module(model: nn.Module, path: str) -> nn.Module:
 # ---- new tensors ----------------------------------------------------------------------------------------------------
 
 
-def _edits(path: str, module: nn.Module, gone: Mapping[str, Ints]) -> list[Edit]:
-    """The edits of one layer without these channels (dense numbers), its mark included; none where nothing changes."""
+def _edits(path: str, module: nn.Module, gone: Mapping[str, Ints], counts: Mapping[str, int]) -> list[Edit]:
+    """The edits of one layer without these channels (dense numbers), its counts and its mark included; none where nothing changes."""
     mark = _mark(module)
     positions: dict[str, Ints] = {}
     for side, channels in gone.items():
@@ -258,11 +279,23 @@ def _edits(path: str, module: nn.Module, gone: Mapping[str, Ints]) -> list[Edit]
             positions[side] = stay
             mark["dense"].setdefault(side, len(here))
             mark["kept"][side] = here[stay].tolist()
-    if not positions:
+    if not positions and not counts:
         return []
-    edits = _sliced(path, module, positions.get("out"), positions.get("in"))
-    mark["sizes"] |= _sizes(module, positions.get("out"), positions.get("in"))
-    return [*edits, Edit(module, {}, {}, {SLIM: mark})]
+    mark["sizes"] |= counts
+    edits = [_edit(module, [(name, ((_long_axis(getattr(module, name)), p),))], {}) for name, p in positions.items() if name not in SIDES]
+    if not positions.keys().isdisjoint(SIDES):
+        edits += _sliced(path, module, positions.get("out"), positions.get("in"))
+        mark["sizes"] |= _sizes(module, positions.get("out"), positions.get("in"))
+    return [*edits, Edit(module, {}, {}, {**counts, SLIM: mark})]
+
+
+def per_channel(tensor: Tensor) -> bool:
+    """One number for each channel: a single axis is longer than 1."""
+    return tensor.is_floating_point() and tensor.numel() == max(tensor.shape, default=0) > 1
+
+
+def _long_axis(tensor: Tensor) -> int:
+    return int(np.argmax(tensor.shape))
 
 
 def _mark(module: nn.Module) -> dict[str, Any]:
@@ -270,12 +303,6 @@ def _mark(module: nn.Module) -> dict[str, Any]:
     kind = getattr(module, MARK)["kind"] if hasattr(module, MARK) else type(module).__name__
     mark: dict[str, Any] = {"kind": kind, "dense": {}, "kept": {}, "sizes": {}}
     return mark | {key: dict(value) for key, value in getattr(module, SLIM, {}).items() if key != "kind"}
-
-
-def _count_edit(module: nn.Module, counts: Mapping[str, int]) -> Edit:
-    mark = _mark(module)
-    mark["sizes"] |= counts
-    return Edit(module, {}, {}, {**counts, SLIM: mark})
 
 
 def _sizes(module: Layer, out: Ints | None, into: Ints | None) -> dict[str, int]:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ArchitectureMismatchError
 from ..matricize import Layer, unfoldings
-from .channels import apply, replayed, width
+from .channels import SIDES, apply, per_channel, replayed, width
 from .factorize import MARK, SLIM, new_pair
 
 
@@ -59,7 +59,7 @@ class Slim:
     Attributes:
         names: every path at which it sits in the model.
         kind: class name of the dense layer.
-        dense: channels of the dense layer, for each side (`"out"`, `"in"`) that lost some.
+        dense: channels of the dense layer, for each side (`"out"`, `"in"`, a parameter of the model's own) that lost some.
         kept: for each such side the channels that are left, by their dense numbers.
         sizes: the module's attributes that say how wide it is, as they are now (`out_features`, `groups`, `num_heads`).
     """
@@ -95,6 +95,11 @@ def replay_slims(model: nn.Module, slims: Sequence[Slim]) -> Callable[[], None]:
     for slim in slims:
         name = slim.names[0]
         module = _layer(model, name, slim.kind)
+        missing = [side for side in slim.dense if side not in SIDES and not _vector(getattr(module, side, None))]
+        if type(module).__name__ == slim.kind and missing:
+            raise ArchitectureMismatchError(
+                f"layer {name!r}: saved with a number for each channel in {missing[0]!r}, which this model's lacks"
+            )
         if type(module).__name__ != slim.kind or not all(hasattr(module, size) for size in slim.sizes):
             raise ArchitectureMismatchError(f"layer {name!r}: saved from a {slim.kind}, this model has a {type(module).__name__}")
         for side, dense in slim.dense.items():
@@ -104,6 +109,10 @@ def replay_slims(model: nn.Module, slims: Sequence[Slim]) -> Callable[[], None]:
                 )
         edits += replayed(name, module, slim.kept, slim.sizes)
     return apply(edits)
+
+
+def _vector(value: Any) -> bool:
+    return isinstance(value, Tensor) and per_channel(value)
 
 
 def _layer(model: nn.Module, name: str, kind: str) -> Layer:
