@@ -279,7 +279,7 @@ class QueryKeyNorm(nn.Module):
         self.head_dim = width // heads
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.scale, self.gate = nn.Parameter(torch.rand(self.head_dim) + 0.5), nn.Parameter(torch.rand(length, 1))
-        self.mix = nn.Parameter(torch.rand(2))
+        self.mix, self.probe = nn.Parameter(torch.rand(2)), nn.Parameter(torch.rand(self.head_dim))
         self.register_buffer("frequencies", torch.rand(self.head_dim))
         self.head = nn.Linear(width, 3)
 
@@ -290,6 +290,7 @@ class QueryKeyNorm(nn.Module):
         q, k = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) * self.scale * angles.cos() for y in (q, k))
         weights = (torch.einsum("bthd,bshd->bhts", q, k) * self.gate).softmax(-1)
         y = torch.einsum("bhts,bshd->bthd", weights, v)
+        y = y + torch.matmul(y.mean(-1, keepdim=True), self.probe[None])  # an outer product
         y = (self.mix.softmax(0).view(2, 1, 1, 1, 1) * torch.stack([y, y.sigmoid()])).sum(0)
         return self.head(x + self.out(y.reshape(b, t, -1)))
 
