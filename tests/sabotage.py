@@ -279,7 +279,14 @@ EDITS = [
         "if False:",
         "test_graph",
     ),
-    Edit("neurons with a shift of their own are dead", "structures/channels.py", "dead = torch.zeros_like(dead)", "pass", "test_neurons"),
+    Edit(
+        "neurons with a shift of their own are dead",
+        "structures/channels.py",
+        "dead = torch.zeros_like(dead)",
+        "pass",
+        "test_neurons",
+        "noise_of_its_own",
+    ),
     Edit(
         "a number where a vector was saved",
         "surgery/record.py",
@@ -302,9 +309,15 @@ EDITS = [
         "beside=1.0, side=end.side",
         "beside=0.0, side=end.side",
         "test_neurons",
+        "of_the_models_own",
     ),
     Edit(
-        "buffers are counted", "plan.py", "costs_nothing = end.own and end.side in module._buffers", "costs_nothing = False", "test_neurons"
+        "buffers are counted",
+        "plan.py",
+        "costs_nothing = end.own and end.side in module._buffers",
+        "costs_nothing = False",
+        "test_neurons",
+        "of_the_models_own",
     ),
     Edit("a mark has its parameters, or its counts", "surgery/channels.py", """mark["sizes"] |= counts""", "pass", "test_channels"),
     Edit("a missed bound in milliseconds is not said", "outcome.py", "latency > 1.05 * limit_ms", "False", "test_shrinking"),

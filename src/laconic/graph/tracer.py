@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..matricize import CONVS, TRANSPOSED_CONVS, Layer
-from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, Ints, groups_of
+from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, Ints, groups_of, long_axis
 from ..surgery.factorize import plain_layers
 from .labels import Label, Units, leaves
 from .operations import PLACE_BY_PLACE, Operation, rule_for, unknown
@@ -147,9 +147,8 @@ class Tracer(TorchDispatchMode):
 
     def own(self, path: str, name: str, tensor: Tensor) -> None:
         """A parameter or buffer of the model's own, with a number for each channel: of what, will be seen where the two meet."""
-        axis = next(a for a, size in enumerate(tensor.shape) if size > 1)
         self.layers[path, name, CARRIER] = ids = self.units.new(tensor.numel())
-        self.set_label(tensor, Label(axis, ids))
+        self.set_label(tensor, Label(long_axis(tensor), ids))
 
     def forget(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Give up labels of the model's own that have met no layer's units: they belong to something else. Returns the tensors that keep theirs."""

@@ -3,6 +3,7 @@
 A `Group` says which channels of which layers belong to one unit (`laconic.graph` finds the groups). Its numbers are
 those of the dense model and never change: each slimmed layer carries a mark with the dense numbers of the channels it
 still has, so that it can be slimmed again, factorised before or after, and replayed on a fresh dense model.
+One operation on every kind of layer, and therefore one long file.
 """
 
 from __future__ import annotations
@@ -282,7 +283,7 @@ def _edits(path: str, module: nn.Module, gone: Mapping[str, Ints], counts: Mappi
     if not positions and not counts:
         return []
     mark["sizes"] |= counts
-    edits = [_edit(module, [(name, ((_long_axis(getattr(module, name)), p),))], {}) for name, p in positions.items() if name not in SIDES]
+    edits = [_edit(module, [(name, ((long_axis(getattr(module, name)), p),))], {}) for name, p in positions.items() if name not in SIDES]
     if not positions.keys().isdisjoint(SIDES):
         edits += _sliced(path, module, positions.get("out"), positions.get("in"))
         mark["sizes"] |= _sizes(module, positions.get("out"), positions.get("in"))
@@ -294,7 +295,7 @@ def per_channel(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.numel() == max(tensor.shape, default=0) > 1
 
 
-def _long_axis(tensor: Tensor) -> int:
+def long_axis(tensor: Tensor) -> int:
     return int(np.argmax(tensor.shape))
 
 
