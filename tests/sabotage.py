@@ -887,6 +887,30 @@ EDITS = [
         "pass",
         "test_neurons",
     ),
+    Edit(
+        "half precision excuses a wrong removal",
+        "slimming.py",
+        "min(torch.finfo(dtype).eps",
+        "max(torch.finfo(dtype).eps",
+        "test_neurons",
+        "belong",
+    ),
+    Edit(
+        "rounding taken for a wrong removal",
+        "slimming.py",
+        "off = difference(copy.deepcopy(model).to(torch.float64), tied, kept, cast(inputs, torch.float64))",
+        "pass",
+        "test_neurons",
+        "blows_up",
+    ),
+    Edit(
+        "a trial in the precisions that the code names",
+        "graph/trial.py",
+        "OneDtype(dtype) if dtype is not None else contextlib.nullcontext()",
+        "contextlib.nullcontext()",
+        "test_graph",
+        "casts_between",
+    ),
 ]
 
 

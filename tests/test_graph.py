@@ -556,6 +556,33 @@ def test_other_precisions(dtype):
     assert found(model, torch.randn(2, 3, 8, 8, dtype=dtype))[0] == {"stem.0": 8, "body.0": 12}
 
 
+class HalfTrunk(nn.Module):
+    """Its code says in which precision what runs; the outputs are float32."""
+
+    def __init__(self, dtype: torch.dtype, autocast: bool = False):
+        super().__init__()
+        self.dtype, self.autocast = dtype, autocast
+        trunk = torch.float32 if autocast else dtype
+        self.stem, self.a, self.b, self.head = (
+            nn.Linear(6, 8),
+            nn.Linear(8, 12, dtype=trunk),
+            nn.Linear(12, 10, dtype=trunk),
+            nn.Linear(10, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        with torch.autocast("cpu", self.dtype, enabled=self.autocast):
+            x = self.b(self.a(x if self.autocast else x.to(self.dtype)).relu()).relu()
+        return self.head(x.float())
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_casts_between_precisions_is_tried_in_one(dtype, autocast):
+    assert found(HalfTrunk(dtype, autocast), torch.randn(4, 6))[0] == {"stem": 8, "a": 12, "b": 10}
+
+
 def test_a_lone_layer_a_lone_unit_and_an_empty_model():
     assert found(nn.Linear(6, 3), torch.randn(4, 6)) == ({}, {"": "the model itself is this layer"})
     assert found(nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 3)), torch.randn(4, 6))[0] == {}

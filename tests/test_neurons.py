@@ -23,12 +23,13 @@ from laconic.measure import count_macs, count_params
 from laconic.models import GPT
 from laconic.moments import InputMoments
 from laconic.plan import make_plan
-from laconic.slimming import importances_of, slim_neurons, watch_inputs
+from laconic.slimming import difference, importances_of, slim_neurons, watch_inputs
 from laconic.timing import RankTimes
 from laconic.widths import Walk, choose_shapes, most_important
 
 from .architectures import CASES, Basic, Net, conv
 from .models import assert_same, cnn, inputs_for, mlp, set_clock, snapshot
+from .test_graph import HalfTrunk
 from .test_shrinking import IMAGE, NETWORKS, Residual, noise, train, wide_mlp
 
 BOTH = (laconic.LowRank(), laconic.Channels())
@@ -746,6 +747,27 @@ def test_a_slim_layer_is_timed_as_it_will_be(monkeypatch, empty_table, share):
     assert (share - 0.1) * dense <= clock(model) <= 1.05 * share * dense
 
 
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("out of memory")], ids=lambda e: type(e).__name__)
+def test_where_there_is_no_room_for_a_dense_model_at_the_end_the_report_is_not_lost(monkeypatch, empty_table, error):
+    def clock(model):
+        return count_params(model) / 1000
+
+    def no_room(*_):
+        raise error
+
+    set_clock(monkeypatch, clock)
+    model = wide_mlp()
+    dense = clock(model)
+    compressor = compressor_for(model, (8, 64), budget=laconic.Budget(latency=0.5), total_steps=20)
+    train(model, compressor.optimizers[0], (8, 64), 20)
+    monkeypatch.setattr("laconic.outcome.relative_latency", no_room)
+    report = compressor.compact()
+    assert clock(model) < 0.6 * dense
+    assert (report.latency_before, report.latency_after) == (None, None)
+    assert [note for note in report.notes if note.startswith("not timed beside the dense model")]
+    assert str(report)
+
+
 def test_sizes_are_multiples_of_eight_where_milliseconds_count():
     model = wide_mlp()
     inputs = (noise(model, (8, 64), 0),)
@@ -1098,3 +1120,49 @@ def test_a_neuron_with_a_zero_row_and_a_noise_of_its_own_is_not_dead():
     (group,) = plan.neurons
     assert "strength" in {end.name for end in group.group.carriers}
     assert group.structure.importance(group).min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_casts_between_precisions_loses_neurons(dtype):
+    model, x = HalfTrunk(dtype), torch.randn(64, 6)
+    optimizer = optim.SGD(model.parameters(), lr=0.01)
+    budget = laconic.Budget(params=0.6)
+    compressor = laconic.Compressor(model, optimizer, laconic.Channels(), budget=budget, total_steps=20, every=1, example_inputs=(x,))
+    for _ in range(20):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    report = compressor.compact()
+    assert report.params_after <= 0.6 * report.params_before
+    assert (model.a.weight.dtype, model.head.weight.dtype) == (dtype, torch.float32)
+
+
+def test_rounding_that_the_model_blows_up_is_no_reason_to_refuse():
+    class Shrill(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (1e5 * super().forward(x)).sin()
+
+    model, x = Shrill(nn.Linear(6, 256), nn.Tanh(), nn.Linear(256, 3)), torch.randn(8, 6)
+    plan = make_plan(model, [laconic.Channels()], (x,))
+    (site,) = plan.neurons
+    kept = {site.name: list(range(0, 256, 2))}
+    assert difference(model, [site.group], kept, (x,)) > 2e-3
+    result = slim_neurons(model, plan, {site.name: np.ones(256)}, kept, example_inputs=(x,))
+    assert result.errors[site.name] < 1e-6
+    assert model[0].weight.shape == (128, 6)
+    assert model[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_units_that_do_not_belong_together_are_refused_whatever_the_precision(dtype):
+    """The consumer's columns in another order than the producer's rows."""
+    model, x = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).to(dtype), torch.randn(8, 6, dtype=dtype)
+    plan = make_plan(model, [laconic.Channels()], (x,))
+    (site,) = plan.neurons
+    (consumer,) = site.group.consumers
+    wrong = dataclasses.replace(consumer, index=consumer.index[::-1].copy())
+    site.group = dataclasses.replace(site.group, ends=tuple(wrong if end is consumer else end for end in site.group.ends))
+    before = snapshot(model)
+    with pytest.raises(laconic.SurgeryError, match=r"outputs differ .* more than rounding"):
+        slim_neurons(model, plan, {site.name: np.ones(16)}, {site.name: list(range(8))}, example_inputs=(x,))
+    assert_same(snapshot(model), before)

@@ -184,6 +184,24 @@ def copied(inputs: Inputs) -> tuple[Any, ...]:
     return copies
 
 
+class OneDtype(TorchDispatchMode):
+    """Inside, real numbers are made and cast to this dtype alone, whatever the model's code asks for: it may have a half-precision trunk."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wanted = (kwargs or {}).get("dtype")
+        return func(*args, **(kwargs or {}) | ({"dtype": self.dtype} if wanted is not None and wanted.is_floating_point else {}))
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Their real numbers in this dtype, however nested."""
+    made: tuple[Any, ...] = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, tuple(inputs))
+    return made
+
+
 @contextlib.contextmanager
 def _countable_attention() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()

@@ -10,6 +10,7 @@ from torch import nn
 
 from .budget import Budget
 from .cuts import CutResult
+from .errors import first_line
 from .matricize import Layer
 from .measure import count_macs, count_params, relative_latency
 from .plan import Plan
@@ -106,13 +107,17 @@ def make_report(
         size = math.prod(alone.shape)
         layers.append(LayerReport(alone.name.rpartition(".")[0] or alone.name, "", alone.shape, None, None, size, size, note=alone.reason))
     dense_ms = latency = None
+    untimed: list[str] = []
     if dense is not None:
-        share, dense_ms = relative_latency(model, dense(), example_inputs)
-        latency = share * dense_ms
+        try:
+            share, dense_ms = relative_latency(model, dense(), example_inputs)
+            latency = share * dense_ms
+        except (MemoryError, RuntimeError) as error:  # the cut is made and verified: the report must not be lost with the clock
+            untimed.append(f"not timed beside the dense model, which could not be built or run once more: {first_line(error)}")
     stay: dict[str, list[str]] = {}
     for name, reason in plan.whole.items():
         stay.setdefault(reason, []).append(name)
-    notes = [*cuts.notes, *(f"neurons of {', '.join(names)} all stay: {reason}" for reason, names in stay.items())]
+    notes = [*cuts.notes, *untimed, *(f"neurons of {', '.join(names)} all stay: {reason}" for reason, names in stay.items())]
     limit_ms = budget.limit_ms(dense_ms) if budget is not None and dense_ms is not None else None
     if limit_ms is not None and latency is not None and latency > 1.05 * limit_ms:
         notes.append(

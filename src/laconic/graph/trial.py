@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import first_line
 from ..matricize import CONVS, TRANSPOSED_CONVS, Layer
-from ..measure import as_it_was, call, seeded
+from ..measure import OneDtype, as_it_was, call, cast, seeded
 from ..surgery.channels import Count, Group, channels_kept, per_channel, slim, slimmed
 from ..surgery.factorize import plain_layers
 from .labels import leaves
@@ -160,8 +160,9 @@ class Trial:
     def _run(self, model: nn.Module, dtype: torch.dtype | None, inputs: Sequence[Any], seed: int = 0) -> list[Tensor]:
         if dtype is not None:
             model = copy.deepcopy(model).to(dtype)
-        with as_it_was(model), torch.no_grad(), seeded(seed):  # it may count its calls
-            outputs = list(leaves(call(model, _cast(inputs, dtype))))
+        one_dtype = OneDtype(dtype) if dtype is not None else contextlib.nullcontext()
+        with as_it_was(model), torch.no_grad(), seeded(seed), one_dtype:  # it may count its calls
+            outputs = list(leaves(call(model, cast(inputs, dtype) if dtype is not None else inputs)))
         return [y.detach() for y in outputs if y.is_floating_point() and y.numel()]
 
     def _trains(self, model: nn.Module, inputs: Sequence[Any]) -> str | None:
@@ -193,10 +194,6 @@ def _native_kernels() -> Iterator[None]:
         yield
     finally:
         torch.backends.mkldnn.enabled = before
-
-
-def _cast(inputs: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
-    return [x.to(dtype) if isinstance(x, Tensor) and dtype is not None and x.is_floating_point() else x for x in inputs]
 
 
 def _some(units: int, generator: np.random.Generator) -> list[int]:
