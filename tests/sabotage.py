@@ -91,8 +91,8 @@ EDITS = [
     Edit(
         "unreached layers untold",
         "compressor.py",
-        "if ran := [path for path in unreached if",
-        "if ran := [path for path in [] if",
+        "for path in self._unreached}, self._reached)",
+        "for path in ()}, self._reached)",
         "test_neurons",
         "is_told",
     ),
@@ -148,7 +148,7 @@ EDITS = [
     Edit(
         "a changed model is compacted",
         "compressor.py",
-        "check_parameters(self.model, self._parameters, self.optimizers, [])\n            check",
+        "self._check_parameters([])\n            check",
         "check",
         "test_errors",
         "settling",
@@ -910,6 +910,22 @@ EDITS = [
         "contextlib.nullcontext()",
         "test_graph",
         "casts_between",
+    ),
+    Edit(
+        "a copy of a compressor that hangs on nothing",
+        "compressor.py",
+        "        self._attach()\n        if not",
+        "        self._attached, self._alarm, self._watch, self._inputs, self._handles = True, None, None, None, []\n        if not",
+        "test_neurons",
+        "copied_together",
+    ),
+    Edit(
+        "gradients of a copy not scaled",
+        "compressor.py",
+        "= scale_gradients(self.plan.sites, self.state.gradient_scales)",
+        "= []",
+        "test_neurons",
+        "copied_together",
     ),
 ]
 

@@ -102,6 +102,21 @@ BAD = [
     (["compress", "no_colon", "--weights", "w.pt", "--out", "x", "--params", "0.5"], "expected package.module:callable"),
     (["compress", "torch.nn:Nothing", "--weights", "w.pt", "--out", "x", "--params", "0.5"], "Nothing"),
     (["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "x", "--params", "0.5"], "w.pt does not exist"),
+    (
+        ["compress", "torch.nn:Linear", "--weights", "w.pt", "--out", "x", "--params", "0.5"],
+        "called without arguments: TypeError: .*in_features",
+    ),
+    (["compress", "torch:pi", "--weights", "w.pt", "--out", "x", "--params", "0.5"], "called without arguments: TypeError: .*not callable"),
+    (["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "typo.toml/x", "--params", "0.5"], "typo.toml is not a directory"),
+    (["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "x", "--macs", "0.5"], "--macs 0.5: needs --input-shape"),
+    (
+        ["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "x", "--macs", "0.5", "--input-shape", "-1", "3"],
+        "--input-shape -1 3: every",
+    ),
+    (["train", "digits", "--out", "typo.toml"], "typo.toml is not a directory"),
+    (["train", "digits", "--results", "typo.toml/results"], "typo.toml is not a directory"),
+    (["search", "digits", "--init", "w.pt", "--out", "typo.toml/a/b"], "typo.toml is not a directory"),
+    (["demo", "--out", "typo.toml"], "typo.toml is not a directory"),
     (["report", "nowhere"], "nowhere does not exist"),
     (["report", "."], "laconic.json is missing"),
 ]
@@ -120,6 +135,17 @@ def test_bad_input_is_one_line_and_a_status(tmp_path, monkeypatch, capsys, argum
     assert error.startswith("laconic: ")
     assert error.count("\n") == 1
     assert pytest.importorskip("re").search(message, error), error
+
+
+def test_an_error_of_the_operating_system_is_one_line_and_a_status(recipe, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "runs")
+
+    monkeypatch.setattr("laconic.checkpoint.write_file", full)
+    with pytest.raises(SystemExit) as stopped:
+        run("train", recipe, "--method", "thin", "--json")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "laconic: [Errno 28] No space left on device: 'runs'"
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])

@@ -102,13 +102,26 @@ class Net(nn.Module):
         self.conv = nn.Conv2d(32, 64, 3, padding=2, dilation=2, groups=4, bias=False)
         self.few = nn.Conv2d(64, 48, 3, padding=1)
         self.head = nn.Linear(48, 60)
+        self.to(torch.DTYPE)
 
     def forward(self, x):
         return self.head(self.few(self.conv(self.stem(self.first(x)))).mean((2, 3)))
 """
 
 
-def test_the_example_rebuilds_a_saved_model_where_laconic_cannot_be_imported(tmp_path):
+def rebuilt(folder: Path, model: str) -> None:
+    """The saved model in `compact` gives `y.pt` for `x.pt`, rebuilt in a process without laconic."""
+    import torch
+
+    (loader,) = blocks(ROOT / "docs" / "rebuild.md", "python")
+    assert len([line for line in loader.splitlines() if line.strip()]) <= 30
+    script = REBUILD.format(loader=loader, model=model, threads=torch.get_num_threads())
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "rebuilt", done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_example_rebuilds_a_saved_model_where_laconic_cannot_be_imported(tmp_path, dtype):
     import torch
 
     import laconic
@@ -116,10 +129,10 @@ def test_the_example_rebuilds_a_saved_model_where_laconic_cannot_be_imported(tmp
     from laconic.surgery.channels import slim
 
     namespace: dict = {}
-    exec(MODEL, namespace)
-    model, x = namespace["Net"]().eval(), torch.randn(2, 3, 9, 9)
+    exec(code := MODEL.replace("DTYPE", dtype), namespace)
+    model, x = namespace["Net"]().eval(), torch.randn(2, 3, 9, 9, dtype=getattr(torch, dtype))
     few = model.few.weight.data[:, :3]  # three directions are read: the pair is cut again
-    model.few.weight.data = torch.einsum("ojkl,ij->oikl", few, torch.randn(64, 3)).contiguous()
+    model.few.weight.data = torch.einsum("ojkl,ij->oikl", few, torch.randn(64, 3, dtype=x.dtype)).contiguous()
     groups, _ = find_groups(model, (x,))
     slim(model, groups, {"first": [0, 2, *range(4, 12)], "stem.0": [1, 2]})
     report = laconic.compress(model, laconic.LowRank(), budget=laconic.Budget(params=0.4), example_inputs=(x,))
@@ -129,8 +142,38 @@ def test_the_example_rebuilds_a_saved_model_where_laconic_cannot_be_imported(tmp
     assert {s["names"][0] for s in record["slims"]} == {"first", "stem.0", "stem.1", "conv", "few"}
     torch.save(x, tmp_path / "x.pt")
     torch.save(model(x).detach(), tmp_path / "y.pt")
-    (loader,) = blocks(ROOT / "docs" / "rebuild.md", "python")
-    assert len([line for line in loader.splitlines() if line.strip()]) <= 28
-    script = REBUILD.format(loader=loader, model=MODEL, threads=torch.get_num_threads())
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "rebuilt", done.stderr
+    rebuilt(tmp_path, code)
+
+
+GPT2 = """
+from transformers import GPT2Config, GPT2LMHeadModel
+
+class Net(GPT2LMHeadModel):
+    def __init__(self):
+        super().__init__(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=40, n_positions=16, use_cache=False))
+
+    def forward(self, ids):
+        return super().forward(ids).logits
+"""
+
+
+def test_the_example_rebuilds_a_tied_language_model_of_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    import torch
+
+    import laconic
+    from laconic.graph import find_groups
+    from laconic.surgery.channels import slim
+
+    namespace: dict = {}
+    exec(GPT2, namespace)
+    model, x = namespace["Net"]().eval(), torch.randint(0, 40, (2, 7))
+    groups, _ = find_groups(model, (x,))
+    slim(model, groups, {"transformer.h.0.mlp.c_fc": list(range(100)), "transformer.h.0.attn.c_attn": [0, 2, 3]})
+    report = laconic.compress(model, laconic.LowRank(), budget=laconic.Budget(params=0.7), example_inputs=(x,))
+    assert {layer.kind for layer in report.layers if layer.rank} >= {"Conv1D"}
+    record = json.loads((laconic.save(model, tmp_path / "compact") / "laconic.json").read_text())
+    assert record["aliases"]
+    torch.save(x, tmp_path / "x.pt")
+    torch.save(model(x).detach(), tmp_path / "y.pt")
+    rebuilt(tmp_path, GPT2)

@@ -113,6 +113,11 @@ BAD = {
     "NaN in the example inputs": (lambda: compressor(by_strength(), example_inputs=(X * float("nan"),)), errors.NonFiniteError, V, r"example_inputs\[0\] holds NaN"),
     "Inf in a running statistic": (lambda: compressor(by_strength(), with_running_var_inf(), example_inputs=(X,)), errors.NonFiniteError, V, r"1\.running_var holds NaN or Inf"),
     "NaN matrix": (lambda: laconic.svt(torch.full((2, 2), float("nan")), 0.1), errors.NonFiniteError, V, "NaN or Inf"),
+    "example inputs on the meta device": (lambda: compressor(by_strength(), example_inputs=(X.to("meta"),)), errors.InvalidValueError, V, r"example_inputs\[0\] is on the meta device"),
+    "profile on inputs of another shape": (lambda: laconic.profile(mlp(), (X[:, :3],)), errors.InvalidValueError, V, r"example_inputs: Sequential does not run on \(\(\d+, 3\)"),
+    "calibration that is a number": (lambda: compressor(by_strength()).compact(calibration=3), errors.InvalidTypeError, T, "calibration: expected an iterable of batches.*got int"),
+    "calibration that is one batch": (lambda: compress(energy=0.9, calibration=X), errors.InvalidTypeError, T, "calibration: expected an iterable of batches.*got Tensor"),
+    "saved below a file": (lambda: laconic.save(mlp(), f"{__file__}/model"), errors.CheckpointError, V, r"model cannot be written: .*test_errors\.py is not a directory"),
     # budgets
     "budget 0": (lambda: laconic.Budget(params=0), errors.InvalidValueError, V, r"params=0\): a fraction .* above 0 and at most 1; absolute: max_params="),
     "budget above 1": (lambda: laconic.Budget(macs=1.5), errors.InvalidValueError, V, r"macs=1\.5\)"),

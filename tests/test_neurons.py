@@ -864,21 +864,96 @@ class Conditional(nn.Module):
         return self.b((hidden if condition is None else hidden + self.condition(condition)).relu())
 
 
-@pytest.mark.parametrize("reached", [True, False])
-def test_a_layer_that_runs_in_training_and_not_on_the_example_inputs_is_told(reached):
+@pytest.mark.parametrize("reached_in", [(), (0,), (1,), (0, 2), (30,)], ids=str)
+def test_a_layer_that_runs_in_training_and_not_on_the_example_inputs_is_told(reached_in):
     model = Conditional()
     optimizer = optim.AdamW(model.parameters(), lr=1e-3)
     x = (torch.randn(4, 16), torch.randn(4, 8))
-    compressor = laconic.Compressor(
-        model, optimizer, BOTH, budget=laconic.Budget(params=0.5), total_steps=100, example_inputs=x if reached else x[:1]
+    compressor = laconic.Compressor(model, optimizer, BOTH, budget=laconic.Budget(params=0.5), total_steps=200, example_inputs=x[:1])
+    told = (
+        pytest.warns(UserWarning, match="condition: runs in training, but not on the example") if reached_in else contextlib.nullcontext()
     )
-    told = contextlib.nullcontext() if reached else pytest.warns(UserWarning, match="condition: run in training, but not on the example")
-    with told:
-        for _ in range(3):
-            model(*x).square().mean().backward()
+    with torch.no_grad():
+        model(*x)  # not a step of the training
+    with told as warned:
+        for t in range(32):
+            model(*x[: 1 + (t in reached_in)]).square().mean().backward()
             optimizer.step()
-    assert any("condition: run in training" in note for note in compressor.plan.notes) != reached
+    assert len(warned or ()) == sum("condition: runs in training" in note for note in compressor.plan.notes) == bool(reached_in)
+    assert set(compressor.state.shapes) <= {s.name for s in compressor.plan.sites}
+
+
+def test_a_layer_that_the_example_inputs_reach_is_not_told():
+    model = Conditional()
+    optimizer = optim.AdamW(model.parameters(), lr=1e-3)
+    x = (torch.randn(4, 16), torch.randn(4, 8))
+    compressor = laconic.Compressor(model, optimizer, BOTH, budget=laconic.Budget(params=0.5), total_steps=100, example_inputs=x)
+    for _ in range(3):
+        model(*x).square().mean().backward()
+        optimizer.step()
+    assert not any("runs in training" in note for note in compressor.plan.notes)
     assert set(compressor.state.shapes) == {s.name for s in compressor.plan.sites}
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda parts: pickle.loads(pickle.dumps(parts))}
+OPTIMIZERS = {"sgd": lambda p: optim.SGD(p, lr=0.05, momentum=0.9), "adamw": lambda p: optim.AdamW(p, lr=1e-3)}
+
+
+@pytest.mark.parametrize(
+    ("how", "build", "budget"),
+    [
+        ("deepcopy", "sgd", laconic.Budget(params=0.3)),
+        ("pickle", "adamw", laconic.Budget(params=0.3)),
+        ("deepcopy", "adamw", laconic.Budget(latency=0.4)),
+        ("pickle", "sgd", laconic.Budget(latency=0.4)),
+    ],
+)
+@pytest.mark.parametrize("at", [0, 1, 5, 12, 30])
+def test_model_optimizer_and_compressor_copied_together_train_on_as_they_would(monkeypatch, at, how, build, budget):
+    set_clock(monkeypatch, lambda model: count_params(model) / 1000)
+    model = wide_mlp()
+    compressor = compressor_for(model, (8, 64), optimizer=OPTIMIZERS[build](model.parameters()), budget=budget, total_steps=40, every=3)
+
+    def go(model, optimizer, steps):
+        for t in steps:
+            model(noise(model, (8, 64), t)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    go(model, compressor.optimizers[0], range(at))
+    twin, other, theirs = COPIES[how]((model, compressor.optimizers[0], compressor))
+    assert theirs.model is twin
+    assert theirs.optimizers == [other]
+    for m, c in ((twin, theirs), (model, compressor)):  # the copy first: it must not lean on the original
+        go(m, c.optimizers[0], range(at, 40))
+    assert compressor.steps == theirs.steps == 40
+    report, wanted = theirs.compact(), compressor.compact()
+    assert report.params_after == wanted.params_after < 0.6 * wanted.params_before
+    assert_same(snapshot(twin), snapshot(model))
+
+
+def test_a_copy_of_a_model_that_holds_its_compressor_has_one_of_its_own():
+    class Held(nn.Sequential):
+        compressor = None
+
+    model = Held(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 4))
+    model.compressor = compressor_for(model, (8, 64), budget=laconic.Budget(params=0.3), total_steps=30)
+    twin = copy.deepcopy(model)
+    assert twin.compressor.model is twin
+    train(twin, twin.compressor.optimizers[0], (8, 64), 30)
+    assert (twin.compressor.steps, model.compressor.steps) == (30, 0)
+    assert twin.compressor.compact().params_after <= 0.3 * count_params(model)
+
+
+def test_a_copy_of_a_compressor_that_is_done_stays_so():
+    model = wide_mlp()
+    compressor = compressor_for(model, (8, 64), budget=laconic.Budget(params=0.3), total_steps=20)
+    train(model, compressor.optimizers[0], (8, 64), 20)
+    report = compressor.compact()
+    twin, theirs = copy.deepcopy((model, compressor))
+    train(twin, theirs.optimizers[0], (8, 64), 3)
+    assert theirs.steps == 20
+    assert theirs.compact() == report
 
 
 def test_inputs_that_only_some_processes_saw_count(monkeypatch):

@@ -47,7 +47,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: CompactRep
         report: what `compact()` returned, or a dict of plain data of your own; kept under `"report"` in the JSON.
 
     Raises:
-        CheckpointError: the path holds something that is not a saved model, or the model holds state that is not tensors.
+        CheckpointError: the path holds something that is not a saved model, or cannot be written to; or the model holds state that is not tensors.
         InvalidTypeError: no model; a report that JSON cannot hold.
     """
     check_module(model)
@@ -56,6 +56,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: CompactRep
     target = Path(directory)
     if target.exists() and not (target.is_dir() and ((target / RECORD).exists() or not any(target.iterdir()))):
         raise CheckpointError(f"{target} exists and is not a saved model: nothing was written; choose another directory")
+    check_place(target)
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -289,6 +290,18 @@ def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
         parameters, origin = model.get_submodule(path)._parameters, model.get_submodule(other)._parameters
         if key in parameters and source in origin:
             parameters[key] = origin[source]
+
+
+def check_place(target: Path) -> None:
+    """Something can be written under this name, as far as can be told before.
+
+    Raises:
+        CheckpointError: the nearest thing above it that exists is no directory, or one that may not be written to.
+    """
+    above = next(path for path in target.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        reason = "may not be written to" if above.is_dir() else "is not a directory"
+        raise CheckpointError(f"{target} cannot be written: {above} {reason}; choose another place")
 
 
 def write_file(path: Path, payload: bytes) -> None:

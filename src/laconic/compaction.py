@@ -30,7 +30,7 @@ from .report import CompactReport
 from .slimming import importances_of, slim_neurons, took_out, unseen, watch_inputs
 from .solvers.gram import COLUMNS
 from .structures import Entries, Site, Structure
-from .surgery.batchnorm import batch_norms, reestimate
+from .surgery.batchnorm import as_batches, batch_norms, reestimate
 from .surgery.channels import slim
 from .surgery.factorize import pair_matrices, pair_weights
 from .surgery.factorize import weights as pair_parameters
@@ -340,7 +340,7 @@ def compress(
         raise InvalidValueError("Entries acts in training only: leave it out of compress")
     plan = make_plan(model, structures, example_inputs)
     values = spectra(plan)
-    batches = list(calibration) if calibration is not None else None
+    batches = as_batches(calibration)
     moments = watch_inputs(model, plan, batches or [example_inputs]) if plan.neurons else {}
     importances = importances_of(plan, moments)
     if budget is not None:

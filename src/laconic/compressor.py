@@ -65,8 +65,10 @@ from .schedule import Controller, Schedule, too_many_steps
 from .slimming import consumers, importances_of, slim_neurons, unseen, watch_inputs
 from .state import VERSION, RunState
 from .structures import LowRank, Neurons, Site, Structure, Weight, shrink
+from .surgery.batchnorm import as_batches
 from .surgery.constants import dead_constants, fold, unread_units
 from .timing import RankTimes, ShapeWatch, layer_times
+from .watch import Watch
 from .widths import choose_shapes
 
 TINY = 1e-12  # a learning rate that is as good as none
@@ -181,14 +183,38 @@ class Compressor:
         )
         self.plan.ranks = self.state.ranks
         self._owner = {x.name: last_holder(optimizers, x.weights[0]) for x in self._pressed}
-        self._parameters = named_by_identity(model)
-        self._scaling: list[Any] = []
         self._changed = False  # by this step, in mid-run
+        self._report: CompactReport | None = None
+        self._unhooked = [i for i, o in enumerate(optimizers) if not has_hooks(o)]
+        self._unreached = (
+            {path for path, why in self.plan.whole.items() if why == NOT_REACHED} if self.plan.neurons and self.cut_early else set()
+        )
+        self._parameters = named_by_identity(model)
+        self._attach()
+        self._watch_unreached()
+
+    def _attach(self) -> None:
+        """Hook the optimizers, and the gradients that are scaled."""
+        self._attached = True
+        self._handles = [o.register_step_post_hook(partial(self._after_step, i)) for i, o in enumerate(self.optimizers) if has_hooks(o)]
+        self._scaling: list[Any] = scale_gradients(self.plan.sites, self.state.gradient_scales)
         self._watch: ShapeWatch | None = None
         self._inputs: InputMoments | None = None
-        self._report: CompactReport | None = None
-        self._handles = [o.register_step_post_hook(partial(self._after_step, i)) for i, o in enumerate(optimizers) if has_hooks(o)]
-        self._unhooked = [i for i, o in enumerate(optimizers) if not has_hooks(o)]
+        self._alarm: Watch | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle, made together with the model and the optimizers, goes on where this one is."""
+        return {k: v for k, v in vars(self).items() if k not in ("_parameters", "_handles", "_scaling", "_watch", "_inputs", "_alarm")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._parameters = {}  # by identity: named when first asked for
+        self._attach()
+        if not state["_attached"]:
+            self.detach()
+        elif "_modules" in vars(self.model):  # else a model that holds its compressor, and is itself being copied
+            self._watch_inputs()
+            self._watch_unreached()
 
     @classmethod
     def as_published(
@@ -284,8 +310,10 @@ class Compressor:
             self._settle()
         elif due and round_done and self.cut_early:
             self._shrink()
-        if self._changed and self.rebuild is not None:
-            self.rebuild(self.model)
+        if self._changed:
+            self._watch_unreached()
+            if self.rebuild is not None:
+                self.rebuild(self.model)
         self._changed = False
 
     @property
@@ -313,7 +341,7 @@ class Compressor:
         if not sites:  # the step of an optimizer that holds none of the weights: steering is once per round
             return
         state = self.state
-        check_parameters(self.model, self._parameters, self.optimizers, [w for x in self._pressed for w in x.weights])
+        self._check_parameters([w for x in self._pressed for w in x.weights])
         if state.controller is not None:
             state.controller.see(peak_learning_rate(self.optimizers))
         if self._inputs is not None:
@@ -446,20 +474,26 @@ class Compressor:
         return times.at(rank) <= FIRST_CUT * times.dense
 
     def _watch_shapes(self) -> None:
-        """Between the first step and the second, see how large the inputs are in training, and whether layers run that the example inputs do not reach."""
-        unreached = [path for path, why in self.plan.whole.items() if why == NOT_REACHED] if self.plan.neurons else []
+        """Between the first step and the second, see how large the inputs are in training."""
         if self._watch is None:
-            layers = {s.name: s.modules[0] for s in self.plan.sites}
-            self._watch = ShapeWatch(layers | {path: self.model.get_submodule(path) for path in unreached})
-            return
-        shapes, self._watch = self._watch.finish(), None
-        if ran := [path for path in unreached if shapes.pop(path, None)]:
+            self._watch = ShapeWatch({s.name: s.modules[0] for s in self.plan.sites})
+        else:
+            self.state.shapes, self._watch = self._watch.finish(), None
+
+    def _watch_unreached(self) -> None:
+        """Do layers run in training that the example inputs do not reach?"""
+        if self._alarm is not None:
+            self._alarm.close()
+        self._alarm = Watch({path: self.model.get_submodule(path) for path in self._unreached}, self._reached)
+
+    def _reached(self, path: str, *_: Any) -> None:
+        if path in self._unreached:
+            self._unreached.remove(path)
             self.plan.notes.append(
-                f"{', '.join(ran)}: run in training, but not on the example inputs: it is not known which neurons are tied to them, and the model may fail once "
-                "some are gone; pass example_inputs that reach them, or structures=laconic.LowRank()"
+                f"{path}: runs in training, but not on the example inputs: it is not known which neurons are tied to it, and the model may fail once "
+                "some are gone; pass example_inputs that reach it, or structures=laconic.LowRank()"
             )
             warnings.warn(f"laconic: {self.plan.notes[-1]}", stacklevel=2)
-        self.state.shapes = shapes
 
     def _settle(self) -> None:
         """The last cut in mid-run: to the budget."""
@@ -548,16 +582,16 @@ class Compressor:
             return self._report
         if energy is not None and self.budget is not None:
             raise InvalidValueError(f"compact(energy={energy}): the budget rules here; leave energy out")
+        calibration = as_batches(calibration)
         energy = check_share(energy) if energy is not None else self.energy
         if into is not None:
             self._move(into)
         elif self.sharded:
             raise InvalidValueError("the model is sharded (FSDP2) and cannot be cut in place: compact(into=MyNet()), a fresh dense model")
         if into is None:
-            check_parameters(self.model, self._parameters, self.optimizers, [])
+            self._check_parameters([])
             check_trained(self.model)
         notes = self._notes_at_the_end()
-        calibration = list(calibration) if calibration is not None else None
         if self.state.settled and (self.budget is None or is_met(self.plan, self.budget)):
             if calibration is not None:
                 notes.append("calibration had no effect: the model trained on after the cut")
@@ -684,13 +718,20 @@ class Compressor:
             }
         return {name: None if name in keep_dense else rank for name, rank in ranks.items()}
 
+    def _check_parameters(self, weights: Sequence[torch.Tensor]) -> None:
+        self._parameters = self._parameters or named_by_identity(self.model)
+        check_parameters(self.model, self._parameters, self.optimizers, weights)
+
     def detach(self) -> None:
         """Remove the hooks: from here on the optimizer runs alone."""
+        self._attached = False
         self._scale({})
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._stop_watching()
+        if self._alarm is not None:
+            self._alarm.close()
 
     def _stop_watching(self) -> None:
         if self._watch is not None:
@@ -793,6 +834,7 @@ class Compressor:
             times = measured["times"][site.name]
             site.times = RankTimes.from_json(times) if times is not None else None
         self._watch_inputs()
+        self._watch_unreached()
         self._scaling = scale_gradients(self.plan.sites, run.gradient_scales)
         self._parameters = named_by_identity(self.model)
 
@@ -806,5 +848,6 @@ class Compressor:
         except BaseException:
             if self._inputs is not None and self._inputs is not mine["_inputs"]:
                 self._inputs.drop()
-            vars(self).update(mine | {"_watch": self._watch})  # a watch that was ended stays so, and starts anew
+            vars(self).update(mine | {"_watch": self._watch, "_alarm": self._alarm})  # a watch that was ended stays so, and starts anew
+            self._watch_unreached()
             raise

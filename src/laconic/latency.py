@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -128,14 +128,15 @@ def _shares_of_dense(
 def skeleton(model: nn.Module) -> Callable[[], nn.Module]:
     """A function that builds a model of the same layers when this one has been cut long since, each parameter full of one small number; until it is called they take no memory."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
-    devices = {id(empty[id(p)]): p.device for p in model.parameters()}
-    bones = copy.deepcopy(model, dict(empty))
+    return partial(_flesh, copy.deepcopy(model, dict(empty)), [p.device for p in model.parameters()])
 
-    def flesh() -> nn.Module:
-        full = {id(p): nn.Parameter(torch.full_like(p, 0.01, device=devices[id(p)]), requires_grad=False) for p in bones.parameters()}
-        return copy.deepcopy(bones, full)
 
-    return flesh
+def _flesh(bones: nn.Module, devices: Sequence[torch.device]) -> nn.Module:
+    full = {
+        id(p): nn.Parameter(torch.full_like(p, 0.01, device=device), requires_grad=False)
+        for p, device in zip(bones.parameters(), devices, strict=True)
+    }
+    return copy.deepcopy(bones, full)
 
 
 def _cut_copy(model: nn.Module, plan: Plan, kept: dict[str, list[int]], ranks: Ranks) -> tuple[nn.Module, dict[str, list[nn.Module]]]:

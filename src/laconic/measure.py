@@ -94,6 +94,8 @@ def check_run(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     Raises:
         InvalidValueError: it does not, with its own message. NonFiniteError: names the input or the statistic.
     """
+    if meta := [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.is_meta]:
+        raise InvalidValueError(f"example_inputs[{meta[0]}] is on the meta device, without numbers: give inputs as the model will get them")
     for i, x in enumerate(inputs):
         if isinstance(x, Tensor) and x.is_floating_point() and not bool(torch.isfinite(x).all()):
             raise NonFiniteError(f"example_inputs[{i}] holds NaN or Inf: give inputs as the model will get them")
@@ -341,12 +343,16 @@ def profile(model: nn.Module, example_inputs: Any, latency: bool = True, seconds
         latency: also time it.
         seconds: how long to time.
 
+    Raises:
+        InvalidValueError, NonFiniteError: the model does not run on these inputs.
+
     Example:
         >>> import torch, laconic
         >>> laconic.profile(torch.nn.Linear(8, 4), (torch.zeros(1, 8),), latency=False).macs
         32
     """
     inputs = check_inputs(example_inputs)
+    check_run(model, inputs)
     holders = [(name, m) for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
     with evaluating(model), _countable_attention(), FlopCounterMode(display=False) as counter:
         call(model, inputs)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import tyro
 
-from ..errors import LaconicError
+from ..errors import LaconicError, first_line
 from .bench import bench
 from .compress import compress
 from .demo import demo
@@ -28,8 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of `laconic`."""
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="laconic", args=arguments, description=__doc__)
-    except LaconicError as error:
-        print(f"laconic: {error}", file=sys.stderr)
+    except (LaconicError, OSError) as error:  # of the operating system: a full disk, a file that may not be read
+        print(f"laconic: {first_line(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("laconic: interrupted; nothing had been trained that could be saved", file=sys.stderr)

@@ -14,7 +14,7 @@ from .. import checkpoint
 from ..budget import Budget
 from ..compaction import compress as compress_model
 from ..console import console
-from ..errors import InvalidValueError
+from ..errors import InvalidValueError, first_line
 from ..structures import LowRank
 from .shared import show_json, show_report, write_page
 
@@ -45,6 +45,13 @@ def compress(
         matricization: of convolutions: "out,in*kh*kw", "out*kh,in*kw", or "auto".
         json: print the report as JSON.
     """
+    checkpoint.check_place(out)
+    if input_shape and min(input_shape) < 1:
+        raise InvalidValueError(
+            f"--input-shape {' '.join(map(str, input_shape))}: every number must be at least 1, batch first, e.g. 1 3 32 32"
+        )
+    if macs is not None and not input_shape:
+        raise InvalidValueError(f"--macs {macs}: needs --input-shape, of one input, batch first, e.g. 1 3 32 32")
     model = checkpoint.load_weights(call_factory(factory), weights)
     budget = Budget(params=params, macs=macs) if params is not None or macs is not None else None
     inputs = (torch.randn(input_shape, generator=torch.Generator().manual_seed(0)),) if input_shape else None
@@ -71,7 +78,10 @@ def call_factory(factory: str) -> nn.Module:
         raise InvalidValueError(f"factory = {factory!r}: {error}") from None
     finally:
         sys.path.remove("")
-    model = found()
+    try:
+        model = found()
+    except Exception as error:
+        raise InvalidValueError(f"factory = {factory!r}, called without arguments: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise InvalidValueError(f"factory = {factory!r} returned a {type(model).__name__}, expected a torch.nn.Module")
     return model

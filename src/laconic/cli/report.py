@@ -29,6 +29,7 @@ def report(directory: Positional[Path], html: Path | None = None, json: bool = F
         raise CheckpointError(f"{directory} was saved without a report: laconic.save(model, directory, report=report)")
     found = CompactReport.from_json(manifest["report"])
     if html is not None:
+        checkpoint.check_place(html)
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(render(found, title=manifest["model"], context={"laconic": manifest["laconic"], "torch": manifest["torch"]}))
     if json:

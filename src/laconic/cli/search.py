@@ -58,6 +58,7 @@ def search(
         json: print the result as JSON.
     """
     chosen = dataclasses.replace(load_recipe(recipe), init=str(init))
+    checkpoint.check_place(out / chosen.name)
     chosen = dataclasses.replace(chosen, epochs=epochs or max(1, chosen.epochs // 4))
     if threads:
         torch.set_num_threads(threads)

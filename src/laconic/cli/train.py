@@ -71,6 +71,9 @@ def train(
         json: print the result as JSON, show no progress.
     """
     chosen = load_recipe(recipe)
+    for base in (out, results):
+        if base is not None:
+            checkpoint.check_place(base / chosen.name)
     if params is not None:
         Budget(params=params)  # range check, before anything is loaded
         chosen = dataclasses.replace(chosen, params=params)

@@ -9,12 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import InvalidValueError
+from ..errors import InvalidTypeError, InvalidValueError
 from ..measure import call
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+def as_batches(calibration: Iterable[Any] | None) -> list[Any] | None:
+    """The batches that were given, for use more than once.
+
+    Raises:
+        InvalidTypeError: not an iterable of batches; a lone tensor is one batch, not many.
+    """
+    if calibration is None:
+        return None
+    if isinstance(calibration, Tensor) or not (hasattr(calibration, "__iter__") or hasattr(calibration, "__getitem__")):
+        raise InvalidTypeError(
+            f"calibration: expected an iterable of batches, such as [x for x, _ in loader], got {type(calibration).__name__}"
+        )
+    return list(calibration)
 
 
 def reestimate(model: nn.Module, calibration: Iterable[Any]) -> int:
