@@ -25,7 +25,7 @@ from . import dense
 from .base import Method, Trained, build, calibration, cut_and_train_on, example
 
 Cut = Callable[[nn.Module, Dataset, Recipe], CompactReport]
-LATE = 0.5  # setting of those that train on: the share of the run after which the network is cut
+AT = 0.35  # setting of the one that trains on: the share of the run after which the network is cut
 
 
 def by_product(model: nn.Module, data: Dataset, recipe: Recipe) -> CompactReport:
@@ -68,16 +68,16 @@ def post_hoc(label: str, smaller: Cut) -> Method:
     return Method(label, train)
 
 
-def trained_on(label: str, smaller: Cut) -> Method:
+def trained_on(label: str, smaller: Cut, settings: tuple[float, ...]) -> Method:
     def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
         model = build(data, recipe, seed)
         return Trained(
-            model, *cut_and_train_on(model, data, recipe, seed, recipe.setting or LATE, lambda: smaller(model, data, recipe), report)
+            model, *cut_and_train_on(model, data, recipe, seed, recipe.setting or settings[0], lambda: smaller(model, data, recipe), report)
         )
 
-    return Method(label, train, (LATE, 0.2, 0.35), resumes=False)
+    return Method(label, train, settings, resumes=False)
 
 
 SVD = post_hoc("dense, then SVD", by_product)
 SVD_ENERGY = post_hoc("dense, then SVD by energy", lambda *given: by_energy(*given)[0])
-SVD_ENERGY_TUNED = trained_on("dense, cut by SVD by energy, trained on", lambda *given: by_energy(*given)[0])
+SVD_ENERGY_TUNED = trained_on("dense, cut by SVD by energy, trained on", lambda *given: by_energy(*given)[0], (AT, 0.2, 0.5))
