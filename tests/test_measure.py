@@ -101,6 +101,16 @@ MEASURES = {
 }
 
 
+def test_a_profile_needs_no_finite_numbers_and_no_numbers_at_all():
+    mask = nn.Transformer.generate_square_subsequent_mask(5)  # -inf above the diagonal
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    assert laconic.profile(layer, (torch.randn(2, 5, 16), mask), latency=False).macs > 0
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Linear(64, 60), nn.Linear(60, 4)), torch.empty(1, 64)
+    found = laconic.profile(model, (x,), latency=False)
+    assert (found.params, found.macs) == (64 * 60 + 60 + 60 * 4 + 4, 64 * 60 + 60 * 4)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
 def test_measuring_leaves_modes_hooks_buffers_gradients_and_switches_as_they_were(measure, fails):

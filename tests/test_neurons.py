@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import pickle
+import warnings
 from unittest import mock
 
 import numpy as np
@@ -883,6 +884,17 @@ def test_a_layer_that_runs_in_training_and_not_on_the_example_inputs_is_told(rea
     assert set(compressor.state.shapes) <= {s.name for s in compressor.plan.sites}
 
 
+def test_the_watch_for_unreached_layers_stays_out_of_compiled_code():
+    model = Conditional()
+    optimizer = optim.SGD(model.parameters(), lr=1e-3)
+    x = (torch.randn(4, 16), torch.randn(4, 8))
+    laconic.Compressor(model, optimizer, BOTH, budget=laconic.Budget(params=0.5), total_steps=100, example_inputs=x[:1])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(3):
+        compiled(*x).square().mean().backward()
+        optimizer.step()
+
+
 def test_a_layer_that_the_example_inputs_reach_is_not_told():
     model = Conditional()
     optimizer = optim.AdamW(model.parameters(), lr=1e-3)
@@ -932,17 +944,36 @@ def test_model_optimizer_and_compressor_copied_together_train_on_as_they_would(m
     assert_same(snapshot(twin), snapshot(model))
 
 
-def test_a_copy_of_a_model_that_holds_its_compressor_has_one_of_its_own():
-    class Held(nn.Sequential):
-        compressor = None
+class Held(nn.Sequential):
+    compressor = None
 
-    model = Held(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 4))
-    model.compressor = compressor_for(model, (8, 64), budget=laconic.Budget(params=0.3), total_steps=30)
-    twin = copy.deepcopy(model)
-    assert twin.compressor.model is twin
-    train(twin, twin.compressor.optimizers[0], (8, 64), 30)
-    assert (twin.compressor.steps, model.compressor.steps) == (30, 0)
-    assert twin.compressor.compact().params_after <= 0.3 * count_params(model)
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1])
+@pytest.mark.parametrize("at", [0, 1, 5, 11, 20])
+def test_a_copy_of_a_model_that_holds_its_compressor_trains_on_as_the_model(at, warmup):
+    model = Held(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 4), nn.Linear(4, 4))
+    options = {
+        "budget": laconic.Budget(params=0.3),
+        "total_steps": 40,
+        "every": 3 if warmup else 1,
+        "schedule": laconic.Schedule(warmup=warmup),
+    }
+    model.compressor = compressor_for(model, (8, 64), **options)
+    model.compressor._unreached |= {"3"}  # as if the example inputs did not reach it
+    model.compressor._watch_unreached()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(model, model.compressor.optimizers[0], (8, 64), at)
+        twin = copy.deepcopy(model)
+        assert twin.compressor.model is twin
+        for m in (twin, model):
+            for t in range(at, 40):
+                m(noise(m, (8, 64), t)).square().mean().backward()
+                m.compressor.optimizers[0].step()
+                m.compressor.optimizers[0].zero_grad()
+    assert twin.compressor.compact().params_after == model.compressor.compact().params_after
+    assert_same(snapshot(twin), snapshot(model))
+    assert not any(m._forward_pre_hooks for m in (*twin.modules(), *model.modules()))
 
 
 def test_a_copy_of_a_compressor_that_is_done_stays_so():
@@ -1226,6 +1257,24 @@ def test_rounding_that_the_model_blows_up_is_no_reason_to_refuse():
     assert result.errors[site.name] < 1e-6
     assert model[0].weight.shape == (128, 6)
     assert model[0].weight.dtype == torch.float32
+
+
+def test_what_cannot_be_compared_in_more_digits_may_differ_as_its_own_precision_does(monkeypatch):
+    """Here float64 has no kernel: what a rounding flip makes of a bfloat16 output is no reason to refuse, more is."""
+
+    def no_float64(*_):
+        raise TypeError("no float64 on this device")
+
+    model, x = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).bfloat16(), torch.randn(8, 6, dtype=torch.bfloat16)
+    monkeypatch.setattr("laconic.slimming.cast", no_float64)
+    for off in (0.3, 0.02):
+        plan = make_plan(model, [laconic.Channels()], (x,))
+        (site,) = plan.neurons
+        monkeypatch.setattr("laconic.slimming.difference", lambda *_, off=off: off)
+        refused = pytest.raises(laconic.SurgeryError, match=r"outputs differ by 0\.3") if off > 0.25 else contextlib.nullcontext()
+        with refused:
+            slim_neurons(model, plan, {site.name: np.ones(16)}, {site.name: list(range(8))}, example_inputs=(x,))
+    assert model[0].out_features == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

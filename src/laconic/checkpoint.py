@@ -54,9 +54,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: CompactRep
     model = bare(model)
     told = report.to_json() if isinstance(report, CompactReport) else None if report is None else plain_json(report, "report")
     target = Path(directory)
-    if target.exists() and not (target.is_dir() and ((target / RECORD).exists() or not any(target.iterdir()))):
-        raise CheckpointError(f"{target} exists and is not a saved model: nothing was written; choose another directory")
-    check_place(target)
+    check_target(target)
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -292,16 +290,31 @@ def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
             parameters[key] = origin[source]
 
 
-def check_place(target: Path) -> None:
-    """Something can be written under this name, as far as can be told before.
+def check_target(target: Path) -> None:
+    """A model can be saved under this name, as far as can be told before.
 
     Raises:
-        CheckpointError: the nearest thing above it that exists is no directory, or one that may not be written to.
+        CheckpointError: something else is there, or nothing can be written beside it.
     """
-    above = next(path for path in target.absolute().parents if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        reason = "may not be written to" if above.is_dir() else "is not a directory"
-        raise CheckpointError(f"{target} cannot be written: {above} {reason}; choose another place")
+    if target.exists() and not (target.is_dir() and ((target / RECORD).exists() or not any(target.iterdir()))):
+        raise CheckpointError(f"{target} exists and is not a saved model: nothing was written; choose another directory")
+    check_place(target, beside=True)
+
+
+def check_place(path: Path, beside: bool = False) -> None:
+    """A file or a directory of this name can be written, as far as can be told before.
+
+    Args:
+        beside: it is made under another name there first.
+
+    Raises:
+        CheckpointError: it is there and may not be written to; or the nearest thing above it that exists may not, or is no directory.
+    """
+    path = path.absolute()
+    there = next(place for place in (path, *path.parents)[beside:] if place.exists())
+    if not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
+        reason = "may not be written to" if there == path or there.is_dir() else "is not a directory"
+        raise CheckpointError(f"{path} cannot be written: {there} {reason}; choose another place")
 
 
 def write_file(path: Path, payload: bytes) -> None:

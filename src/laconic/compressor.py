@@ -68,7 +68,7 @@ from .structures import LowRank, Neurons, Site, Structure, Weight, shrink
 from .surgery.batchnorm import as_batches
 from .surgery.constants import dead_constants, fold, unread_units
 from .timing import RankTimes, ShapeWatch, layer_times
-from .watch import Watch
+from .watch import Watch, drop_dead
 from .widths import choose_shapes
 
 TINY = 1e-12  # a learning rate that is as good as none
@@ -204,17 +204,25 @@ class Compressor:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle, made together with the model and the optimizers, goes on where this one is."""
-        return {k: v for k, v in vars(self).items() if k not in ("_parameters", "_handles", "_scaling", "_watch", "_inputs", "_alarm")}
+        here = {k: v for k, v in vars(self).items() if k not in ("_parameters", "_handles", "_scaling", "_watch", "_inputs", "_alarm")}
+        # By themselves: a model that holds its compressor, and is being copied, has not got them yet when the compressor has.
+        named = {name: p for name, p in self.model.named_parameters() if id(p) in self._parameters}
+        read = consumers(self.model, self.plan) if self._inputs is not None else {}
+        unreached = {path: self.model.get_submodule(path) for path in self._unreached}
+        return here | {"copied": (named, read, unreached)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        named, read, unreached = state.pop("copied")
         vars(self).update(state)
-        self._parameters = {}  # by identity: named when first asked for
+        self._parameters = {id(p): name for name, p in named.items()}
+        drop_dead([*read.values(), *unreached.values(), *(module for site in self.plan.sites for module in site.modules)])
+        attached = self._attached
         self._attach()
-        if not state["_attached"]:
+        if not attached:
             self.detach()
-        elif "_modules" in vars(self.model):  # else a model that holds its compressor, and is itself being copied
-            self._watch_inputs()
-            self._watch_unreached()
+            return
+        self._inputs = InputMoments(read) if read else None
+        self._alarm = Watch(unreached, self._reached)
 
     @classmethod
     def as_published(
@@ -341,7 +349,7 @@ class Compressor:
         if not sites:  # the step of an optimizer that holds none of the weights: steering is once per round
             return
         state = self.state
-        self._check_parameters([w for x in self._pressed for w in x.weights])
+        check_parameters(self.model, self._parameters, self.optimizers, [w for x in self._pressed for w in x.weights])
         if state.controller is not None:
             state.controller.see(peak_learning_rate(self.optimizers))
         if self._inputs is not None:
@@ -487,7 +495,7 @@ class Compressor:
         self._alarm = Watch({path: self.model.get_submodule(path) for path in self._unreached}, self._reached)
 
     def _reached(self, path: str, *_: Any) -> None:
-        if path in self._unreached:
+        if not torch.compiler.is_compiling() and path in self._unreached:
             self._unreached.remove(path)
             self.plan.notes.append(
                 f"{path}: runs in training, but not on the example inputs: it is not known which neurons are tied to it, and the model may fail once "
@@ -589,7 +597,7 @@ class Compressor:
         elif self.sharded:
             raise InvalidValueError("the model is sharded (FSDP2) and cannot be cut in place: compact(into=MyNet()), a fresh dense model")
         if into is None:
-            self._check_parameters([])
+            check_parameters(self.model, self._parameters, self.optimizers, [])
             check_trained(self.model)
         notes = self._notes_at_the_end()
         if self.state.settled and (self.budget is None or is_met(self.plan, self.budget)):
@@ -717,10 +725,6 @@ class Compressor:
                 for s in self.plan.sites
             }
         return {name: None if name in keep_dense else rank for name, rank in ranks.items()}
-
-    def _check_parameters(self, weights: Sequence[torch.Tensor]) -> None:
-        self._parameters = self._parameters or named_by_identity(self.model)
-        check_parameters(self.model, self._parameters, self.optimizers, weights)
 
     def detach(self) -> None:
         """Remove the hooks: from here on the optimizer runs alone."""

@@ -102,6 +102,11 @@ def check_run(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     for name, buffer in model.named_buffers():
         if name.rpartition(".")[2] in ("running_mean", "running_var") and not bool(torch.isfinite(buffer).all()):
             raise NonFiniteError(f"{name} holds NaN or Inf: run batches through the model in training mode again, or load it again")
+    run(model, inputs)
+
+
+def run(model: nn.Module, inputs: Inputs) -> None:
+    """One forward pass, for its error: InvalidValueError, with the model's own message."""
     try:
         with evaluating(model), seeded():
             call(model, inputs)
@@ -192,6 +197,15 @@ class OneDtype(TorchDispatchMode):
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
+
+    def __enter__(self) -> Any:
+        self.before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_default_dtype(self.before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         wanted = (kwargs or {}).get("dtype")
@@ -344,7 +358,7 @@ def profile(model: nn.Module, example_inputs: Any, latency: bool = True, seconds
         seconds: how long to time.
 
     Raises:
-        InvalidValueError, NonFiniteError: the model does not run on these inputs.
+        InvalidValueError: the model does not run on these inputs.
 
     Example:
         >>> import torch, laconic
@@ -352,7 +366,7 @@ def profile(model: nn.Module, example_inputs: Any, latency: bool = True, seconds
         32
     """
     inputs = check_inputs(example_inputs)
-    check_run(model, inputs)
+    run(model, inputs)
     holders = [(name, m) for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
     with evaluating(model), _countable_attention(), FlopCounterMode(display=False) as counter:
         call(model, inputs)

@@ -113,7 +113,7 @@ def make_report(
             share, dense_ms = relative_latency(model, dense(), example_inputs)
             latency = share * dense_ms
         except (MemoryError, RuntimeError) as error:  # the cut is made and verified: the report must not be lost with the clock
-            untimed.append(f"not timed beside the dense model, which could not be built or run once more: {first_line(error)}")
+            untimed.append(f"not timed beside the dense model: {first_line(error)}")
     stay: dict[str, list[str]] = {}
     for name, reason in plan.whole.items():
         stay.setdefault(reason, []).append(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,6 +23,14 @@ class Watch:
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def drop_dead(modules: Iterable[nn.Module]) -> None:
+    """Take off copied layers what came along with the copy and sees nothing."""
+    for module in modules:
+        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _Hook) and hook.see is None]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 class _Hook:

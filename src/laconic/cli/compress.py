@@ -45,7 +45,7 @@ def compress(
         matricization: of convolutions: "out,in*kh*kw", "out*kh,in*kw", or "auto".
         json: print the report as JSON.
     """
-    checkpoint.check_place(out)
+    checkpoint.check_target(out)
     if input_shape and min(input_shape) < 1:
         raise InvalidValueError(
             f"--input-shape {' '.join(map(str, input_shape))}: every number must be at least 1, batch first, e.g. 1 3 32 32"

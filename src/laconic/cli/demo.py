@@ -28,7 +28,7 @@ def demo(out: Path = Path("laconic-demo"), seed: int = 0, json: bool = False) ->
         seed: of initialisation and batches.
         json: print JSON instead of a table.
     """
-    checkpoint.check_place(out / "model")
+    checkpoint.check_target(out / "model")
     recipe = load_recipe("digits")
     data = load_dataset(recipe.task)
     rows: list[dict[str, Any]] = []
