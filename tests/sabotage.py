@@ -936,7 +936,7 @@ EDITS = [
         "test_neurons",
         "cannot_be_compared",
     ),
-    Edit("numbers made in the usual precision", "measure.py", "torch.set_default_dtype(self.dtype)", "pass", "test_graph", "casts_between"),
+    Edit("numbers made in the usual precision", "measure.py", "torch.set_default_dtype(self.dtype)", "pass", "test_measure", "one_dtype"),
     Edit(
         "gradients of a copy not scaled",
         "compressor.py",

@@ -574,7 +574,7 @@ class HalfTrunk(nn.Module):
         x = self.stem(x).relu()
         with torch.autocast("cpu", self.dtype, enabled=self.autocast):
             x = self.b(self.a(x if self.autocast else x.to(self.dtype)).relu()).relu()
-        return self.head(x.float()) @ torch.eye(3)
+        return self.head(x.float())
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])

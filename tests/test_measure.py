@@ -1,5 +1,6 @@
 """Parameters, MACs, latency and memory, against numbers worked out by hand."""
 
+import contextlib
 import json
 import random
 import time
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import laconic
-from laconic.measure import count_macs, input_shapes, measure_latency, peak_memory, relative_latency
+from laconic.measure import OneDtype, count_macs, input_shapes, measure_latency, peak_memory, relative_latency
 
 from .models import Shared, Tied
 
@@ -99,6 +100,15 @@ MEASURES = {
     "memory": peak_memory,
     "input shapes": lambda m, x: input_shapes(m, [m[0]], x),
 }
+
+
+def test_in_one_dtype_whatever_is_made_or_cast_has_it():
+    with contextlib.suppress(ZeroDivisionError), OneDtype(torch.float64):
+        made = [torch.ones(2), torch.tensor([1.5]), torch.zeros(2, dtype=torch.float32), torch.ones(2).bfloat16(), torch.ones(2).float()]
+        assert {x.dtype for x in made} == {torch.float64}
+        assert (torch.arange(3).dtype, (torch.ones(2) > 0).dtype) == (torch.int64, torch.bool)
+        raise ZeroDivisionError
+    assert (torch.ones(2).dtype, torch.ones(2).half().dtype) == (torch.float32, torch.float16)
 
 
 def test_a_profile_needs_no_finite_numbers_and_no_numbers_at_all():
