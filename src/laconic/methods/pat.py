@@ -16,7 +16,7 @@ from ..training import Report, fit, make_optimizer, steps_per_epoch
 from .base import Method, Trained, build
 from .fixed_rank import factorise_all, shares_of_rank
 
-HEAL = 0.5  # setting: the share of the run by which the ranks have fallen
+HEAL = 0.35  # setting: the share of the run by which the ranks have fallen
 WARM_UP, EVERY = 0.1, 10  # the share before they begin to; steps between decompositions
 
 
@@ -46,4 +46,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return Trained(model, curve, notes=[f"ranks {[r for _, r in ranks.values()]}"])
 
 
-PAT = Method("torchao PAT, ranks", train, (HEAL, 0.35, 0.7), resumes=False)
+PAT = Method("torchao PAT, ranks", train, (HEAL, 0.2, 0.5), resumes=False)

@@ -19,7 +19,7 @@ from ..training import Report, cross_entropy
 from . import svd
 from .base import Method, Trained, build, cut_and_train_on
 
-HOYER = 0.01  # setting: lambda
+HOYER = 0.1  # setting: lambda
 ORTHOGONAL, CUT = 1.0, 0.5  # strength of the orthogonality; the share of the run after which the network is cut
 
 
@@ -69,4 +69,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return Trained(model, *cut_and_train_on(model, data, recipe, seed, CUT, cut, report, loss=loss))
 
 
-SVD_TRAINING = Method("SVD training with Hoyer, cut, trained on", train, (HOYER, 0.001, 0.1), resumes=False)
+SVD_TRAINING = Method("SVD training with Hoyer, cut, trained on", train, (HOYER, 0.01, 0.3), resumes=False)
