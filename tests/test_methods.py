@@ -37,7 +37,7 @@ from laconic.surgery.factorize import MARK, pair_matrices
 from laconic.surgery.factorize import weights as pair_parameters
 from laconic.training import Curve, accuracy
 
-RECIPE = Recipe(name="small", task="digits", widths=(8, 16, 16), pools=(0,), epochs=3, params=0.5, lr=4e-3)
+RECIPE = Recipe(name="small", task="digits", widths=(8, 16, 16), pools=(0,), epochs=4, params=0.5, lr=4e-3)
 FREE = {"dense"}  # of the budget
 
 
