@@ -154,6 +154,18 @@ def inference(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def attention(_: str) -> str:
+    """What unfusing costs, and what cuts gain then."""
+    if not (ROOT / "benchmarks" / "results" / "attention.json").exists():
+        return "(no results yet)\n"
+    rows = json.loads((ROOT / "benchmarks" / "results" / "attention.json").read_text())["rows"]
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    lines = ["| | " + " | ".join(models) + " |", "|" + "---|" * (1 + len(models))]
+    kinds = dict.fromkeys(r["what"] for r in rows)
+    lines += [f"| {what} | " + " | ".join(f"{r['ratio']:.2f}" for r in rows if r["what"] == what) + " |" for what in kinds]
+    return "\n".join(lines) + "\n"
+
+
 def training(_: str) -> str:
     """Training time against the plain loop."""
     if not (ROOT / "benchmarks" / "results" / "training.json").exists():
@@ -392,6 +404,7 @@ TABLES = {
     "both": both,
     "milliseconds-scene": lambda _: milliseconds("scene"),
     "inference": inference,
+    "attention": attention,
     "training": training,
     "profile": profile,
     "cut-last": cut_last,

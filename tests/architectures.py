@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from laconic.attention import unfuse
 from laconic.graph import Group, find_groups
 from laconic.models import GPT
 
@@ -539,5 +540,11 @@ CASES: dict[str, Case] = {
         lambda: (torch.randn(2, 5, 16),),
         {"0.linear1": 24},
         {"0.self_attn": "MultiheadAttention is not supported", "0.self_attn.out_proj": "MultiheadAttention", "1": OUTPUT},
+    ),
+    "transformer layers, unfused": Case(
+        lambda: nn.Sequential(unfuse(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), 2)), nn.Linear(16, 3)),
+        lambda: (torch.randn(2, 5, 16),),
+        {f"0.layers.{i}.{x}": n for i in (0, 1) for x, n in (("self_attn.q_proj", 4), ("linear1", 24))},
+        {"1": OUTPUT, "0.layers.0.linear2": "the input", "0.layers.1.linear2": "the input"},
     ),
 }  # fmt: skip

@@ -32,6 +32,41 @@ class Edit(NamedTuple):
 
 EDITS = [
     Edit(
+        "nested tensors to an unfused encoder",
+        "attention.py",
+        "encoder.use_nested_tensor = False",
+        "pass",
+        "test_attention",
+        "encoder_computes",
+    ),
+    Edit(
+        "attention packed as before",
+        "attention.py",
+        "_same_embed_dim = None, False",
+        "_same_embed_dim = (), True",
+        "test_attention",
+        "encoder",
+    ),
+    Edit("padding attended to", "attention.py", "if padding is not None:", "if False:", "test_attention", "same_outputs"),
+    Edit(
+        "a causal mask beside a padding",
+        "attention.py",
+        "is_causal and key_padding_mask is None and",
+        "is_causal and",
+        "test_attention",
+        "causal",
+    ),
+    Edit("weights of attention untied", "attention.py", "if any(holders[p] > 1 for p in own):", "if False:", "test_attention", "stays"),
+    Edit("fused layers taken apart", "readers.py", "() if fused else", "", "test_plan", "every_weight"),
+    Edit(
+        "layers that never fuse left alone",
+        "readers.py",
+        "fused = type(ancestor), not (",
+        "fused = type(ancestor), True or (",
+        "test_attention",
+        "never",
+    ),
+    Edit(
         "a default device taken over",
         "structures/channels.py",
         'total = torch.zeros(len(site.kept), dtype=torch.float64, device="cpu")',

@@ -1,6 +1,7 @@
 """laconic: train networks that say the same in fewer parameters."""
 
 from ._version import __version__
+from .attention import unfuse
 from .budget import Budget
 from .checkpoint import load, save
 from .compaction import compress
@@ -80,4 +81,5 @@ __all__ = [
     "spectral_prox",
     "structured_sparsity",
     "svt",
+    "unfuse",
 ]

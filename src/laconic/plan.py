@@ -413,7 +413,7 @@ def _why_not(
         if type(module).__name__ == "ParametrizationList" or attribute in ("weight_g", "weight_v", "weight_orig"):
             return "parametrized (weight_norm, spectral_norm, ...): its weight is computed anew on every forward"
         if isinstance(module, nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads its weights directly"
+            return "nn.MultiheadAttention reads its weights directly: laconic.unfuse(model) is the way out"
         here = unfoldings(module) if attribute == "weight" else []
         if not here:
             beside = next(module.children(), None) is not None

@@ -63,18 +63,18 @@ def weight_readers(modules: dict[nn.Module, list[str]]) -> dict[str, str]:
     is known without example inputs, too, and of methods that they do not reach.
     """
     found: dict[str, str] = {}
-    cache: dict[type, set[tuple[str, ...]]] = {}
+    cache: dict[tuple[type, bool], set[tuple[str, ...]]] = {}
     for ancestor, paths in modules.items():
-        kind = type(ancestor)
-        if kind not in cache:
-            cache[kind] = _attribute_chains(kind)
-        for chain in cache[kind]:
+        kind, fused = type(ancestor), not (isinstance(ancestor, nn.TransformerEncoderLayer) and _never_fused(ancestor))
+        if (kind, fused) not in cache:
+            cache[kind, fused] = _attribute_chains(kind, () if fused else (nn.TransformerEncoderLayer,))
+        for chain in cache[kind, fused]:
             for path in paths:
                 pattern = ".".join([path, *chain] if path else chain)
                 for others in modules.values():
                     for other in others:
                         if other and other.count(".") == pattern.count(".") and fnmatch.fnmatchcase(other, pattern):
-                            found.setdefault(other, f"{kind.__name__} reads {'.'.join(chain)}.weight directly")
+                            found.setdefault(other, f"{kind.__name__} reads {'.'.join(chain)}.weight directly{_way_out(kind)}")
     return found
 
 
@@ -83,11 +83,21 @@ _READ = frozenset(
 )
 
 
-def _attribute_chains(kind: type) -> set[tuple[str, ...]]:
-    """For `self.a.b[0].weight` in a method of this class: `("a", "b", "*")`."""
+def _way_out(kind: type) -> str:
+    return ": laconic.unfuse(model) is the way out" if issubclass(kind, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) else ""
+
+
+def _never_fused(layer: nn.TransformerEncoderLayer) -> bool:
+    """Its own code reads weights for a fused kernel alone, which it never calls as this layer is built."""
+    attention = layer.self_attn
+    return not attention.batch_first or attention.in_proj_bias is None or not layer.activation_relu_or_gelu or attention.num_heads % 2 == 1
+
+
+def _attribute_chains(kind: type, harmless: tuple[type, ...] = ()) -> set[tuple[str, ...]]:
+    """For `self.a.b[0].weight` in a method of this class, those of `harmless` classes aside: `("a", "b", "*")`."""
     chains: set[tuple[str, ...]] = set()
     for base in kind.__mro__:
-        if base in (nn.Module, object) or base.__module__.startswith("torch.nn.modules.container"):
+        if base in (nn.Module, object, *harmless) or base.__module__.startswith("torch.nn.modules.container"):
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
