@@ -32,6 +32,31 @@ class Edit(NamedTuple):
 
 EDITS = [
     Edit(
+        "embeddings cut unasked",
+        "matricize.py",
+        "if embeddings and isinstance(",
+        "if isinstance(",
+        "test_embeddings",
+        "only_where or approximation",
+    ),
+    Edit("single rows' rules lost", "matricize.py", "return [] if rows_alone else", "return", "test_embeddings", "single_rows"),
+    Edit(
+        "an embedding's pair loses its width",
+        "graph/groups.py",
+        "if pair and takes_entries(module):",
+        "if False:",
+        "test_embeddings",
+        "another_compressor",
+    ),
+    Edit(
+        "a padding entry forgotten",
+        "surgery/factorize.py",
+        "inner, module.padding_idx,",
+        "inner, None,",
+        "test_embeddings",
+        "approximation",
+    ),
+    Edit(
         "nested tensors to an unfused encoder",
         "attention.py",
         "encoder.use_nested_tensor = False",

@@ -142,7 +142,7 @@ CASES = {
     "cnn": Case(cnn, {"0.weight", "3.weight", "7.weight"}, {}, lambda: torch.randn(2, 3, 8, 8)),
     "two tied linears": Case(Tied, {"one.weight", "head.weight"}, {}, lambda: torch.randn(2, 10)),
     "shared module": Case(Shared, {"body.weight", "head.weight"}, {}, lambda: torch.randn(2, 10)),
-    "tied to an embedding": Case(TiedToEmbedding, {"body.weight"}, {"embed.weight": "Embedding is not supported"}, tokens),
+    "tied to an embedding": Case(TiedToEmbedding, {"body.weight"}, {"embed.weight": "tied between an embedding and a layer"}, tokens),
     "embedding and LSTM": Case(
         Recurrent,
         {"head.weight"},
@@ -198,7 +198,7 @@ CASES = {
     "GPT-2": Case(
         gpt2,
         {f"transformer.h.0.{x}.weight" for x in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
-        {"transformer.wte.weight": "Embedding", "transformer.wpe.weight": "Embedding"},
+        {"transformer.wte.weight": "tied between an embedding", "transformer.wpe.weight": "Embedding"},
         tokens,
     ),
     "forward hook": Case(with_one(lambda: hooked("register_forward_hook")), {"1.weight"}, {"0.weight": "hooks"}),

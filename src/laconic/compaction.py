@@ -21,7 +21,7 @@ from .costs import Ranks
 from .cuts import CutResult, all_or_nothing, check_in_place, hooks_lost, largest_difference, outputs
 from .errors import InfeasibleBudgetError, InvalidTypeError, InvalidValueError, NonFiniteError, SurgeryError, first_line
 from .latency import skeleton
-from .matricize import Layer
+from .matricize import Layer, an_input, takes_entries
 from .measure import check_inputs, input_shapes, measure_latency
 from .outcome import make_report
 from .penalties import check_share
@@ -197,7 +197,7 @@ def slower_when_cut(
         module = site.modules[0]
         if not shapes[module]:
             continue
-        x = (torch.zeros(shapes[module][0], dtype=site.dtype, device=site.weights[0].device),)
+        x = (an_input(module, shapes[module][0]),)
         pair = site.structure.cut(site, rank)[0]
         times[site.name] = (measure_latency(module, x, seconds).median_ms, measure_latency(pair, x, seconds).median_ms)
     return {name for name, (dense, cut) in times.items() if cut >= dense}, times
@@ -260,8 +260,7 @@ def surgery_error(site: Site, pair: nn.Sequential) -> float:
         for layer, weight in zip(module, pair_weights(site.unfolding, *padded), strict=True):
             layer.weight = nn.Parameter(weight.to(layer.weight.device))
     twin = copy.deepcopy(pair).double()
-    probe = probe_shape([module] if site.rank is None else module)
-    x = torch.randn(probe, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu").to(site.weights[0].device)
+    x = _probe([module] if site.rank is None else list(module)).to(site.weights[0].device)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         wanted, got = module(x), twin(x)
     scale = float(wanted.abs().max()) or 1.0
@@ -282,6 +281,13 @@ def _slant(site: Site, left: Tensor, right: Tensor) -> float:
     of_left, of_right = ((size.sqrt() or torch.ones(())) * torch.linalg.vector_norm(x) for x in (left, right))
     least = math.ulp(0.0)
     return max(float(across.sqrt() / of_left.clamp_min(least)), float(torch.linalg.vector_norm(along) / of_right.clamp_min(least)))
+
+
+def _probe(layers: Sequence[Layer]) -> Tensor:
+    """Noise that a chain of layers takes, or entries of a table from its first to its last."""
+    if takes_entries(layers[0]):
+        return torch.linspace(0, layers[0].num_embeddings - 1, 64).long()
+    return torch.randn(probe_shape(layers), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
 
 
 def probe_shape(layers: Iterable[Layer]) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ back, bit for bit. Which unfoldings a layer has is decided by `unfoldings(module
 | | | `out*kernel,in` | out*k x in: 1x1 to r maps, then the full-kernel conv |
 | `nn.ConvTranspose1d/2d/3d` | `[in, out/g, *k]` | `in,out*k` | in x out*k: 1x1 to r maps, then the transposed conv |
 | Hugging Face `Conv1D` | `[in, out]` | `in,out` | in x out |
+| `nn.Embedding` | `[entries, out]` | `entry,out` | entries x out: a table of r columns, then a linear layer |
 
 Grouped layers give one matrix per group; all share one rank. In the names, `k` stands for the kernel axes; the
 spellings `out,in*kh*kw`, `out*kh,in*kw` and `out*kh*kw,in` of the literature are accepted wherever a user names one.
@@ -19,6 +20,7 @@ spellings `out,in*kh*kw`, `out*kh,in*kw` and `out*kh*kw,in` of the literature ar
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +40,7 @@ Layer = Any
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+INPUTS_FIRST = ("in,out", "in,out*k", "entry,out")  # unfoldings of weights whose first axis is what the layer takes in
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +94,17 @@ class Unfolding:
     def unit_parts(self) -> tuple[int, int]:
         """What of `unit_params` is in the first layer and what in the second."""
         left, right = self.groups * self.m, self.groups * self.n
-        return (left, right) if self.name in ("in,out", "in,out*k") else (right, left)
+        return (left, right) if self.name in INPUTS_FIRST else (right, left)
 
     @property
     def sides(self) -> tuple[int, int]:
         """How many channels the layer puts out and takes in."""
         first, second = self.shape[0], self.shape[1] * self.groups
-        return (second, first) if self.name in ("in,out", "in,out*k") else (first, second)
+        return (second, first) if self.name in INPUTS_FIRST else (first, second)
 
     def resized(self, out: int, taken: int) -> Unfolding:
         """The unfolding of the same layer with other numbers of channels."""
-        first, second = (taken, out) if self.name in ("in,out", "in,out*k") else (out, taken)
+        first, second = (taken, out) if self.name in INPUTS_FIRST else (out, taken)
         return replace(self, shape=(first, second // self.groups, *self.shape[2:]))
 
     def unfold(self, weight: Tensor) -> Tensor:
@@ -133,10 +136,24 @@ def is_hf_conv1d(module: Layer) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and type(module).__module__.startswith("transformers")
 
 
-def unfoldings(module: Layer) -> list[Unfolding]:
+def takes_entries(module: Layer) -> bool:
+    """A table, or the pair that one became: its input is whole numbers."""
+    return isinstance(module[0] if isinstance(module, nn.Sequential) and len(module) else module, nn.Embedding)
+
+
+def an_input(module: Layer, shape: Sequence[int], fill: float = 0.0, device: Any = None) -> Tensor:
+    """Something of this shape that the layer takes; on `device` (None: its weight's)."""
+    like = next(module.parameters())
+    if takes_entries(module):
+        return torch.zeros(tuple(shape), dtype=torch.int64, device=device or like.device)
+    return torch.full(tuple(shape), fill, dtype=like.dtype, device=device or like.device)
+
+
+def unfoldings(module: Layer, embeddings: bool = False) -> list[Unfolding]:
     """The unfoldings of a layer's weight, the usual one first; empty for a layer that is not supported.
 
-    A subclass counts as its base only if it computes the same (its `forward` is the base's own).
+    A subclass counts as its base only if it computes the same (its `forward` is the base's own). An embedding counts only where it is
+    asked for: it multiplies nothing, so to most of the package it is no layer.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
@@ -147,6 +164,9 @@ def unfoldings(module: Layer) -> list[Unfolding]:
         return [unfolding_named("out,in", shape)]
     if is_hf_conv1d(module):
         return [unfolding_named("in,out", shape)]
+    if embeddings and isinstance(module, nn.Embedding) and forward is nn.Embedding.forward:
+        rows_alone = module.max_norm is not None or module.scale_grad_by_freq or module.sparse  # which a product would not be
+        return [] if rows_alone else [unfolding_named("entry,out", shape)]
     for transposed in TRANSPOSED_CONVS:
         if isinstance(module, transposed) and forward is transposed.forward:
             return [unfolding_named("in,out*k", shape, module.groups)]
@@ -172,7 +192,7 @@ def choose_unfolding(module: Layer, matricization: str, weight: Tensor | None = 
     """
     from .penalties import energy_count
 
-    options = unfoldings(module)
+    options = unfoldings(module, embeddings=True)
     check_matricization(matricization)
     if len(options) == 1:
         return options[0]

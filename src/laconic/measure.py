@@ -25,6 +25,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import InvalidTypeError, InvalidValueError, NonFiniteError, first_line
+from .matricize import an_input
 
 Inputs = Sequence[Any]
 
@@ -260,7 +261,7 @@ def layer_macs(module: nn.Module, shapes: Sequence[torch.Size]) -> int:
     """MACs of one layer for inputs of these shapes; the layer must live on the meta device (nothing is computed)."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for shape in shapes:
-            module(torch.empty(shape, device="meta", dtype=next(module.parameters()).dtype))
+            module(an_input(module, shape, device="meta"))
     return int(counter.get_total_flops()) // 2
 
 

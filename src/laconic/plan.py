@@ -209,7 +209,11 @@ def make_plan(
         acting |= {id(s) for s in wanted}
         if not low_rank:
             continue
-        reason = "not selected by include= / exclude=" if not wanted else _why_not(parameter, held, modules, readers, trained)
+        reason = (
+            "not selected by include= / exclude="
+            if not wanted
+            else _why_not(parameter, held, modules, readers, trained, wanted[0].embeddings)
+        )
         if reason is None:
             owners = tuple(module for module, _ in held)
             unfolding = choose_unfolding(owners[0], wanted[0].matricization, full(parameter))
@@ -324,7 +328,7 @@ def _wide_layer(path: str, module: Any, site: Site | None) -> WideLayer:
 def use_unfoldings(model: nn.Module, plan: Plan, names: dict[str, str], example_inputs: Any = None) -> None:
     """Unfold each site as named: on resume `"auto"` must not choose again, from other weights."""
     for site in plan.sites:
-        site.unfolding = next(u for u in unfoldings(site.modules[0]) if u.name == names[site.name])
+        site.unfolding = next(u for u in unfoldings(site.modules[0], embeddings=True) if u.name == names[site.name])
         site.inner = inner_site(site)
     if example_inputs is not None:
         _count(model, plan, check_inputs(example_inputs))
@@ -403,6 +407,7 @@ def _why_not(
     modules: dict[nn.Module, list[str]],
     readers: dict[str, str],
     trained: set[Tensor] | None,
+    embeddings: bool,
 ) -> str | None:
     """The reason to leave a weight alone, or None."""
     if not parameter.is_floating_point():
@@ -414,7 +419,16 @@ def _why_not(
             return "parametrized (weight_norm, spectral_norm, ...): its weight is computed anew on every forward"
         if isinstance(module, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads its weights directly: laconic.unfuse(model) is the way out"
-        here = unfoldings(module) if attribute == "weight" else []
+        here = unfoldings(module, embeddings) if attribute == "weight" else []
+        if len(held) > 1 and any(isinstance(m, nn.Embedding) != isinstance(module, nn.Embedding) for m, _ in held):
+            return "tied between an embedding and a layer"
+        if not here and isinstance(module, nn.Embedding):
+            usual = bool(unfoldings(module, embeddings=True))
+            return (
+                f"{kind} is cut by LowRank(embeddings=True)"
+                if usual
+                else f"{kind} with max_norm, scale_grad_by_freq or sparse is not supported"
+            )
         if not here:
             beside = next(module.children(), None) is not None
             return f"it is {kind}'s own, beside its layers" if beside else f"{kind} is not supported"

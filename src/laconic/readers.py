@@ -79,7 +79,21 @@ def weight_readers(modules: dict[nn.Module, list[str]]) -> dict[str, str]:
 
 
 _READ = frozenset(
-    {"weight", "bias", "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "nf"}
+    {
+        "weight",
+        "bias",
+        "in_features",
+        "out_features",
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "nf",
+        "num_embeddings",
+        "embedding_dim",
+        "padding_idx",
+    }
 )
 
 

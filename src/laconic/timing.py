@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from .matricize import Layer, Unfolding
+from .matricize import Layer, Unfolding, an_input
 from .surgery.factorize import new_pair
 from .watch import Watch
 
@@ -105,7 +105,7 @@ def _all_that_matters(module: Layer, unfolding: Unfolding, shape: Sequence[int],
     weight = module.weight
     return [
         str(weight.dtype), type(module).__name__, unfolding.name, tuple(shape), tuple(weight.shape), weight.stride(), break_even, training,
-        module.bias is not None,
+        getattr(module, "bias", None) is not None,
         *(str(getattr(module, name, None)) for name in ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")),
     ]  # fmt: skip
 
@@ -131,7 +131,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _measure(module: Layer, unfolding: Unfolding, shape: Sequence[int], break_even: int, training: bool) -> RankTimes:
     weight = module.weight
-    x = torch.full(tuple(shape), 0.5, dtype=weight.dtype, device=weight.device)
+    x = an_input(module, shape, 0.5)
     if x.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
     ranks = grid(break_even)
@@ -195,7 +195,7 @@ def _forward_call(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
 
 
 def _training_call(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
-    x = x.detach().requires_grad_(True)
+    x = x.detach().requires_grad_(x.is_floating_point())
     with torch.enable_grad():
         gradient = torch.ones_like(layer(x))
 

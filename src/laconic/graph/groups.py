@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..checks import has_gradient_hooks, hooked
-from ..matricize import unfoldings
+from ..matricize import takes_entries, unfoldings
 from ..measure import _countable_attention, call, check_inputs, seeded
 from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, SIDES, End, Group, Ints, channels_kept, groups_of, per_channel
 from ..surgery.factorize import MARK
@@ -91,7 +91,9 @@ def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
         parametrized = is_parametrized(module) or any(n in module._parameters for n in ("weight_g", "weight_v", "weight_orig"))
         carrier = isinstance(module, NORMS) or (isinstance(module, nn.PReLU) and module.num_parameters > 1)
         why = None
-        if isinstance(module, OPAQUE):
+        if pair and takes_entries(module):
+            why = "it is an embedding's pair: its width stays"
+        elif isinstance(module, OPAQUE):
             why = f"{kind} is not supported"
         elif parametrized:
             why = "parametrized (weight_norm, spectral_norm, ...): its weight is computed anew on every forward"

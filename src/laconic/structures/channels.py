@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checks import check_finite, whole_number
-from ..matricize import Layer, Unfolding, unfolding_named, unfoldings
+from ..matricize import INPUTS_FIRST, Layer, Unfolding, unfolding_named, unfoldings
 from ..penalties import L1, LogSum, Penalty
 from ..surgery.channels import NORMS, SIDES, End, Group, channels_kept, width
 from ..surgery.factorize import MARK, plain_layers, product
@@ -196,7 +196,7 @@ class Channels:
             index = site.channels(end)
             scale = torch.ones(width(last, "out"), dtype=torch.float64, device="cpu")
             scale[index] = factors[:, None].expand(index.shape)
-            axis = 1 if present_unfolding(last).name in ("in,out", "in,out*k") else 0
+            axis = 1 if present_unfolding(last).name in INPUTS_FIRST else 0
             shape = [-1 if d == axis else 1 for d in range(last.weight.ndim)]
             last.weight.mul_(scale.to(last.weight.device, last.weight.dtype).reshape(shape))
             if last.bias is not None:
@@ -243,7 +243,7 @@ def slice_energies(module: Layer, side: str) -> Tensor:
     unfolding = present_unfolding(module)
     weight = product(module, unfolding) if hasattr(module, MARK) else module.weight.detach()
     by_group = weight.unflatten(0, (unfolding.groups, -1)).flatten(3 if weight.ndim > 2 else 2)  # each has inputs of its own
-    out_first = unfolding.name not in ("in,out", "in,out*k")
+    out_first = unfolding.name not in INPUTS_FIRST
     rows, columns = [], []
     for part in by_group.split(ROWS, 1):  # a float64 copy of the whole weight would be the largest thing in memory
         energy = part.double().square()

@@ -198,6 +198,7 @@ class LowRank:
         multiple: cut only at multiples of this rank (what the hardware likes: 8, 16).
         inputs: cut the first layer of a convolution's pair again, along the channels that it takes in, where that serves the budget better (Tucker-2):
             1 x 1 from n to s channels, the kernel from s to r, 1 x 1 from r to m.
+        embeddings: cut `nn.Embedding` as well, into a table of r columns and a linear layer. It saves parameters and costs operations, so it is asked for.
     """
 
     penalty: Penalty = field(default_factory=LogSum)
@@ -208,6 +209,7 @@ class LowRank:
     exclude: str | tuple[str, ...] = ()
     multiple: int = 1
     inputs: bool = True
+    embeddings: bool = False
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import InvalidValueError, SurgeryError
-from ..matricize import TRANSPOSED_CONVS, Layer, is_hf_conv1d
+from ..matricize import INPUTS_FIRST, TRANSPOSED_CONVS, Layer, is_hf_conv1d
 from .factorize import MARK, SLIM
 from .optimizer import Replacement, replace, states_to_slice
 
@@ -201,6 +201,8 @@ def width(module: Layer, side: str) -> int:
         return width(module[0] if side == "in" else module[1], side)
     if is_hf_conv1d(module):
         return int(module.weight.shape[1 if side == "out" else 0])
+    if isinstance(module, nn.Embedding):
+        return int(module.embedding_dim if side == "out" else module.num_embeddings)
     for name in (f"{side}_features", f"{side}_channels", "num_features", "num_parameters"):
         if hasattr(module, name):
             return int(getattr(module, name))
@@ -349,7 +351,7 @@ def _sliced(path: str, module: Layer, out: Ints | None, into: Ints | None) -> li
 def _sliced_pair(path: str, pair: Layer, groups: int, out: Ints | None, into: Ints | None) -> list[Edit]:
     mark = dict(getattr(pair, MARK))
     shape = list(mark["shape"])
-    out_axis, in_axis = (1, 0) if mark["unfolding"] in ("in,out", "in,out*k") else (0, 1)
+    out_axis, in_axis = (1, 0) if mark["unfolding"] in INPUTS_FIRST else (0, 1)
     if groups > 1:  # whole groups go from both layers: r channels between them for each
         assert out is not None
         rank = width(pair[0], "out") // groups

@@ -30,6 +30,9 @@ def empty_pair(module: Layer, unfolding: Unfolding, rank: int, device: Any = Non
         out_features, in_features = (unfolding.m, unfolding.n) if unfolding.name == "out,in" else (unfolding.n, unfolding.m)
         wide: dict[str, Any] = {"bias": False, "dtype": weight.dtype, "device": "meta"}
         return nn.Sequential(nn.Linear(in_features, inner, **wide), nn.Linear(inner, out_features, **wide)).to_empty(device=device)
+    if unfolding.name == "entry,out":
+        table = nn.Embedding(unfolding.m, inner, module.padding_idx, dtype=weight.dtype, device="meta")
+        return nn.Sequential(table, nn.Linear(inner, unfolding.n, bias=False, dtype=weight.dtype, device="meta")).to_empty(device=device)
     dims = weight.ndim - 2
     conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
     fixed: dict[str, Any] = {"groups": module.groups, "bias": False, "dtype": weight.dtype, "device": "meta"}
@@ -77,6 +80,8 @@ def pair_weights(unfolding: Unfolding, left: Tensor, right: Tensor) -> tuple[Ten
         return right[0], left[0]
     if unfolding.name == "in,out":
         return left[0].T, right[0].T
+    if unfolding.name == "entry,out":
+        return left[0], right[0].T
     if unfolding.name == "in,out*k":
         return left.mT.reshape(g * r, split[1], *ones), right.reshape(g * r, split[2], *kernel)
     if unfolding.name == "out,in*k":
@@ -97,6 +102,8 @@ def pair_matrices(unfolding: Unfolding, first: Tensor, second: Tensor) -> tuple[
         return second[None], first[None]
     if unfolding.name == "in,out":
         return first.T[None], second.T[None]
+    if unfolding.name == "entry,out":
+        return first[None], second.T[None]
     r = first.shape[0] // g
     if unfolding.name == "in,out*k":
         return first.reshape(g, r, m).mT, second.reshape(g, r, n)
@@ -166,7 +173,7 @@ def narrow(pair: Layer, unfolding: Unfolding, rank: int) -> nn.Sequential:
     for layer, old, new, side in zip(pair, (first, second), pair_weights(unfolding, left, right), ("out", "in"), strict=True):
         fresh: Layer = copy.copy(layer)
         fresh._parameters = dict(layer._parameters)
-        setattr(fresh, next(n for n in (f"{side}_features", f"{side}_channels") if hasattr(fresh, n)), inner)
+        setattr(fresh, next(n for n in (f"{side}_features", f"{side}_channels", "embedding_dim") if hasattr(fresh, n)), inner)
         stored = new.to(old.device, old.dtype).contiguous(memory_format=_memory_format(old))
         fresh.weight = nn.Parameter(stored, requires_grad=old.requires_grad)
         layers.append(fresh)
@@ -183,7 +190,7 @@ def _memory_format(weight: Tensor) -> torch.memory_format:
 
 def finish_pair(pair: nn.Sequential, module: Layer, unfolding: Unfolding, rank: int) -> nn.Sequential:
     """Give the pair the layer's bias, mode, gradients, memory format, and the mark that the record is read from."""
-    pair[1].register_parameter("bias", module.bias)
+    pair[1].register_parameter("bias", getattr(module, "bias", None))
     for parameter in weights(pair):
         parameter.requires_grad_(module.weight.requires_grad)
         parameter.data = parameter.data.contiguous(memory_format=_memory_format(module.weight))

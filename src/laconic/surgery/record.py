@@ -143,7 +143,7 @@ def replay(model: nn.Module, cuts: Sequence[Cut]) -> list[tuple[str, nn.Module]]
         for cut in cuts:
             name = cut.names[0]
             module = _layer(model, name, cut.kind)
-            fitting = [u for u in unfoldings(module) if u.name == cut.unfolding]
+            fitting = [u for u in unfoldings(module, embeddings=True) if u.name == cut.unfolding]
             if type(module).__name__ != cut.kind or not fitting or fitting[0].shape != cut.shape:
                 shape = tuple(module.weight.shape) if hasattr(module, "weight") else "no weight"
                 raise ArchitectureMismatchError(
