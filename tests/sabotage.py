@@ -31,6 +31,19 @@ class Edit(NamedTuple):
 
 
 EDITS = [
+    Edit("a whole head for a little", "widths.py", "return max(saved / needed, 1.0) if", "return 1.0 if", "test_attention", "a_head_goes"),
+    Edit("attention's operations stay", "plan.py", "    if in_batches:", "    if False:", "test_attention", "operations_of"),
+    Edit("what nobody reads holds units", "graph/labels.py", "if counts >> i & 1 else ():", ":", "test_attention", "thrown_away"),
+    Edit("what is read holds nothing", "graph/tracer.py", "x, bits | self.bits_of(x)", "x, self.bits_of(x)", "test_graph", "known_to_be"),
+    Edit(
+        "shapes of nested tensors",
+        "measure.py",
+        "with evaluating(model), _countable_attention():\n            call",
+        "with evaluating(model):\n            call",
+        "test_attention",
+        "padding_in",
+    ),
+    Edit("masks not looked at", "attention.py", "    if tuple(mask.shape) != shape:", "    if False:", "test_attention", "masks"),
     Edit(
         "embeddings cut unasked",
         "matricize.py",

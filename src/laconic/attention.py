@@ -28,7 +28,8 @@ class Attention(nn.Module):
 
     def __init__(self, fused: nn.MultiheadAttention):
         super().__init__()
-        self.embed_dim, self.num_heads, self.dropout, self.batch_first = fused.embed_dim, fused.num_heads, fused.dropout, fused.batch_first
+        self.embed_dim, self.kdim, self.vdim = fused.embed_dim, fused.kdim, fused.vdim
+        self.num_heads, self.dropout, self.batch_first = fused.num_heads, fused.dropout, fused.batch_first
         # `nn.TransformerEncoderLayer` has a kernel that reads packed weights: these tell it that here are none.
         self.in_proj_bias, self._qkv_same_embed_dim = None, False
         separate = (fused.q_proj_weight, fused.k_proj_weight, fused.v_proj_weight)
@@ -62,7 +63,7 @@ class Attention(nn.Module):
         projections = zip((self.q_proj, self.k_proj, self.v_proj), inputs, strict=True)
         q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer, x in projections)
         causal = is_causal and key_padding_mask is None and not need_weights
-        mask = None if causal else _joint_mask(attn_mask, key_padding_mask, q)
+        mask = None if causal else _joint_mask(attn_mask, key_padding_mask, q, k)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -86,23 +87,35 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _joint_mask(attention: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
+def _joint_mask(attention: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """What is added to the scores, `[batch or 1, heads or 1, queries, keys]`."""
+    (batch, heads, queries, _), keys = q.shape, k.shape[2]
     masks = []
-    if attention is not None:  # [queries, keys] or [batch x heads, queries, keys]
-        masks.append(attention if attention.dim() == 2 else attention.unflatten(0, (q.shape[0], -1)))
-    if padding is not None:  # [batch, keys]
+    if attention is not None:
+        shape = (queries, keys) if attention.dim() == 2 else (batch * heads, queries, keys)
+        _check_mask("attn_mask", attention, shape, f" ({heads} heads now)")
+        masks.append(attention if attention.dim() == 2 else attention.unflatten(0, (batch, heads)))
+    if padding is not None:
+        _check_mask("key_padding_mask", padding, (batch, keys))
         masks.append(padding[:, None, None, :])
     added = [torch.zeros_like(m, dtype=q.dtype).masked_fill(m, -torch.inf) if m.dtype == torch.bool else m.to(q.dtype) for m in masks]
     return sum(added[1:], added[0]) if added else None
 
 
+def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...], note: str = "") -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"{name} of {mask.dtype}: must be bool (True: not attended) or floating (added to the scores)")
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"{name} of shape {tuple(mask.shape)}: expected {shape}{note}")
+
+
 def unfuse(model: nn.Module) -> nn.Module:
     """Make four plain layers of every `nn.MultiheadAttention` in a model, so that its ranks and heads can go.
 
-    Every such module is replaced in place by an `Attention` with the same weights: the outputs are the same up to rounding. In `nn.TransformerEncoderLayer` the two layers of
+    Every such module is replaced in place by an `Attention` with the same weights: the outputs are the same up to rounding (but for those at padded positions of an
+    `nn.TransformerEncoder`, which its fused kernel, in evaluation and without gradients, sets to zero). In `nn.TransformerEncoderLayer` the two layers of
     the MLP can be cut then, too; its fused inference kernel, which reads all of these weights, is not used any more. Do it to a fresh model, before the optimizer
-    is built, and again to the fresh model that a saved one is loaded into:
+    is built and after pretrained weights are loaded, and again to the fresh model that a saved one is loaded into:
 
         model = laconic.unfuse(net())
         model = laconic.load("compact", laconic.unfuse(net()))
@@ -122,7 +135,9 @@ def unfuse(model: nn.Module) -> nn.Module:
     check_module(model)
     fused = {module: name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
     if not fused:
-        warnings.warn("laconic: the model has no nn.MultiheadAttention: nothing was changed", stacklevel=2)
+        already = any(isinstance(module, Attention) for module in model.modules())
+        why = "is unfused already" if already else "has no nn.MultiheadAttention"
+        warnings.warn(f"laconic: the model {why}: nothing was changed", stacklevel=2)
     holders: Counter[Tensor] = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
     plain: dict[nn.Module, nn.Module] = {}
     for module, name in fused.items():

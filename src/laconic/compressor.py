@@ -158,6 +158,11 @@ class Compressor:
         if any(other.model is model for o in optimizers for other in attached_to(o, Compressor)):
             raise OptimizerError("another Compressor is on this model and optimizer already: detach() that one first, or go on with it")
         self.plan = make_plan(model, structures, example_inputs, trained)
+        if forgotten := [name for name, p in model.named_parameters() if p.requires_grad and p not in trained]:
+            names = ", ".join(forgotten[:5]) + (", ..." if len(forgotten) > 5 else "")
+            self.plan.notes.append(
+                f"{len(forgotten)} parameters that ask for gradients are in none of the optimizers, and stay as they are: {names}"
+            )
         self.plan.notes += unasked
         if budget is not None and any(x.structure.scale == "absolute" and x.structure.strength is None for x in self._pressed):
             self.plan.notes.append(

@@ -232,10 +232,16 @@ def _countable_attention() -> Iterator[None]:
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
     """Multiply-accumulates of one forward pass: matrix products, convolutions and attention, as PyTorch counts them."""
+    return macs_of_batches(model, example_inputs)[0]
+
+
+def macs_of_batches(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
+    """`count_macs`, and how many of them are in batches of products: between activations, as attention's."""
     inputs = check_inputs(example_inputs)
     with evaluating(model), _countable_attention(), FlopCounterMode(display=False) as counter:
         call(model, inputs)
-    return int(counter.get_total_flops()) // 2
+    batches = [n for kind, n in counter.get_flop_counts()["Global"].items() if kind.__name__ in ("bmm", "baddbmm")]
+    return int(counter.get_total_flops()) // 2, int(sum(batches)) // 2
 
 
 def input_shapes(model: nn.Module, modules: Sequence[nn.Module], example_inputs: Any) -> dict[nn.Module, list[torch.Size]]:
@@ -249,7 +255,7 @@ def input_shapes(model: nn.Module, modules: Sequence[nn.Module], example_inputs:
 
     handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in shapes]
     try:
-        with evaluating(model):
+        with evaluating(model), _countable_attention():
             call(model, check_inputs(example_inputs))
     finally:
         for handle in handles:

@@ -6,6 +6,7 @@ long file.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import math
 from collections.abc import Iterable, Sequence
@@ -22,10 +23,10 @@ from .distributed import full, is_sharded, own_class
 from .errors import InvalidTypeError, InvalidValueError, NothingToCompressError, PatternError
 from .graph import find_groups
 from .matricize import choose_unfolding, unfoldings
-from .measure import check_inputs, check_run, count_macs, count_params, input_shapes, layer_macs
+from .measure import check_inputs, check_run, count_params, input_shapes, layer_macs, macs_of_batches
 from .readers import read_in_a_run, weight_readers
 from .structures import Channels, Entries, LowRank, Neurons, Site, Structure, Weight, WideLayer, inner_site
-from .surgery.channels import End, parameters_at, width
+from .surgery.channels import End, parameters_at, slimmed, width
 from .surgery.factorize import MARK, empty_pair
 
 
@@ -335,8 +336,8 @@ def use_unfoldings(model: nn.Module, plan: Plan, names: dict[str, str], example_
 
 
 def _count(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> None:
-    """Fill in the MACs: of the model, of each site dense, and of one unit of its rank."""
-    plan.macs = count_macs(model, inputs)
+    """Fill in the MACs: of the model, of each site dense, of one unit of its rank, and of the units of each group beside the layers."""
+    plan.macs, in_batches = macs_of_batches(model, inputs)
     shapes = input_shapes(model, [m for s in plan.sites for m in s.modules], inputs)
     for site in plan.sites:
         dense = first = both = 0
@@ -360,6 +361,38 @@ def _count(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> None:
                 layer.positions = macs / others[layer.path].weight.numel()
             else:
                 layer.beside_macs = macs / layer.out
+    if in_batches:
+        _count_between_layers(model, plan, inputs)
+
+
+def _count_between_layers(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> None:
+    """What goes with a unit that no layer computes, attention's products with a head: seen in the model without half of a group's units."""
+    layers = {layer.name: layer for layer in plan.layers}
+    for layer in layers.values():
+        layer.beside_macs = 0.0 if layer.weight or layer.site is not None else layer.beside_macs
+    twin = copy.deepcopy(model)
+    for neurons in plan.neurons:
+        group, less = neurons.group, len(neurons.kept) // 2
+        if not less:
+            continue
+        with slimmed(twin, [group], {group.name: neurons.kept[less:].tolist()}):
+            left, _ = macs_of_batches(twin, inputs)
+        sizes: dict[str, tuple[int, int]] = {}
+        for end in (end for end in group.ends if end.name in layers):
+            out, taken = sizes.get(end.name, (layers[end.name].out, layers[end.name].taken))
+            gone = less * end.index.shape[1]
+            sizes[end.name] = (out, taken - gone) if end.side == "in" else (out - gone, taken)
+        in_layers = sum(_macs(layers[n], layers[n].out, layers[n].taken) - _macs(layers[n], *size) for n, size in sizes.items())
+        assert plan.macs is not None
+        first = group.producers[0]
+        layers[first.name].beside_macs += max(plan.macs - left - in_layers, 0.0) / (less * first.index.shape[1])
+
+
+def _macs(layer: WideLayer, out: int, taken: int) -> float:
+    """Of a dense layer with these numbers of channels, as in the plan."""
+    site = layer.site
+    at_site = (site.dense_macs or 0) * out * taken / (layer.out * layer.taken) if site is not None else 0.0
+    return layer.macs_at(out, taken) + at_site
 
 
 def _dense_macs(module: nn.Module, shapes: Sequence[Any]) -> int:

@@ -270,21 +270,25 @@ class Walk:
         """The walk: until the limits hold."""
         items: dict[str, Neurons | Site] = {g.name: g for g in self.plan.neurons} | {s.name: s for s in self.plan.sites}
         version = dict.fromkeys(items, 0)
-        heap: list[tuple[float, str, tuple[int, int], int]] = []
+        heap: list[tuple[float, str, tuple[int, int], int, float]] = []  # the last: the price without regard to what is needed
 
         def push(name: str) -> None:
             version[name] += 1
             step = self.best(items[name])
             if step is not None:
-                heapq.heappush(heap, (step[0], name, step[1], version[name]))
+                heapq.heappush(heap, (step[0], name, step[1], version[name], step[0]))
 
         for name in items:
             push(name)
         while np.any(self.spent > self.limits):
             if not heap:
                 raise InfeasibleBudgetError(*self.smallest())
-            _, name, to, stamp = heapq.heappop(heap)
+            shown, name, to, stamp, price = heapq.heappop(heap)
             if stamp != version[name]:
+                continue
+            needed = price * self.excess(items[name], to)
+            if heap and needed > shown and needed > heap[0][0]:  # what is cheaper for the rest of the way goes first
+                heapq.heappush(heap, (needed, name, to, stamp, price))
                 continue
             changed = self.go(items[name], to)
             weights = self.currency_weights()
@@ -294,6 +298,15 @@ class Walk:
                 affected = {n for path in changed for n in self.touching[path]} | {name}
             for n in affected:
                 push(n)
+
+    def excess(self, item: Neurons | Site, to: tuple[int, int]) -> float:
+        """How many times what is still needed a head saves, at least 1: a whole one is dear where little is needed. (Of a single channel, of several
+        units that go in one step, and of ranks, what is left over is little, or comes back in the end.)"""
+        if isinstance(item, Site) or item.group.producers[0].index.shape[1] == 1 or self.units[item.name] - to[0] > item.multiple:
+            return 1.0
+        saved = -float(self.change(self.resized(item, to[0])) @ self.weights)
+        needed = float(np.maximum(self.spent - self.limits, 0.0) @ self.weights)
+        return max(saved / needed, 1.0) if needed > 0 else 1.0
 
     def smallest(self) -> tuple[str, float]:
         """What to say, and the smallest feasible fraction, where the walk has come to its end."""

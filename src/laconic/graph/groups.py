@@ -17,6 +17,7 @@ from ..matricize import takes_entries, unfoldings
 from ..measure import _countable_attention, call, check_inputs, seeded
 from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, SIDES, End, Group, Ints, channels_kept, groups_of, per_channel
 from ..surgery.factorize import MARK
+from .labels import leaves
 from .tracer import Decision, Tracer
 from .trial import line, tried
 
@@ -177,7 +178,8 @@ def _trace(
             if why is None and len(given) == 1 and isinstance(result, Tensor):
                 tracer.layer(path, module, given[0], result)
             else:
-                tracer.hold_all((args, kwargs), f"{path} reads it, which stays as it is: {why or 'it is called in an unusual way'}")
+                reason = f"{path} reads it, which stays as it is: {why or 'it is called in an unusual way'}"
+                tracer.hold_all((args, kwargs), reason, list(leaves(result)) or None)
 
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
         handles.append(module.register_forward_hook(leave, with_kwargs=True))
@@ -212,7 +214,7 @@ def _trace(
 
 def _grouped(model: nn.Module, layers: Layers, tracer: Tracer) -> tuple[list[Group], dict[str, str]]:
     """Units that share a producer are one group."""
-    units = tracer.units
+    units, held = tracer.units, tracer.held
     reasons: dict[str, str] = {}
     roots = {key: units.find(ids) for key, ids in tracer.layers.items()}
     producers = [path for path in layers.producers if (path, "out", PRODUCER) in roots]
@@ -224,10 +226,10 @@ def _grouped(model: nn.Module, layers: Layers, tracer: Tracer) -> tuple[list[Gro
                 reasons[path] = "grouped: its outputs follow its inputs, which stay" if grouped else NOT_REACHED
             continue
         here = roots[path, "out", PRODUCER]
-        free[path] = [int(r) for r in dict.fromkeys(here.tolist()) if r not in units.held]
-        stuck = [int(r) for r in here if r in units.held]
+        free[path] = [int(r) for r in dict.fromkeys(here.tolist()) if r not in held]
+        stuck = [int(r) for r in here if r in held]
         if stuck:
-            reasons[path] = units.held[stuck[0]]
+            reasons[path] = held[stuck[0]]
 
     buckets: list[tuple[list[str], dict[int, None]]] = []
     for path in producers:

@@ -13,11 +13,15 @@ from ..surgery.channels import Ints
 
 
 class Units:
-    """Which units are tied (union-find), and which are held, with the reason. Unit 0 means no unit."""
+    """Which units are tied (union-find), and which are held, with the reason. Unit 0 means no unit.
+
+    Attributes:
+        holds: units and the reason, one entry for each time; whether it counts is seen at the end (`held`).
+    """
 
     def __init__(self) -> None:
         self.parent = np.zeros(1, dtype=np.int64)
-        self.held: dict[int, str] = {}
+        self.holds: list[tuple[Ints, str]] = []
 
     def new(self, count: int) -> Ints:
         first = len(self.parent)
@@ -40,12 +44,18 @@ class Units:
             low, high = sorted(int(r) for r in self.find(np.array([x, y])))
             if low != high:
                 self.parent[high] = low
-                if high in self.held:
-                    self.held.setdefault(low, self.held.pop(high))
 
     def hold(self, ids: Ints, reason: str) -> None:
-        for root in np.unique(self.find(ids[ids != 0])):
-            self.held.setdefault(int(root), reason)
+        if ids.any():
+            self.holds.append((ids[ids != 0], reason))
+
+    def held(self, counts: int) -> dict[int, str]:
+        """Why units stay, by their representative: the first of the reasons whose bits are set in `counts`."""
+        held: dict[int, str] = {}
+        for i, (ids, reason) in enumerate(self.holds):
+            for root in np.unique(self.find(ids)) if counts >> i & 1 else ():
+                held.setdefault(int(root), reason)
+        return held
 
     def meet(self, a: Ints, b: Ints, reason: str) -> Ints:
         """Tie two rows of units place by place; a unit that meets no unit is held."""

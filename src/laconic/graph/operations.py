@@ -263,8 +263,8 @@ def _product(op: Operation) -> Labels:
     """(b)mm and its kin: rows and columns carry units through, a sum over units does not, batches must match."""
     *bias, a, b = [x for x in op.args if isinstance(x, Tensor)]
     out = op.outputs[0]
-    for x in bias:
-        op.tracer.hold_all(x, f"{op.name} adds to it")
+    for label in filter(None, map(op.tracer.label, bias)):
+        op.units.hold(label.ids, f"{op.name} adds to it")
     la, lb = op.tracer.label(a), op.tracer.label(b)
     batch = out.ndim - 2
     if la is not None and la.axis == batch + 1:

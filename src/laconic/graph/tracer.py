@@ -29,6 +29,8 @@ class Tracer(TorchDispatchMode):
     Attributes:
         decisions: every such operation that was met, with the axes that it could be.
         layers: for each (path, side, role) the unit of each channel.
+        seen: which of the reasons to hold units (bits, in their order) have reached an output of the model. The others do not count: weights of
+            attention that are averaged over its heads and thrown away hold no head.
     """
 
     def __init__(self, choices: Mapping[Decision, int]):
@@ -39,7 +41,9 @@ class Tracer(TorchDispatchMode):
         self.layers: dict[tuple[str, str, str], Ints] = {}
         self.made: dict[str, Ints] = {}
         self.inside = 0  # depth of layers whose own operations are not followed
+        self.seen = 0
         self._labels: dict[int, tuple[Tensor, Label]] = {}  # by id; the tensor is kept alive, so that ids are not reused
+        self._holds: dict[int, tuple[Tensor, int]] = {}  # the reasons to hold units that have gone into a tensor, as bits
 
     def label(self, x: Any) -> Label | None:
         entry = self._labels.get(id(x)) if isinstance(x, Tensor) else None
@@ -52,10 +56,33 @@ class Tracer(TorchDispatchMode):
             assert x.shape[label.axis] == len(label.ids)
             self._labels[id(x)] = x, label
 
+    def passed_on(self, given: Any, first: int, made: Any) -> None:
+        """What has gone into some tensors, and the reasons from the `first` on, go into others; what makes none (a number, say) decides what follows."""
+        bits = self.bits_of(given) | (1 << len(self.units.holds)) - (1 << first)
+        outputs = [x for x in tree_leaves(made) if isinstance(x, Tensor)]
+        if not outputs:
+            self.seen |= bits
+        for x in outputs if bits else ():
+            self._holds[id(x)] = x, bits | self.bits_of(x)
+
+    def bits_of(self, values: Any) -> int:
+        bits = 0
+        for x in tree_leaves(values):
+            bits |= self._holds[id(x)][1] if isinstance(x, Tensor) and id(x) in self._holds else 0
+        return bits
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.inside:
             return func(*args, **kwargs)
+        first = len(self.units.holds)
+        result = self.followed(func, args, kwargs)
+        written = [x for x, a in zip(args, func._schema.arguments, strict=False) if a.alias_info is not None and a.alias_info.is_write]
+        self.passed_on((args, kwargs), first, (result, written))
+        return result
+
+    def followed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The result of an operation, with labels."""
         labelled = [x for x in tree_leaves((args, kwargs)) if self.label(x)]
         if not labelled:
             return func(*args, **kwargs)
@@ -123,6 +150,11 @@ class Tracer(TorchDispatchMode):
 
     def layer(self, path: str, module: Layer, x: Tensor, y: Tensor) -> None:
         """A layer has read `x` and made `y`."""
+        first = len(self.units.holds)
+        self.read_and_made(path, module, x, y)
+        self.passed_on(x, first, y)
+
+    def read_and_made(self, path: str, module: Layer, x: Tensor, y: Tensor) -> None:
         label, channels = self.label(x), _channel_axis(module, x)
         if label is not None and label.axis != channels:
             self.units.hold(label.ids, f"{path} works along another axis of it")
@@ -168,10 +200,17 @@ class Tracer(TorchDispatchMode):
         before = self.layers.get((path, side, role))
         self.layers[path, side, role] = ids if before is None else self.units.meet(before, ids, f"{path} also reads something else")
 
-    def hold_all(self, values: Any, reason: str) -> None:
+    def hold_all(self, values: Any, reason: str, made: Any = None) -> None:
+        """Hold the units of these tensors: for good, or in so far as what is `made` of them matters."""
+        first = len(self.units.holds)
         for x in leaves(values):
             if (label := self.label(x)) is not None:
                 self.units.hold(label.ids, reason)
+        self.passed_on(list(leaves(values)), first, made)
+
+    @property
+    def held(self) -> dict[int, str]:
+        return self.units.held(self.seen)
 
 
 def _channel_axis(module: Layer, x: Tensor) -> int:

@@ -101,7 +101,9 @@ def replay_slims(model: nn.Module, slims: Sequence[Slim]) -> Callable[[], None]:
                 f"layer {name!r}: saved with a number for each channel in {missing[0]!r}, which this model's lacks"
             )
         if type(module).__name__ != slim.kind or not all(hasattr(module, size) for size in slim.sizes):
-            raise ArchitectureMismatchError(f"layer {name!r}: saved from a {slim.kind}, this model has a {type(module).__name__}")
+            raise ArchitectureMismatchError(
+                f"layer {name!r}: saved from a {slim.kind}, this model has a {type(module).__name__}{_way_out(module)}"
+            )
         for side, dense in slim.dense.items():
             if width(module, side) != dense:
                 raise ArchitectureMismatchError(
@@ -119,8 +121,14 @@ def _layer(model: nn.Module, name: str, kind: str) -> Layer:
     try:
         layer: Layer = model.get_submodule(name)
     except AttributeError:
-        raise ArchitectureMismatchError(f"the saved model has a layer {name!r} ({kind}), which this model lacks") from None
+        parent, _, _ = name.rpartition(".")
+        above = dict(model.named_modules()).get(parent)
+        raise ArchitectureMismatchError(f"the saved model has a layer {name!r} ({kind}), which this model lacks{_way_out(above)}") from None
     return layer
+
+
+def _way_out(module: nn.Module | None) -> str:
+    return ": the saved one was unfused, laconic.unfuse(model) first" if isinstance(module, nn.MultiheadAttention) else ""
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
