@@ -26,7 +26,7 @@ from .base import Method, Trained, after_step, build, start_afresh
 Direction = Callable[[Tensor, Tensor], Tensor]
 Polynomials = Sequence[tuple[float, float, float]]  # a x + b x^3 + c x^5, one for each step
 # settings: the strength lambda, on the scale of a weight decay
-SPECTRAL_DECAY, SLORR = (1.0, 0.3, 3.0), (0.1, 0.03, 0.3)
+SPECTRAL_DECAY, SLORR, SLORR_TRAINED_ON = (1.0, 0.3, 3.0), (3.0, 1.0, 10.0), (0.1, 0.03, 0.3)
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5  # of Muon: singular values end between 0.7 and 1.2
 POLAR_EXPRESS = (  # the best polynomials for singular values from 0.001 on, one after the other
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -93,4 +93,4 @@ def pressed(label: str, direction: Direction, strengths: Sequence[float], polyno
 SPECTRAL_WEIGHT_DECAY = pressed("spectral weight decay, then SVD", nuclear, SPECTRAL_DECAY, QUINTIC)
 SLORR_NUC = pressed("SLORR-Nuc, then SVD", nuclear, SLORR, POLAR_EXPRESS)
 SLORR_HOYER = pressed("SLORR-Hoyer, then SVD", hoyer, SLORR, POLAR_EXPRESS)
-SLORR_HOYER_TUNED = pressed("SLORR-Hoyer, cut, trained on", hoyer, SLORR, POLAR_EXPRESS, cut_at=0.35)
+SLORR_HOYER_TUNED = pressed("SLORR-Hoyer, cut, trained on", hoyer, SLORR_TRAINED_ON, POLAR_EXPRESS, cut_at=0.35)
