@@ -31,8 +31,21 @@ class Edit(NamedTuple):
 
 
 EDITS = [
+    Edit("an attribute of the model forgotten", "graph/tracer.py", "0 if self.apart else fresh", "0", "test_attention", "by_an_attribute"),
+    Edit("a model copied for ranks", "plan.py", "if in_batches and plan.neurons:", "if in_batches:", "test_attention", "no_copy"),
+    Edit(
+        "somebody's own attention asked",
+        "readers.py",
+        "if not isinstance(attention, (nn.MultiheadAttention, Attention)):",
+        "if False:",
+        "test_attention",
+        "attention_of_its_own",
+    ),
+    Edit("a cut table timed on numbers", "latency.py", "(an_input(module, s),)", "(torch.zeros(s),)", "test_embeddings", "milliseconds"),
     Edit("a whole head for a little", "widths.py", "return max(saved / needed, 1.0) if", "return 1.0 if", "test_attention", "a_head_goes"),
-    Edit("attention's operations stay", "plan.py", "    if in_batches:", "    if False:", "test_attention", "operations_of"),
+    Edit(
+        "attention's operations stay", "plan.py", "    if in_batches and plan.neurons:", "    if False:", "test_attention", "operations_of"
+    ),
     Edit("what nobody reads holds units", "graph/labels.py", "if counts >> i & 1 else ():", ":", "test_attention", "thrown_away"),
     Edit("what is read holds nothing", "graph/tracer.py", "x, bits | self.bits_of(x)", "x, self.bits_of(x)", "test_graph", "known_to_be"),
     Edit(

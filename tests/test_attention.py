@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from pathlib import Path
 
@@ -330,3 +331,53 @@ def test_masks_are_checked() -> None:
         plain(x, x, x, torch.zeros(3, 1, dtype=torch.bool), need_weights=False)
     with pytest.raises(ValueError, match=r"attn_mask of shape \(24, 5, 5\): expected \(12, 5, 5\) \(4 heads now\)"):
         plain(x, x, x, attn_mask=torch.randn(24, 5, 5))
+
+
+def test_a_layer_with_attention_of_its_own_may_be_a_subclass_of_pytorchs() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return self.out(F.scaled_dot_product_attention(q, k, v))
+
+    class Layer(nn.TransformerEncoderLayer):
+        def __init__(self) -> None:
+            super().__init__(32, 4, 64, batch_first=True)
+            self.self_attn = Own()  # type: ignore[assignment]
+
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            x = x + self.self_attn(x)
+            return x + self._ff_block(x)
+
+    plan = make_plan(Layer(), [laconic.LowRank()], (torch.randn(2, 6, 32),))
+    assert {site.name for site in plan.sites} == {"self_attn.qkv.weight", "self_attn.out.weight"}
+
+
+def test_ranks_alone_need_no_copy_of_the_model() -> None:
+    """Some cannot be copied: a lock, sharded parameters."""
+    model = nn.Sequential(encoders(), nn.Linear(32, 4))
+    model.lock = threading.Lock()
+    x = torch.randn(2, 5, 32)
+    report = laconic.compress(model, [laconic.LowRank()], laconic.Budget(macs=0.5), example_inputs=(x,))
+    assert report.macs_after <= 0.5 * report.macs_before
+
+
+def test_what_leaves_a_model_by_an_attribute_holds_its_units() -> None:
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.free, self.head = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.hidden(x).relu()
+            self.beside = y.softmax(-1).mean(0).square().sum() * 16
+            codes = torch.zeros(len(x), 1, dtype=torch.long)
+            codes[:, 0] = y.argmax(1)
+            return self.head(self.free(y).relu()), codes
+
+    plan = make_plan(Router(), [laconic.Channels()], (torch.randn(5, 8),))
+    assert [neurons.name for neurons in plan.neurons] == ["free"]
+    assert "over the units" in plan.whole["hidden"] or "mixes" in plan.whole["hidden"]

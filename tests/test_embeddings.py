@@ -173,3 +173,12 @@ def test_a_cut_table_under_another_compressor() -> None:
         optimizer.zero_grad()
     compressor.compact()
     assert model(tokens).isfinite().all()
+
+
+def test_milliseconds_of_a_cut_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LACONIC_CACHE", str(tmp_path))
+    model = nn.Sequential(nn.Embedding(4000, 64), nn.Flatten(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+    entries = torch.randint(4000, (64, 8))
+    report = laconic.compress(model, [TABLES], laconic.Budget(latency=1.0, params=0.3), example_inputs=(entries,))
+    assert report.params_after <= 0.3 * report.params_before
+    assert isinstance(model[0], nn.Sequential)

@@ -14,7 +14,7 @@ from torch import nn
 from .costs import Ranks, Rates, cut_costs, dense_costs, known, layer_costs, present_costs
 from .distributed import agreed
 from .errors import InvalidValueError
-from .matricize import Layer, Unfolding
+from .matricize import Layer, Unfolding, an_input
 from .measure import input_shapes, measure_latency, relative_latency
 from .plan import Plan
 from .structures import WideLayer
@@ -66,8 +66,7 @@ def _module_ms(module: nn.Module, shapes: dict[nn.Module, list[torch.Size]], sec
     """Of one layer in all its calls; a table that is looked up costs nothing."""
     if isinstance(module, nn.Embedding):
         return 0.0
-    like = next(module.parameters(), torch.zeros(()))
-    return sum(measure_latency(module, (torch.zeros(s, dtype=like.dtype, device=like.device),), seconds).median_ms for s in shapes[module])
+    return sum(measure_latency(module, (an_input(module, s),), seconds).median_ms for s in shapes[module])
 
 
 def correct_times(

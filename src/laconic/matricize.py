@@ -142,10 +142,11 @@ def takes_entries(module: Layer) -> bool:
 
 
 def an_input(module: Layer, shape: Sequence[int], fill: float = 0.0, device: Any = None) -> Tensor:
-    """Something of this shape that the layer takes; on `device` (None: its weight's)."""
-    like = next(module.parameters())
+    """Something of this shape that the layer takes: one number, or a table's entries one after the other; on `device` (None: its weight's)."""
+    like = next(module.parameters(), torch.zeros(()))
     if takes_entries(module):
-        return torch.zeros(tuple(shape), dtype=torch.int64, device=device or like.device)
+        table: Layer = module[0] if isinstance(module, nn.Sequential) else module
+        return (torch.arange(math.prod(shape), device=device or like.device) % table.num_embeddings).reshape(tuple(shape))
     return torch.full(tuple(shape), fill, dtype=like.dtype, device=device or like.device)
 
 

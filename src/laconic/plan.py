@@ -361,7 +361,7 @@ def _count(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> None:
                 layer.positions = macs / others[layer.path].weight.numel()
             else:
                 layer.beside_macs = macs / layer.out
-    if in_batches:
+    if in_batches and plan.neurons:  # whose trial has copied the model, too
         _count_between_layers(model, plan, inputs)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from .attention import Attention
 from .measure import call, evaluating, seeded
 
 
@@ -103,7 +104,9 @@ def _way_out(kind: type) -> str:
 
 def _never_fused(layer: nn.TransformerEncoderLayer) -> bool:
     """Its own code reads weights for a fused kernel alone, which it never calls as this layer is built."""
-    attention = layer.self_attn
+    attention = getattr(layer, "self_attn", None)
+    if not isinstance(attention, (nn.MultiheadAttention, Attention)):  # a subclass with one of its own: whatever it reads
+        return False
     return not attention.batch_first or attention.in_proj_bias is None or not layer.activation_relu_or_gelu or attention.num_heads % 2 == 1
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..attention import Attention
 from ..checks import has_gradient_hooks, hooked
 from ..matricize import takes_entries, unfoldings
 from ..measure import _countable_attention, call, check_inputs, seeded
@@ -191,9 +192,19 @@ def _trace(
 
         handles.append(module.register_forward_hook(hold, with_kwargs=True))
 
+    def apart(module: nn.Module) -> None:
+        def shift(by: int) -> None:
+            tracer.apart += by
+
+        handles.append(module.register_forward_pre_hook(lambda *_: shift(1)))
+        handles.append(module.register_forward_hook(lambda *_: shift(-1)))
+
     for path, module in twin.named_modules():
         if path and hooked(module):  # of a layer, the reason is known already; here it is a block, or an activation
             overlook(path, module)
+    for module in twin.modules():
+        if isinstance(module, Attention):
+            apart(module)
     for path in [*layers.producers, *layers.carriers, *layers.opaque]:
         if path in layers.opaque or not any(path.startswith(f"{p}.") for p in layers.opaque):
             watch(path, twin.get_submodule(path), layers.opaque.get(path))

@@ -29,8 +29,8 @@ class Tracer(TorchDispatchMode):
     Attributes:
         decisions: every such operation that was met, with the axes that it could be.
         layers: for each (path, side, role) the unit of each channel.
-        seen: which of the reasons to hold units (bits, in their order) have reached an output of the model. The others do not count: weights of
-            attention that are averaged over its heads and thrown away hold no head.
+        apart: depth of modules whose own results may be thrown away (`Attention`, which averages its weights over the heads for nobody).
+        seen: which of the reasons to hold units (bits, in their order) count: all that arise elsewhere, and those that arise there and reach an output of the model.
     """
 
     def __init__(self, choices: Mapping[Decision, int]):
@@ -41,6 +41,7 @@ class Tracer(TorchDispatchMode):
         self.layers: dict[tuple[str, str, str], Ints] = {}
         self.made: dict[str, Ints] = {}
         self.inside = 0  # depth of layers whose own operations are not followed
+        self.apart = 0
         self.seen = 0
         self._labels: dict[int, tuple[Tensor, Label]] = {}  # by id; the tensor is kept alive, so that ids are not reused
         self._holds: dict[int, tuple[Tensor, int]] = {}  # the reasons to hold units that have gone into a tensor, as bits
@@ -58,7 +59,9 @@ class Tracer(TorchDispatchMode):
 
     def passed_on(self, given: Any, first: int, made: Any) -> None:
         """What has gone into some tensors, and the reasons from the `first` on, go into others; what makes none (a number, say) decides what follows."""
-        bits = self.bits_of(given) | (1 << len(self.units.holds)) - (1 << first)
+        fresh = (1 << len(self.units.holds)) - (1 << first)
+        self.seen |= 0 if self.apart else fresh
+        bits = self.bits_of(given) | fresh
         outputs = [x for x in tree_leaves(made) if isinstance(x, Tensor)]
         if not outputs:
             self.seen |= bits
