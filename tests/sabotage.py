@@ -47,7 +47,9 @@ EDITS = [
         "attention's operations stay", "plan.py", "    if in_batches and plan.neurons:", "    if False:", "test_attention", "operations_of"
     ),
     Edit("what nobody reads holds units", "graph/labels.py", "if counts >> i & 1 else ():", ":", "test_attention", "thrown_away"),
-    Edit("what is read holds nothing", "graph/tracer.py", "x, bits | self.bits_of(x)", "x, self.bits_of(x)", "test_graph", "known_to_be"),
+    Edit(
+        "what is read holds nothing", "graph/tracer.py", "x, bits | self.bits_of(x)", "x, self.bits_of(x)", "test_attention", "mean_is_used"
+    ),
     Edit(
         "shapes of nested tensors",
         "measure.py",

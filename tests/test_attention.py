@@ -309,6 +309,8 @@ def test_heads_stay_where_their_mean_is_used() -> None:
             return self.head(self.hidden(y).relu()) * weights.square().sum((1, 2))[:, None, None]
 
     model = laconic.unfuse(Block())
+    plan = make_plan(model, [laconic.Channels()], (torch.randn(3, 5, 32),))
+    assert "off by" not in plan.whole["attention.q_proj"]  # seen in the trace, not by the trial
     laconic.compress(model, [laconic.Channels()], laconic.Budget(params=0.7), example_inputs=(torch.randn(3, 5, 32),))
     assert model.attention.num_heads == 4
     assert model.hidden.out_features < 64
