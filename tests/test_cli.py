@@ -164,8 +164,12 @@ def test_ctrl_c_in_training_leaves_a_model_that_loads_and_says_where(recipe, cap
         yield lambda progress: os.kill(os.getpid(), signal.SIGINT) if progress.step == 40 else None
 
     monkeypatch.setattr(laconic.cli.shared, "progress_bar", signal_at_step_40)
-    with pytest.raises(SystemExit) as stopped:
-        run("train", recipe)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run("train", recipe)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130
     assert "interrupted at step 40 of 44; the model as it is now: runs/small/laconic-seed0/interrupted" in " ".join(
         capsys.readouterr().err.split()
