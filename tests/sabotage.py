@@ -31,6 +31,15 @@ class Edit(NamedTuple):
 
 
 EDITS = [
+    Edit(
+        "parameters that nobody trains not noted",
+        "compressor.py",
+        "if p.requires_grad and p not in trained]",
+        "if False]",
+        "test_attention",
+        "is_noted",
+    ),
+    Edit("unfused already not said", "attention.py", "if already else", "if False else", "test_attention", "twice"),
     Edit("an attribute of the model forgotten", "graph/tracer.py", "0 if self.apart else fresh", "0", "test_attention", "by_an_attribute"),
     Edit("a model copied for ranks", "plan.py", "if in_batches and plan.neurons:", "if in_batches:", "test_attention", "no_copy"),
     Edit(

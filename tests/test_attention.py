@@ -383,3 +383,19 @@ def test_what_leaves_a_model_by_an_attribute_holds_its_units() -> None:
     plan = make_plan(Router(), [laconic.Channels()], (torch.randn(5, 8),))
     assert [neurons.name for neurons in plan.neurons] == ["free"]
     assert "over the units" in plan.whole["hidden"] or "mixes" in plan.whole["hidden"]
+
+
+def test_unfused_after_the_optimizer_was_built_is_noted() -> None:
+    model = Tagger()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    laconic.unfuse(model)
+    compressor = laconic.Compressor(model, optimizer, [laconic.LowRank(strength=0.1)])
+    note = next(note for note in compressor.plan.notes if "none of the optimizers" in note)
+    assert note.startswith("12 parameters that ask for gradients")  # weights and biases of three projections in two layers
+    assert "encoder.layers.0.self_attn.q_proj.weight" in note
+
+
+def test_unfused_twice_is_said() -> None:
+    model = laconic.unfuse(Tagger())
+    with pytest.warns(UserWarning, match="is unfused already: nothing was changed"):
+        laconic.unfuse(model)

@@ -1,7 +1,7 @@
 """`nn.MultiheadAttention` as four linear layers that can be cut.
 
-PyTorch's module multiplies with its weights itself, three of them packed into one, so no layer can be put in their place. `Attention` needs torch alone: to do without
-laconic, copy the class.
+PyTorch's module multiplies with its weights itself, three of them packed into one, so no layer can be put in their place. `Attention` and the three
+functions under it need torch alone: to do without laconic, copy them.
 """
 
 from __future__ import annotations
