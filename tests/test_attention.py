@@ -316,6 +316,7 @@ def test_heads_stay_where_their_mean_is_used() -> None:
     assert model.hidden.out_features < 64
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # once in a process
 def test_padding_in_the_example_inputs_of_a_fused_encoder() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
     inputs = (torch.randn(2, 7, 32), None, padding())
