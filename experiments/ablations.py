@@ -1,4 +1,4 @@
-"""What each part of laconic is worth: one thing is changed at a time, all others are as a user gets them.
+"""What each part of laconic is worth: one thing is changed at a time, all others are as a user gets them, with both structures throughout.
 
 A queue, like `laconic bench`: what is missing is run, one small result file for each variant and seed, test accuracy.
 
@@ -37,7 +37,12 @@ def penalty(make: Callable[[], Any]) -> Options:
 
 
 def schedule(warmup: float, settle: float) -> Options:
-    return lambda recipe, steps: {"schedule": Schedule(warmup=warmup, settle=settle)}
+    return lambda recipe, steps: DEFAULT(recipe, steps) | {"schedule": Schedule(warmup=warmup, settle=settle)}
+
+
+def every(interval: int | None) -> Options:
+    """None: an epoch."""
+    return lambda recipe, steps: DEFAULT(recipe, steps) | {"every": interval or steps}
 
 
 def unfolding(name: str) -> Options:
@@ -58,7 +63,7 @@ def scale(name: str) -> Options:
     }
 
 
-DEFAULT: Options = lambda recipe, steps: {}  # noqa: E731
+DEFAULT = penalty(lambda: LogSum(0.1))
 FACTORS: dict[str, dict[str, Options]] = {
     "penalty": {
         "none": lambda recipe, steps: {"structures": [LowRank(strength=0.0), Channels(strength=0.0)]},
@@ -66,8 +71,8 @@ FACTORS: dict[str, dict[str, Options]] = {
     },
     "strength: final gap": {"0.01": DEFAULT, "0.1": DEFAULT, "1": DEFAULT},
     "steps between proximal steps": {
-        "1": lambda recipe, steps: {"every": 1}, "10": lambda recipe, steps: {"every": 10}, "16 rounds": DEFAULT,
-        "50": lambda recipe, steps: {"every": 50}, "an epoch": lambda recipe, steps: {"every": steps},
+        "1": every(1), "10": every(10), "16 rounds": DEFAULT,
+        "50": every(50), "an epoch": every(None),
     },
     "warm-up": {"0": schedule(0.0, 0.35), "0.1": DEFAULT, "0.2": schedule(0.2, 0.35)},
     "settled from": {"0.2": schedule(0.1, 0.2), "0.35": DEFAULT, "0.5": schedule(0.1, 0.5), "0.8": schedule(0.1, 0.8)},

@@ -38,7 +38,7 @@ from laconic.results import provenance, write_json
 from laconic.training import batches, cross_entropy, learning_rate_factor, make_optimizer, steps_per_epoch
 
 BLOCK = 8
-STRUCTURES = {"laconic": ("low-rank", "channels"), "low-rank": ("low-rank",), "channels": ("channels",)}
+STRUCTURES = {"laconic": ("low-rank", "channels-optional"), "low-rank": ("low-rank",), "channels": ("channels",)}
 
 
 @dataclass(frozen=True)

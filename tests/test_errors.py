@@ -196,7 +196,7 @@ BAD = {
     "load: no model": (lambda: laconic.load("/nowhere/at/all", None), errors.InvalidTypeError, T, r"expected a torch\.nn\.Module, got NoneType"),
     "save: a class": (lambda: laconic.save(nn.Linear, "/nowhere/at/all"), errors.InvalidTypeError, T, "got the class Linear itself"),
     "state None": (lambda: compressor(by_strength()).load_state_dict(None), errors.InvalidTypeError, T, r"expected the dict that Compressor\.state_dict\(\) returned, got NoneType"),
-    "state of another version": (lambda: compressor(by_strength()).load_state_dict({"version": 0}), errors.CheckpointError, V, "format version 0; this laconic reads 9"),
+    "state of another version": (lambda: compressor(by_strength()).load_state_dict({"version": 0}), errors.CheckpointError, V, "format version 0; this laconic reads 10"),
     "recipe unknown": (lambda: load_recipe("digit"), errors.RecipeError, V, "neither a file nor a shipped recipe; did you mean 'digits'"),
     "data missing": (lambda: load_dataset("scene", "/nowhere/at/all"), errors.DataNotFoundError, FileNotFoundError, "/nowhere/at/all"),
     "data unknown": (lambda: load_dataset("scen"), errors.InvalidValueError, V, "did you mean 'scene'"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from laconic import Budget, Compressor, load, save
+from laconic import Budget, Channels, Compressor, LowRank, load, save
 from laconic.errors import InvalidValueError, RecipeError
 from laconic.measure import count_macs, count_params
 from laconic.models import MODELS, CharNet, Shape, decomposeme, thin_widths
@@ -231,7 +231,8 @@ def test_every_network_trains_and_shrinks_to_half_with_both_structures(name, tmp
     assert model.widths == shape.widths  # what a thin network says of itself
     dense = count_params(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    compressor = Compressor(model, optimizer, budget=Budget(params=0.5), total_steps=20, example_inputs=(x[:1],))
+    both = [LowRank(), Channels()]
+    compressor = Compressor(model, optimizer, both, budget=Budget(params=0.5), total_steps=20, example_inputs=(x[:1],))
     for _ in range(20):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()

@@ -36,7 +36,7 @@ from .surgery.factorize import pair_matrices, pair_weights
 from .surgery.factorize import weights as pair_parameters
 from .surgery.optimizer import carry, unknown_state
 from .surgery.record import put, undo
-from .widths import choose_shapes
+from .widths import choose_shapes, needless
 
 
 def spectra(plan: Plan) -> dict[str, Floats]:
@@ -359,6 +359,8 @@ def compress(
         assert energy is not None
         return {n: None if n in keep_dense else r for n, r in energy_ranks(plan, values, energy).items()}
 
+    if budget is not None:
+        plan.forgo(needless(plan, values, importances, budget.currencies, budget.limits(plan)))
     with all_or_nothing(model, plan):
         result = CutResult()
         if budget is not None and plan.neurons:

@@ -69,7 +69,7 @@ from .surgery.batchnorm import as_batches
 from .surgery.constants import dead_constants, fold, unread_units
 from .timing import RankTimes, ShapeWatch, layer_times
 from .watch import Watch, drop_dead
-from .widths import choose_shapes
+from .widths import choose_shapes, has_optional, needless
 
 TINY = 1e-12  # a learning rate that is as good as none
 ROUNDS = 16  # proximal steps in the phase of pressure, unless `every` is given
@@ -93,8 +93,9 @@ class Compressor:
         model: trained in place.
         optimizer: the optimizer, or a list of several. Hooked; for one without hooks call `compressor.step()` after
             each of its steps.
-        structures: what is compressed; None: `[LowRank(), Channels()]`, and `[LowRank()]` without example inputs or with
-            `cut="end"`, where no training repairs what neurons leave behind; both in multiples of 8 where the budget is in milliseconds.
+        structures: what is compressed; None: `[LowRank(), Channels(optional=True)]`: ranks alone, and neurons too where ranks alone would keep less of the network, and
+            `[LowRank()]` without example inputs or with `cut="end"`, where no training repairs what neurons leave behind; in multiples of 8
+            where the budget is in milliseconds.
         budget: how much the result may cost.
         total_steps: optimizer steps of the whole run; needed with a budget.
         example_inputs: tuple of positional arguments; needed for MACs, for `Channels`, and for the check of the outputs.
@@ -164,6 +165,12 @@ class Compressor:
                 f"{len(forgotten)} parameters that ask for gradients are in none of the optimizers, and stay as they are: {names}"
             )
         self.plan.notes += unasked
+        if any(g.structure.optional for g in self.plan.neurons):
+            self.plan.notes.append(
+                "neurons are optional: at the first proximal step they are left alone for the whole run, unless ranks alone would keep less of the network"
+                if budget is not None and has_optional(self.plan)
+                else "Channels(optional=True) has no effect here: there is no budget, or there are no weights under LowRank"
+            )
         if budget is not None and any(x.structure.scale == "absolute" and x.structure.strength is None for x in self._pressed):
             self.plan.notes.append(
                 'scale="absolute" and a steered strength: it starts at half of the unit of the spectra, which in absolute numbers may be far too much; give strength=, or leave scale out'
@@ -184,9 +191,11 @@ class Compressor:
             every=every or self._interval(),
             owed={x.name: 0.0 for x in self._pressed},
             controller=self._controller(),
+            forgone=None if budget is not None and has_optional(self.plan) else [],
             spectra_start={s.name: start[s.name].astype(np.float32) for s in self.plan.sites},
         )
         self.plan.ranks = self.state.ranks
+        self._planned = self._pressed
         self._owner = {x.name: last_holder(optimizers, x.weights[0]) for x in self._pressed}
         self._changed = False  # by this step, in mid-run
         self._report: CompactReport | None = None
@@ -359,7 +368,11 @@ class Compressor:
             state.controller.see(peak_learning_rate(self.optimizers))
         if self._inputs is not None:
             state.moments, self._inputs = self._inputs.finish(), None
+        if state.forgone is None:
+            self._decide(spectra(self.plan), importances_of(self.plan, state.moments))
         for site in sites:
+            if site.name not in state.owed:  # just forgone
+                continue
             owed, state.owed[site.name] = state.owed[site.name], 0.0
             tau = self.strength(site) * owed
             if tau == 0 or not site.weights[0].requires_grad:
@@ -386,6 +399,24 @@ class Compressor:
             way = (self.progress - self.schedule.warmup) / (self.settle - self.schedule.warmup)
             state.controller.update(min(way, 1.0), gap)
         state.remember(sum(self.strength(x) for x in self._pressed) / len(self._pressed), gap)
+
+    def _decide(self, values: dict[str, Floats], importances: dict[str, Floats]) -> None:
+        """Once, before anything is pressed: do optional neurons go, or do ranks alone keep more?"""
+        assert self.budget is not None
+        dense = frozenset(not_carried(self.plan, self.optimizers)) if self.cut_early else frozenset()
+        found = needless(self.plan, values, importances, self.budget.currencies, self.budget.limits(self.plan), dense)
+        self._forgo(sorted(found))
+        if found:
+            self.weights = cost_weights(self.plan, self.budget)
+
+    def _forgo(self, names: list[str]) -> None:
+        self.state.forgone = names
+        self.plan.forgo(names)
+        for name in names:
+            self.state.owed.pop(name, None)
+        if names and not self.plan.neurons:
+            self._unreached = set()
+            self._watch_unreached()
 
     @property
     def _spectra_known(self) -> bool:
@@ -610,7 +641,7 @@ class Compressor:
                 notes.append("calibration had no effect: the model trained on after the cut")
         else:
             self._stop_watching()  # a step that was not taken
-            saved = copy.deepcopy(self.state)
+            saved, weights = copy.deepcopy(self.state), self.weights
             try:
                 with all_or_nothing(self.model, self.plan, self.optimizers):
                     self._prox([x for x in self._pressed if self.state.owed[x.name] > 0])
@@ -630,7 +661,7 @@ class Compressor:
                     self._cut(values, ranks, calibration, more)
                     self.state.cuts.timings |= times
             except BaseException:
-                self.state, self.plan.ranks = saved, saved.ranks
+                self.state, self.plan.ranks, self.weights = saved, saved.ranks, weights
                 self._parameters = named_by_identity(self.model)
                 raise
             self.state.settled = True
@@ -656,6 +687,10 @@ class Compressor:
             if calibration is not None or not state.moments:  # else of the last step that was watched in training
                 state.moments = watch_inputs(self.model, self.plan, calibration or [self.example_inputs])
             state.importances = importances_of(self.plan, state.moments)
+            if state.forgone is None:
+                self._decide(values, state.importances)
+            if not self.plan.neurons:
+                return []
             notes = unseen(self.plan, state.moments)
             self._slim(1.0, frozenset(), 1.0)
             return notes
@@ -753,7 +788,7 @@ class Compressor:
         """A flat dict for any logger: step, strength, ranks, and the share of parameters that these ranks would leave."""
         sites = self.plan.sites
         ranks = {s.name: self.plan.ranks.get(s.name, s.unfolding.full_rank) for s in sites}
-        units = {g.name: len(g.kept) for g in self.plan.neurons}
+        units = {g.name: len(g.kept) for g in (*self.plan.neurons, *self.plan.forgone)}
         left = present_costs(self.plan, ["params"], {s.name: r if (r := ranks[s.name]) <= s.break_even else None for s in sites})[0]
         flat = {
             "laconic/step": float(self.steps),
@@ -774,7 +809,7 @@ class Compressor:
         """Everything a resumed run needs besides the model's and the optimizer's own state; plain tensors and numbers."""
         return {
             "version": VERSION,
-            "names": [x.name for x in self._pressed],
+            "names": [x.name for x in self._planned],
             "settings": self._settings(),
             "unfoldings": {s.name: s.unfolding.name for s in self.plan.sites},
             "inner": [s.name for s in self.plan.inner],
@@ -795,7 +830,7 @@ class Compressor:
             "budget": dataclasses.asdict(self.budget) if self.budget is not None else None,
             "schedule": dataclasses.asdict(self.schedule),
             "cut": "early" if self.cut_early else "end",
-            "structures": [repr(x.structure) for x in self._pressed],
+            "structures": [repr(x.structure) for x in self._planned],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -811,7 +846,7 @@ class Compressor:
         version = state.get("version")
         if version != VERSION:
             raise CheckpointError(f"compressor state has format version {version!r}; this laconic reads {VERSION}")
-        names = [x.name for x in self._pressed]
+        names = [x.name for x in self._planned]
         if state["names"] != names:
             differing = sorted(set(names) ^ set(state["names"]))
             raise CheckpointError(
@@ -826,6 +861,10 @@ class Compressor:
             raise CheckpointError(f"compressor state has {len(run.steps)} optimizers, this one {len(self.optimizers)}")
         if any(s.rank is not None for s in self.plan.sites) or any(len(g.kept) < g.group.units for g in self.plan.neurons):
             raise CheckpointError("this compressor has made cuts already: load the state into a fresh one, on a fresh dense model")
+        if self.plan.forgone:
+            raise CheckpointError(
+                "this compressor has left neurons alone for good already: load the state into a fresh one, on a fresh dense model"
+            )
         self._stop_watching()
         use_unfoldings(self.model, self.plan, state["unfoldings"], self.example_inputs)
         for site in self.plan.sites:
@@ -839,6 +878,8 @@ class Compressor:
         self.state = run
         self.plan.ranks = run.ranks
         replay_cuts(self.model, self.plan, run.cuts.kept, run.cuts.ranks, self.optimizers)
+        if run.forgone is not None:
+            self._forgo(run.forgone)
         for site in self.plan.sites:
             times = measured["times"][site.name]
             site.times = RankTimes.from_json(times) if times is not None else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,8 @@ from .structures import Channels, Entries, LowRank, Neurons, Site, Structure, We
 from .surgery.channels import End, parameters_at, slimmed, width
 from .surgery.factorize import MARK, empty_pair
 
+FORGONE = "ranks alone keep as much of the network within the budget, or more; structures=[LowRank(), Channels()] takes both"
+
 
 @dataclass(frozen=True, slots=True)
 class LeftAlone:
@@ -45,7 +47,7 @@ class Plan:
 
     Attributes:
         sites: weights under `LowRank`.
-        neurons: groups of neurons under `Channels`.
+        neurons: groups of neurons under `Channels`; forgone: of these, the optional ones that are left alone after all.
         layers: every layer whose cost changes with the number of neurons.
         whole: why the neurons of the other layers all stay, by layer.
         entries: weights under `Entries`.
@@ -66,6 +68,7 @@ class Plan:
     latency_ms: float | None = None
     fixed_ms: float | None = None
     neurons: list[Neurons] = field(default_factory=list)
+    forgone: list[Neurons] = field(default_factory=list)
     layers: list[WideLayer] = field(default_factory=list)
     whole: dict[str, str] = field(default_factory=dict)
     entries: list[Weight] = field(default_factory=list)
@@ -92,6 +95,12 @@ class Plan:
             site.inner = None
         if names:
             self.notes.append(f"no pair is cut again along its inputs ({why}): {', '.join(names)}")
+
+    def forgo(self, names: Collection[str]) -> None:
+        """These groups of neurons stay as they are. (In new lists: the old ones are what an error goes back to.)"""
+        self.forgone = [*self.forgone, *(g for g in self.neurons if g.name in names)]
+        self.neurons = [g for g in self.neurons if g.name not in names]
+        self.whole = self.whole | {g.name: FORGONE for g in self.forgone}
 
     @property
     def fixed_params(self) -> int:
@@ -136,13 +145,13 @@ class Plan:
 
 
 def check_structures(structures: Any, example_inputs: Any, trains_on: bool, multiple: int = 1) -> tuple[list[Structure], list[str]]:
-    """The structures as a list, and what there is to say of them. None means `[LowRank(), Channels()]`, or `[LowRank()]` where there
+    """The structures as a list, and what there is to say of them. None means `[LowRank(), Channels(optional=True)]`, or `[LowRank()]` where there
     are no example inputs to find out with what is tied to a neuron (the plan says so), and where no training follows: a truncated
     layer is the nearest one of its rank and needs none, while neurons that go leave a hole. Their sizes are then multiples of `multiple`.
     """
     if structures is None:
         notes = [f"ranks and numbers of channels are multiples of {multiple}, since milliseconds count"] if multiple > 1 else []
-        ranks, neurons = LowRank(multiple=multiple), Channels(multiple=multiple)
+        ranks, neurons = LowRank(multiple=multiple), Channels(multiple=multiple, optional=True)
         if example_inputs is None:
             return [ranks], notes
         if not trains_on:

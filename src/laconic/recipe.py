@@ -38,7 +38,7 @@ class Recipe:
     penalty_epsilon: of `LogSum`; strength: 0 lets the budget steer it.
     setting: of a rival, what its file names first; 0: its default.
     matricization: of the convolutions.
-    structures: what laconic may use: `low-rank`, `channels`.
+    structures: what laconic may use: `low-rank`, `channels`, `channels-optional`.
     torch_pruning_reg, torch_pruning_at, torch_pruning_global: of the rival: strength of its regularizer; the share of the run
         after which it prunes; whether it ranks the channels of all layers together, or takes the same share of each.
     only_faster: leave dense what does not get faster when cut (only with `settle = 1.0`).
@@ -78,7 +78,7 @@ class Recipe:
     strength: float = 0.0
     setting: float = 0.0
     matricization: str = "out,in*kh*kw"
-    structures: tuple[str, ...] = ("low-rank", "channels")
+    structures: tuple[str, ...] = ("low-rank", "channels-optional")
     only_faster: bool = False
     torch_pruning_reg: float = 1e-4
     torch_pruning_at: float = 0.35

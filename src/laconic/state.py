@@ -16,7 +16,7 @@ from .report import Snapshot
 from .schedule import Controller
 from .timing import RankTimes
 
-VERSION = 9
+VERSION = 10
 MAX_SNAPSHOTS = 200
 
 
@@ -34,6 +34,7 @@ class RunState:
     failures: one line for each solver that failed.
     controller: steers the strength; None where strengths are given.
     settled: the structure is final.
+    forgone: optional groups of neurons that are left alone; None until that is decided.
     cuts: what was cut so far.
     shapes: of each layer's input in training, by site; None until seen.
     gradient_scales: of pairs, by site, see `pace`.
@@ -55,6 +56,7 @@ class RunState:
     solvers: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     settled: bool = False
+    forgone: list[str] | None = None
     shapes: dict[str, tuple[int, ...]] | None = None
     gradient_scales: dict[str, float] = field(default_factory=dict)
     step_times: dict[str, RankTimes] = field(default_factory=dict)

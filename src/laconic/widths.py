@@ -45,21 +45,52 @@ def choose_shapes(
     currencies: Sequence[str],
     limits: Floats,
     keep_dense: frozenset[str] = frozenset(),
+    whole: frozenset[str] = frozenset(),
 ) -> Walk:
     """The end of the walk: how many units each group keeps, and a rank for each weight that goes with them.
 
     Args:
         values: singular values by site; importances: shares of the units that are there, by group.
         limits: upper bounds on the whole cost, one for each currency.
-        keep_dense: sites that must not be factorised.
+        keep_dense: sites that must not be factorised; whole: groups that keep all units.
 
     Raises:
         InfeasibleBudgetError: one unit of each group and rank 1 of each weight still cost too much.
     """
-    walk = Walk(plan, values, importances, tuple(currencies), limits, keep_dense)
+    walk = Walk(plan, values, importances, tuple(currencies), limits, keep_dense, whole)
     walk.down()
     walk.fill()
     return walk
+
+
+def has_optional(plan: Plan) -> bool:
+    """Are there neurons that ranks may make needless?"""
+    return bool(plan.sites) and any(g.structure.optional for g in plan.neurons)
+
+
+def needless(
+    plan: Plan,
+    values: dict[str, Floats],
+    importances: dict[str, Floats],
+    currencies: Sequence[str],
+    limits: Floats,
+    keep_dense: frozenset[str] = frozenset(),
+) -> frozenset[str]:
+    """The optional groups, where a walk that leaves them whole keeps at least as much of the network as one that may take units from all; else none.
+
+    The greedy walk takes neurons while layers are dense and each saves a whole row; at the ranks that come later it would save little. Where
+    ranks can do the same, and keep the best directions instead of the best axes, they then keep more.
+    """
+    if not has_optional(plan):
+        return frozenset()
+    optional = frozenset(g.name for g in plan.neurons if g.structure.optional)
+    try:
+        both, without = (
+            choose_shapes(plan, values, importances, currencies, limits, keep_dense, whole) for whole in (frozenset(), optional)
+        )
+    except InfeasibleBudgetError:
+        return frozenset()
+    return optional if without.gain() >= both.gain() else frozenset()
 
 
 def unit_costs(plan: Plan, group: Neurons, currencies: Sequence[str]) -> Floats:
@@ -97,7 +128,7 @@ class Walk:
     """Where the walk is.
 
     Attributes:
-        plan, values, importances, currencies, limits, keep_dense: as given to `choose_shapes`.
+        plan, values, importances, currencies, limits, keep_dense, whole: as given to `choose_shapes`.
         units: that each group keeps.
         ranks: of each site; inner: of the site within it, 0 where that stays whole.
         shares: logarithms of what is kept, by the number of units or the rank.
@@ -112,6 +143,7 @@ class Walk:
     currencies: tuple[str, ...]
     limits: Floats
     keep_dense: frozenset[str]
+    whole: frozenset[str] = frozenset()
     units: Widths = field(init=False)
     ranks: dict[str, int | None] = field(init=False)
     inner: dict[str, int] = field(init=False)
@@ -148,7 +180,8 @@ class Walk:
         for site in plan.sites:
             self.touching[site.layer].add(site.name)
         for group in plan.neurons:
-            self.bury(group)
+            if group.name not in self.whole:
+                self.bury(group)
 
     def priced(self, group: Neurons) -> list[End]:
         """Without buffers, which cost nothing."""
@@ -207,6 +240,8 @@ class Walk:
         """The best step down of a group or a weight: what it loses per cost that it saves, and to how many units or which ranks."""
         if isinstance(item, Site):
             return self.best_ranks(item)
+        if item.name in self.whole:
+            return None
         now, shares = self.units[item.name], self.shares[item.name]
         count = _step_down(now, item.multiple)
         if count < 1:

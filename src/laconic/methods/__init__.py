@@ -15,7 +15,7 @@ from .fixed_rank import PUFFERFISH, SPECTRAL_INIT
 from .found import FOUND, FOUND_WIDTHS
 from .learning_compression import LC
 from .magnitude import MAGNITUDE
-from .ours import CHANNELS, LACONIC, LATE, LOW_RANK, compressor_for
+from .ours import BOTH, CHANNELS, LACONIC, LATE, LOW_RANK, compressor_for
 from .pat import PAT
 from .spectral_penalties import SLORR_HOYER, SLORR_HOYER_TUNED, SLORR_NUC, SPECTRAL_WEIGHT_DECAY
 from .svd import SVD, SVD_ENERGY, SVD_ENERGY_TUNED
@@ -60,6 +60,7 @@ METHODS: dict[str, Method] = {
     "late": LATE,
     "low-rank": LOW_RANK,
     "channels": CHANNELS,
+    "both": BOTH,
     "laconic": LACONIC,
 }
 

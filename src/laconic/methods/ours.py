@@ -56,6 +56,7 @@ def structures_of(recipe: Recipe, multiple: int = 1) -> list[Structure]:
     known: dict[str, Callable[[], Structure]] = {
         "low-rank": lambda: LowRank(matricization=recipe.matricization, multiple=multiple, **options),
         "channels": lambda: Channels(multiple=multiple, **options),
+        "channels-optional": lambda: Channels(multiple=multiple, optional=True, **options),
     }
     for name in recipe.structures:
         if name not in known:
@@ -74,6 +75,7 @@ def with_recipe(label: str, **changes: Any) -> Method:
 
 LACONIC = Method("laconic", train)
 LOW_RANK = with_recipe("ranks alone", structures=("low-rank",))
+BOTH = with_recipe("both, always", structures=("low-rank", "channels"))
 CHANNELS = with_recipe("neurons alone", structures=("channels",))
 # Ranks alone: neurons that go at the end are not repaired by any training. BatchNorm is re-estimated.
 LATE = with_recipe("ranks alone, cut last", structures=("low-rank",), settle=1.0)

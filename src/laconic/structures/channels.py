@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checks import check_finite, whole_number
+from ..errors import InvalidTypeError
 from ..matricize import INPUTS_FIRST, Layer, Unfolding, unfolding_named, unfoldings
 from ..penalties import L1, LogSum, Penalty
 from ..surgery.channels import NORMS, SIDES, End, Group, channels_kept, width
@@ -149,6 +150,8 @@ class Channels:
         scale: `"relative"` or `"absolute"`.
         include, exclude: shell-style patterns on module or parameter names of the layers that put the neurons out.
         multiple: keep a multiple of this number of channels (what the hardware likes: 8, 16); an attention head of 64 is one already.
+        optional: beside `LowRank`, under a budget: at the first proximal step all neurons are left alone for the whole run, unless ranks
+            alone would keep less of the network (see `laconic.widths.needless`).
     """
 
     penalty: Penalty = field(default_factory=LogSum)
@@ -157,10 +160,13 @@ class Channels:
     include: str | tuple[str, ...] = ()
     exclude: str | tuple[str, ...] = ()
     multiple: int = 1
+    optional: bool = False
 
     def __post_init__(self) -> None:
         check_options(self)
         object.__setattr__(self, "multiple", whole_number("multiple", self.multiple, least=1))
+        if not isinstance(self.optional, bool):
+            raise InvalidTypeError(f"optional = {self.optional!r}: expected True or False")
 
     @classmethod
     def as_published(cls, strength: float, **options: Any) -> Channels:
