@@ -1,6 +1,9 @@
 """Optional neurons: ranks alone where they keep more of the network, decided once, before anything is pressed."""
 
+import contextlib
 import copy
+import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -8,11 +11,13 @@ import torch
 from torch import nn, optim
 
 import laconic
+from laconic.budget import needless
 from laconic.compaction import spectra
-from laconic.errors import CheckpointError, InfeasibleBudgetError, InvalidTypeError, SurgeryError
-from laconic.plan import FORGONE, make_plan
+from laconic.errors import InfeasibleBudgetError, InvalidTypeError, NonFiniteError, SurgeryError
+from laconic.plan import FORGONE, _wide_layer, make_plan
 from laconic.slimming import importances_of
-from laconic.widths import choose_shapes, needless
+from laconic.timing import RankTimes, grid
+from laconic.widths import choose_shapes, inner_ranks
 
 from .models import assert_same
 from .test_neurons import no_clock  # noqa: F401
@@ -82,7 +87,7 @@ def test_where_both_keep_more_the_default_is_both_bit_for_bit():
 def test_the_plan_says_beforehand_that_it_will_be_decided_and_afterwards_what():
     model = cnn()
     compressor = run(model, steps=0)
-    assert "neurons are optional" in str(compressor.plan)
+    assert "neurons of 0, 3, 6 are optional" in str(compressor.plan)
     assert "16 units" in str(compressor.plan)
     keys = compressor.metrics().keys()
     run(model, steps=STEPS // 4, compressor=compressor, optimizer=compressor.optimizers[0])
@@ -95,28 +100,82 @@ def test_the_plan_says_beforehand_that_it_will_be_decided_and_afterwards_what():
 def test_the_choice_is_the_one_of_the_walk_that_keeps_more():
     plan = make_plan(model := cnn(), OPTIONAL, (torch.zeros(1, 3, 6, 6),))
     values, importances = spectra(plan), importances_of(plan, {})
-    limits = laconic.Budget(params=PARAMS).limits(plan)
+    budget = laconic.Budget(params=PARAMS)
     names = frozenset(g.name for g in plan.neurons)
-    given = (plan, values, importances, ["params"], limits)
-    both, ranks = choose_shapes(*given), choose_shapes(*given, frozenset(), names)
-    assert ranks.units == {g.name: g.group.units for g in plan.neurons}
+    limits = budget.limits(plan)
+    both = choose_shapes(plan, values, importances, ["params"], limits)
+    ranks = choose_shapes(dataclasses.replace(plan, neurons=[]), values, importances, ["params"], limits)
     assert np.all(ranks.spent <= limits)
     assert ranks.gain() >= both.gain()
-    assert needless(*given) == names
+    assert needless(plan, values, importances, budget) == names
     # Half of the neurons say nothing: what goes for nothing tips the scales.
     dead = {n: np.where(np.arange(len(x)) % 2, x, 0.0) for n, x in importances.items()}
     assert choose_shapes(plan, values, dead, ["params"], limits).gain() > ranks.gain()
-    assert needless(plan, values, dead, ["params"], limits) == frozenset()
+    assert needless(plan, values, dead, budget) == frozenset()
     # So does a budget that ranks alone cannot meet.
-    tight = np.array([0.02 * plan.params])
-    assert np.all(choose_shapes(*given[:4], tight).spent <= tight)
+    tight = laconic.Budget(params=0.02)
+    assert np.all(choose_shapes(plan, values, importances, ["params"], tight.limits(plan)).spent <= tight.limits(plan))
     with pytest.raises(InfeasibleBudgetError):
-        choose_shapes(*given[:4], tight, frozenset(), names)
-    assert needless(*given[:4], tight) == frozenset()
-    assert not needless(make_plan(model, BOTH, (torch.zeros(1, 3, 6, 6),)), *given[1:])
+        choose_shapes(dataclasses.replace(plan, neurons=[]), values, importances, ["params"], tight.limits(plan))
+    assert needless(plan, values, importances, tight) == frozenset()
+    assert not needless(make_plan(model, BOTH, (torch.zeros(1, 3, 6, 6),)), values, importances, budget)
 
 
-@pytest.mark.parametrize("at", [2, STEPS // 4, STEPS // 2])
+class Forked(nn.Module):
+    """Neurons in one layer, ranks in another: neither can do the other's work."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.a, self.b = nn.Conv2d(96, 96, 3, padding=1, bias=False), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))[:, :4] + self.b(torch.relu(self.a(x.mean((2, 3))[:, :8])))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.03, 0.05, 0.1, 0.3, 0.9])
+def test_what_ranks_alone_are_chosen_for_is_met_by_them(share):
+    torch.manual_seed(0)
+    model, x = Forked(), torch.randn(8, 96, 4, 4)
+    structures = [laconic.LowRank(multiple=8, include="conv"), laconic.Channels(include="a", optional=True)]
+    optimizer = optim.SGD(model.parameters(), 1e-3)
+    budget = laconic.Budget(params=share)
+    try:
+        compressor = laconic.Compressor(model, optimizer, structures, budget=budget, total_steps=20, example_inputs=(x,))
+    except InfeasibleBudgetError:  # said at once, not in mid-run
+        assert share == 0.02
+        return
+    for _ in range(20):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert compressor.compact().params_after <= share * compressor.plan.params
+
+
+def test_ranks_that_are_tried_reach_down_to_the_smallest_multiple():
+    assert [inner_ranks(taken, 8).tolist() for taken in (512, 12, 8)] == [sorted({8, *inner_ranks(512, 8).tolist()}), [8], []]
+    assert not np.any(inner_ranks(512, 8) % 8)
+    assert inner_ranks(4, 1).tolist() == [1, 2, 3]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("latency", [0.85, 0.928, 0.98])
+def test_a_walk_ends_where_a_pair_is_smaller_but_slower(latency):
+    torch.manual_seed(0)
+    layers = [nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 48), nn.ReLU(), *(nn.Linear(48, 48) for _ in range(3)), nn.Linear(48, 10)]
+    plan = make_plan(nn.Sequential(*layers), [laconic.LowRank()], (torch.zeros(1, 32),))
+    for site in plan.sites:  # a call takes 2, a pair two calls
+        u = site.unfolding
+        ranks = grid(max(site.break_even, 1))
+        site.times = RankTimes(1e-3 * u.dense_params + 2, ranks, tuple(1e-3 * r * u.unit_params + 4 for r in ranks))
+    plan.fixed_ms, plan.latency_ms = 0.5, 0.5 + sum(s.times.dense for s in plan.sites)
+    plan.layers = [_wide_layer(s.layer, s.modules[0], s) for s in plan.sites]
+    budget = laconic.Budget(params=0.504, latency=latency)
+    with contextlib.suppress(InfeasibleBudgetError):
+        walk = choose_shapes(plan, spectra(plan), {}, budget.currencies, budget.limits(plan))
+        assert np.all(walk.spent <= budget.limits(plan))
+
+
+@pytest.mark.parametrize("at", [2, 5])
 def test_a_resumed_run_has_decided_the_same(at):
     whole = cnn()
     wanted = run(whole)
@@ -133,9 +192,19 @@ def test_a_resumed_run_has_decided_the_same(at):
     run(fresh, steps=STEPS - at, compressor=second, optimizer=second.optimizers[0])
     assert second.weights == wanted.weights
     assert_same(fresh.state_dict(), whole.state_dict())
-    if at > 2:
-        with pytest.raises(CheckpointError, match="fresh"):
-            second.load_state_dict(saved[0])
+
+
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_run_goes_back_in_place_as_long_as_nothing_is_cut(at):
+    model = cnn()
+    compressor = run(model, OPTIONAL, steps=at, cut="end")
+    saved, neurons, decided = copy.deepcopy(compressor.state_dict()), list(compressor.plan.neurons), compressor.state.forgone
+    run(model, steps=3, compressor=compressor, optimizer=compressor.optimizers[0])
+    assert compressor.state.forgone == ["0", "3", "6"]
+    compressor.load_state_dict(saved)
+    assert compressor.plan.neurons == neurons
+    assert compressor.state.forgone == decided
+    assert ("0" in compressor.plan.whole) == (at == 6)
 
 
 def test_a_copy_made_after_the_decision_trains_on_alike():
@@ -212,6 +281,23 @@ def test_several_optimizers():
     assert_same(models[0].state_dict(), models[1].state_dict())
 
 
+def test_into_a_fresh_model_what_was_decided_is_said_as_well():
+    model = cnn()
+    compressor = run(model, OPTIONAL, cut="end")
+    report = compressor.compact(into=cnn())
+    assert any("neurons of 0, 3, 6 all stay: ranks alone keep as much" in note for note in report.notes)
+    assert compressor.metrics()["laconic/units/3"] == 24
+
+
+def test_a_loss_that_diverged_before_the_decision_is_said_as_ever():
+    model = cnn()
+    compressor = run(model, steps=3)
+    with torch.no_grad():
+        model[3].weight[0, 0, 0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="gradient"):
+        run(model, steps=STEPS, compressor=compressor, optimizer=compressor.optimizers[0])
+
+
 def test_without_anything_to_choose_from_it_says_so():
     x = torch.zeros(1, 64)
 
@@ -219,10 +305,16 @@ def test_without_anything_to_choose_from_it_says_so():
         model = wide_mlp()
         return laconic.Compressor(model, optim.SGD(model.parameters(), 0.1), structures, example_inputs=(x,), **options)
 
-    alone = made(laconic.Channels(optional=True), budget=laconic.Budget(params=0.5), total_steps=10)
-    unbounded = made([laconic.LowRank(strength=0.1), laconic.Channels(strength=0.1, optional=True)])
-    for compressor in (alone, unbounded):
+    for compressor in (
+        made(laconic.Channels(optional=True), budget=laconic.Budget(params=0.5), total_steps=10),
+        made([laconic.LowRank(strength=0.1), laconic.Channels(strength=0.1, optional=True)]),
+        made(OPTIONAL, budget=laconic.Budget(latency=0.9), total_steps=10),
+    ):
         assert compressor.state.forgone == []
         assert any("optional=True) has no effect" in note for note in compressor.plan.notes)
+    default = made(None, budget=laconic.Budget(latency=0.9), total_steps=10)
+    assert not any("optional" in note for note in default.plan.notes)
+    report = laconic.compress(wide_mlp(), OPTIONAL, energy=0.9, example_inputs=(x,))
+    assert any("optional=True) has no effect" in note for note in report.notes)
     with pytest.raises(InvalidTypeError, match="optional = 1"):
         laconic.Channels(optional=1)

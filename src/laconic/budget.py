@@ -162,6 +162,44 @@ def shapes_for_budget(
     return walk.kept(), named_ranks(plan, walk.ranks, walk.inner)
 
 
+def optional_groups(plan: Plan, budget: Budget | None) -> frozenset[str]:
+    """Names of the groups of neurons that ranks may make needless: in milliseconds they cannot, a pair of layers has a least time of its own."""
+    if budget is None or not plan.sites or "latency" in budget.currencies:
+        return frozenset()
+    return frozenset(g.name for g in plan.neurons if g.structure.optional)
+
+
+def no_options(plan: Plan, budget: Budget | None) -> list[str]:
+    """What to say where neurons are optional in vain."""
+    asked = any(g.structure.optional for g in plan.neurons) and not optional_groups(plan, budget)
+    return (
+        ["Channels(optional=True) has no effect here: it takes LowRank beside it, and a budget in parameters or MACs alone"]
+        if asked
+        else []
+    )
+
+
+def needless(
+    plan: Plan, values: dict[str, Floats], importances: dict[str, Floats], budget: Budget, keep_dense: frozenset[str] = frozenset()
+) -> frozenset[str]:
+    """The optional groups, where a walk without them keeps at least as much of the network as one that may take units from all; else none.
+
+    The greedy walk takes neurons while layers are dense and each saves a whole row; at the ranks that come later it would save little. Where
+    ranks can do the same, and keep the best directions instead of the best axes, they then keep more.
+    """
+    optional = optional_groups(plan, budget)
+    if not optional:
+        return optional
+    ranks_alone = replace(plan, neurons=[g for g in plan.neurons if g.name not in optional])
+    limits = budget.limits(plan)
+    try:
+        shapes_for_budget(ranks_alone, values, importances, budget, keep_dense)  # by the rule that the run would follow
+        both, without = (choose_shapes(p, values, importances, budget.currencies, limits, keep_dense) for p in (plan, ranks_alone))
+    except InfeasibleBudgetError:
+        return frozenset()
+    return optional if without.gain() >= both.gain() else frozenset()
+
+
 def choices_for(
     plan: Plan, values: dict[str, Floats], currencies: tuple[str, ...], keep_dense: frozenset[str] = frozenset()
 ) -> list[Choice]:

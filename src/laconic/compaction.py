@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .allocate import Floats, energy_rule, log_shares
-from .budget import Budget, prepare, ranks_for_budget
+from .budget import Budget, needless, no_options, prepare, ranks_for_budget
 from .checks import has_gradient_hooks, hooked
 from .costs import Ranks
 from .cuts import CutResult, all_or_nothing, check_in_place, hooks_lost, largest_difference, outputs
@@ -36,7 +36,7 @@ from .surgery.factorize import pair_matrices, pair_weights
 from .surgery.factorize import weights as pair_parameters
 from .surgery.optimizer import carry, unknown_state
 from .surgery.record import put, undo
-from .widths import choose_shapes, needless
+from .widths import choose_shapes
 
 
 def spectra(plan: Plan) -> dict[str, Floats]:
@@ -352,6 +352,7 @@ def compress(
     if budget is not None:
         prepare(model, plan, values, importances, budget, example_inputs)
     dense = skeleton(model) if budget is not None and "latency" in budget.currencies else None
+    unasked += no_options(plan, budget)
 
     def choose(keep_dense: frozenset[str]) -> Ranks:
         if budget is not None:
@@ -360,7 +361,7 @@ def compress(
         return {n: None if n in keep_dense else r for n, r in energy_ranks(plan, values, energy).items()}
 
     if budget is not None:
-        plan.forgo(needless(plan, values, importances, budget.currencies, budget.limits(plan)))
+        plan.forgo(needless(plan, values, importances, budget))
     with all_or_nothing(model, plan):
         result = CutResult()
         if budget is not None and plan.neurons:

@@ -23,7 +23,19 @@ from torch import nn
 
 from .allocate import Floats, log_shares, numerical_rank
 from .arguments import check_arguments, check_processes
-from .budget import Budget, Shapes, correct, cost_weights, is_met, prepare, ranks_for_budget, shapes_for_budget
+from .budget import (
+    Budget,
+    Shapes,
+    correct,
+    cost_weights,
+    is_met,
+    needless,
+    no_options,
+    optional_groups,
+    prepare,
+    ranks_for_budget,
+    shapes_for_budget,
+)
 from .checks import check_module
 from .compaction import choose_ranks, cut_sites, energy_ranks, guarded, not_carried, replay_cuts, spectra, values_of
 from .costs import Ranks, present_costs
@@ -69,7 +81,7 @@ from .surgery.batchnorm import as_batches
 from .surgery.constants import dead_constants, fold, unread_units
 from .timing import RankTimes, ShapeWatch, layer_times
 from .watch import Watch, drop_dead
-from .widths import choose_shapes, has_optional, needless
+from .widths import choose_shapes
 
 TINY = 1e-12  # a learning rate that is as good as none
 ROUNDS = 16  # proximal steps in the phase of pressure, unless `every` is given
@@ -165,11 +177,10 @@ class Compressor:
                 f"{len(forgotten)} parameters that ask for gradients are in none of the optimizers, and stay as they are: {names}"
             )
         self.plan.notes += unasked
-        if any(g.structure.optional for g in self.plan.neurons):
+        self.plan.notes += no_options(self.plan, budget)
+        if optional := sorted(optional_groups(self.plan, budget)):
             self.plan.notes.append(
-                "neurons are optional: at the first proximal step they are left alone for the whole run, unless ranks alone would keep less of the network"
-                if budget is not None and has_optional(self.plan)
-                else "Channels(optional=True) has no effect here: there is no budget, or there are no weights under LowRank"
+                f"neurons of {', '.join(optional)} are optional: at the first proximal step they are left alone for the whole run, unless ranks alone would keep less of the network"
             )
         if budget is not None and any(x.structure.scale == "absolute" and x.structure.strength is None for x in self._pressed):
             self.plan.notes.append(
@@ -191,7 +202,7 @@ class Compressor:
             every=every or self._interval(),
             owed={x.name: 0.0 for x in self._pressed},
             controller=self._controller(),
-            forgone=None if budget is not None and has_optional(self.plan) else [],
+            forgone=None if optional else [],
             spectra_start={s.name: start[s.name].astype(np.float32) for s in self.plan.sites},
         )
         self.plan.ranks = self.state.ranks
@@ -368,7 +379,7 @@ class Compressor:
             state.controller.see(peak_learning_rate(self.optimizers))
         if self._inputs is not None:
             state.moments, self._inputs = self._inputs.finish(), None
-        if state.forgone is None:
+        if state.forgone is None and all(s.finite for s in self.plan.sites):  # else the steps below say it better
             self._decide(spectra(self.plan), importances_of(self.plan, state.moments))
         for site in sites:
             if site.name not in state.owed:  # just forgone
@@ -404,7 +415,7 @@ class Compressor:
         """Once, before anything is pressed: do optional neurons go, or do ranks alone keep more?"""
         assert self.budget is not None
         dense = frozenset(not_carried(self.plan, self.optimizers)) if self.cut_early else frozenset()
-        found = needless(self.plan, values, importances, self.budget.currencies, self.budget.limits(self.plan), dense)
+        found = needless(self.plan, values, importances, self.budget, dense)
         self._forgo(sorted(found))
         if found:
             self.weights = cost_weights(self.plan, self.budget)
@@ -641,7 +652,7 @@ class Compressor:
                 notes.append("calibration had no effect: the model trained on after the cut")
         else:
             self._stop_watching()  # a step that was not taken
-            saved, weights = copy.deepcopy(self.state), self.weights
+            saved, weights, unreached = copy.deepcopy(self.state), self.weights, self._unreached
             try:
                 with all_or_nothing(self.model, self.plan, self.optimizers):
                     self._prox([x for x in self._pressed if self.state.owed[x.name] > 0])
@@ -663,6 +674,8 @@ class Compressor:
             except BaseException:
                 self.state, self.plan.ranks, self.weights = saved, saved.ranks, weights
                 self._parameters = named_by_identity(self.model)
+                self._unreached = unreached
+                self._watch_unreached()
                 raise
             self.state.settled = True
         self.state.cuts.notes += [*notes, *run_notes(self.model, self.plan, self.state)]
@@ -717,12 +730,13 @@ class Compressor:
             load_whole(into, self.model)
         except RuntimeError as error:
             raise InvalidValueError(f"into=: not of the class of the trained model: {' '.join(str(error).split())[:300]}") from None
-        structures = list({id(x.structure): x.structure for x in self._pressed}.values())
+        structures = list({id(x.structure): x.structure for x in self._planned}.values())
         plan = make_plan(into, structures, self.example_inputs)
         chosen = {s.name: s.unfolding.name for s in self.plan.sites}
         plan.sites = [s for s in plan.sites if s.name in chosen]
         use_unfoldings(into, plan, chosen, self.example_inputs)
         plan.ranks = self.state.ranks
+        plan.forgo(self.state.forgone or [])
         self.model, self.plan, self.sharded = into, plan, False
 
     def _notes_at_the_end(self) -> list[str]:
@@ -861,11 +875,8 @@ class Compressor:
             raise CheckpointError(f"compressor state has {len(run.steps)} optimizers, this one {len(self.optimizers)}")
         if any(s.rank is not None for s in self.plan.sites) or any(len(g.kept) < g.group.units for g in self.plan.neurons):
             raise CheckpointError("this compressor has made cuts already: load the state into a fresh one, on a fresh dense model")
-        if self.plan.forgone:
-            raise CheckpointError(
-                "this compressor has left neurons alone for good already: load the state into a fresh one, on a fresh dense model"
-            )
         self._stop_watching()
+        self.plan.take_back([x for x in self._planned if isinstance(x, Neurons)])
         use_unfoldings(self.model, self.plan, state["unfoldings"], self.example_inputs)
         for site in self.plan.sites:
             if site.inner is not None and site.inner.name not in state["inner"]:

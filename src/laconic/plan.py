@@ -102,6 +102,11 @@ class Plan:
         self.neurons = [g for g in self.neurons if g.name not in names]
         self.whole = self.whole | {g.name: FORGONE for g in self.forgone}
 
+    def take_back(self, neurons: list[Neurons]) -> None:
+        """These are all under their structures again."""
+        self.neurons, self.forgone = neurons, []
+        self.whole = {name: why for name, why in self.whole.items() if why != FORGONE}
+
     @property
     def fixed_params(self) -> int:
         """Parameters that are under no site, of the layers as wide as they are now."""
@@ -145,13 +150,13 @@ class Plan:
 
 
 def check_structures(structures: Any, example_inputs: Any, trains_on: bool, multiple: int = 1) -> tuple[list[Structure], list[str]]:
-    """The structures as a list, and what there is to say of them. None means `[LowRank(), Channels(optional=True)]`, or `[LowRank()]` where there
+    """The structures as a list, and what there is to say of them. None means `[LowRank(), Channels(optional=True)]` (in milliseconds: both in any case), or `[LowRank()]` where there
     are no example inputs to find out with what is tied to a neuron (the plan says so), and where no training follows: a truncated
     layer is the nearest one of its rank and needs none, while neurons that go leave a hole. Their sizes are then multiples of `multiple`.
     """
     if structures is None:
         notes = [f"ranks and numbers of channels are multiples of {multiple}, since milliseconds count"] if multiple > 1 else []
-        ranks, neurons = LowRank(multiple=multiple), Channels(multiple=multiple, optional=True)
+        ranks, neurons = LowRank(multiple=multiple), Channels(multiple=multiple, optional=multiple == 1)
         if example_inputs is None:
             return [ranks], notes
         if not trains_on:

@@ -45,52 +45,21 @@ def choose_shapes(
     currencies: Sequence[str],
     limits: Floats,
     keep_dense: frozenset[str] = frozenset(),
-    whole: frozenset[str] = frozenset(),
 ) -> Walk:
     """The end of the walk: how many units each group keeps, and a rank for each weight that goes with them.
 
     Args:
         values: singular values by site; importances: shares of the units that are there, by group.
         limits: upper bounds on the whole cost, one for each currency.
-        keep_dense: sites that must not be factorised; whole: groups that keep all units.
+        keep_dense: sites that must not be factorised.
 
     Raises:
         InfeasibleBudgetError: one unit of each group and rank 1 of each weight still cost too much.
     """
-    walk = Walk(plan, values, importances, tuple(currencies), limits, keep_dense, whole)
+    walk = Walk(plan, values, importances, tuple(currencies), limits, keep_dense)
     walk.down()
     walk.fill()
     return walk
-
-
-def has_optional(plan: Plan) -> bool:
-    """Are there neurons that ranks may make needless?"""
-    return bool(plan.sites) and any(g.structure.optional for g in plan.neurons)
-
-
-def needless(
-    plan: Plan,
-    values: dict[str, Floats],
-    importances: dict[str, Floats],
-    currencies: Sequence[str],
-    limits: Floats,
-    keep_dense: frozenset[str] = frozenset(),
-) -> frozenset[str]:
-    """The optional groups, where a walk that leaves them whole keeps at least as much of the network as one that may take units from all; else none.
-
-    The greedy walk takes neurons while layers are dense and each saves a whole row; at the ranks that come later it would save little. Where
-    ranks can do the same, and keep the best directions instead of the best axes, they then keep more.
-    """
-    if not has_optional(plan):
-        return frozenset()
-    optional = frozenset(g.name for g in plan.neurons if g.structure.optional)
-    try:
-        both, without = (
-            choose_shapes(plan, values, importances, currencies, limits, keep_dense, whole) for whole in (frozenset(), optional)
-        )
-    except InfeasibleBudgetError:
-        return frozenset()
-    return optional if without.gain() >= both.gain() else frozenset()
 
 
 def unit_costs(plan: Plan, group: Neurons, currencies: Sequence[str]) -> Floats:
@@ -113,9 +82,9 @@ def inner_ranks(taken: int, multiple: int) -> NDArray[np.int64]:
 
 
 def _in_multiples(highest: int, multiple: int) -> NDArray[np.int64]:
-    """A grid from 1 to `highest`, rounded down to multiples; none where that is below the first."""
-    grid = np.linspace(1, highest, GRID).round().astype(np.int64)
-    return np.unique(grid[grid >= multiple] // multiple * multiple)
+    """A grid up to `highest`, rounded down to multiples, from the smallest; none where `highest` is below that."""
+    grid = np.append(multiple, np.linspace(1, highest, GRID).round().astype(np.int64))
+    return np.unique(grid[(grid >= multiple) & (grid <= highest)] // multiple * multiple)
 
 
 def _step_down(count: int, multiple: int = 1) -> int:
@@ -128,12 +97,13 @@ class Walk:
     """Where the walk is.
 
     Attributes:
-        plan, values, importances, currencies, limits, keep_dense, whole: as given to `choose_shapes`.
+        plan, values, importances, currencies, limits, keep_dense: as given to `choose_shapes`.
         units: that each group keeps.
         ranks: of each site; inner: of the site within it, 0 where that stays whole.
         shares: logarithms of what is kept, by the number of units or the rank.
         layers, rates, sizes, costs: of every layer, by name: itself, its prices, its channels, what it costs.
         spent: what the model costs; weights: of the currencies.
+        again: sites that became whole again, see `whole_again`.
         touching: groups and sites that change a layer.
     """
 
@@ -143,7 +113,6 @@ class Walk:
     currencies: tuple[str, ...]
     limits: Floats
     keep_dense: frozenset[str]
-    whole: frozenset[str] = frozenset()
     units: Widths = field(init=False)
     ranks: dict[str, int | None] = field(init=False)
     inner: dict[str, int] = field(init=False)
@@ -155,6 +124,7 @@ class Walk:
     spent: Floats = field(init=False)
     weights: Floats = field(init=False)
     touching: dict[str, set[str]] = field(init=False)
+    again: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         plan = self.plan
@@ -180,8 +150,7 @@ class Walk:
         for site in plan.sites:
             self.touching[site.layer].add(site.name)
         for group in plan.neurons:
-            if group.name not in self.whole:
-                self.bury(group)
+            self.bury(group)
 
     def priced(self, group: Neurons) -> list[End]:
         """Without buffers, which cost nothing."""
@@ -240,8 +209,6 @@ class Walk:
         """The best step down of a group or a weight: what it loses per cost that it saves, and to how many units or which ranks."""
         if isinstance(item, Site):
             return self.best_ranks(item)
-        if item.name in self.whole:
-            return None
         now, shares = self.units[item.name], self.shares[item.name]
         count = _step_down(now, item.multiple)
         if count < 1:
@@ -376,16 +343,20 @@ class Walk:
     def whole_again(self, path: str) -> None:
         """Where milliseconds count: a layer that has become so narrow that a pair would take longer stays whole after all.
 
-        (A pair has a least time however low its rank. In the other currencies the product rule at the end sees to it.)
+        (A pair has a least time however low its rank. In the other currencies the product rule at the end sees to it.) Once: where another bound
+        then makes it a pair once more, it stays one, or the walk would have no end.
         """
         site = self.layers[path].site
         if "latency" not in self.currencies or site is None or site.rank is not None or self.ranks[site.name] is None:
+            return
+        if site.name in self.again:
             return
         rank, self.ranks[site.name] = self.ranks[site.name], None
         dense = self.cost(path)
         self.ranks[site.name] = rank
         if float((dense - self.cost(path)) @ self.weights) < 0:
             self.ranks[site.name] = None
+            self.again.add(site.name)
 
     def fill(self) -> None:
         """What a step was too long by: units back, the most important first, while they fit."""
