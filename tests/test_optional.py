@@ -11,10 +11,10 @@ import torch
 from torch import nn, optim
 
 import laconic
-from laconic.budget import needless
+from laconic.budget import needless, no_options
 from laconic.compaction import spectra
 from laconic.errors import InfeasibleBudgetError, InvalidTypeError, NonFiniteError, SurgeryError
-from laconic.plan import FORGONE, _wide_layer, make_plan
+from laconic.plan import FORGONE, _wide_layer, check_structures, make_plan
 from laconic.slimming import importances_of
 from laconic.timing import RankTimes, grid
 from laconic.widths import choose_shapes, inner_ranks
@@ -308,12 +308,15 @@ def test_without_anything_to_choose_from_it_says_so():
     for compressor in (
         made(laconic.Channels(optional=True), budget=laconic.Budget(params=0.5), total_steps=10),
         made([laconic.LowRank(strength=0.1), laconic.Channels(strength=0.1, optional=True)]),
-        made(OPTIONAL, budget=laconic.Budget(latency=0.9), total_steps=10),
     ):
         assert compressor.state.forgone == []
         assert any("optional=True) has no effect" in note for note in compressor.plan.notes)
-    default = made(None, budget=laconic.Budget(latency=0.9), total_steps=10)
-    assert not any("optional" in note for note in default.plan.notes)
+    plan, budget = make_plan(wide_mlp(), OPTIONAL, (x,)), laconic.Budget(latency=0.9)
+    assert needless(plan, spectra(plan), importances_of(plan, {}), budget) == frozenset()
+    assert "optional=True) has no effect" in no_options(plan, budget)[0]
+    (_, neurons), _ = check_structures(None, (x,), True, budget.multiple)
+    assert not neurons.optional
+    assert no_options(plan, laconic.Budget(params=0.9)) == []
     report = laconic.compress(wide_mlp(), OPTIONAL, energy=0.9, example_inputs=(x,))
     assert any("optional=True) has no effect" in note for note in report.notes)
     with pytest.raises(InvalidTypeError, match="optional = 1"):
