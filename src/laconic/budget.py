@@ -171,12 +171,9 @@ def optional_groups(plan: Plan, budget: Budget | None) -> frozenset[str]:
 
 def no_options(plan: Plan, budget: Budget | None) -> list[str]:
     """What to say where neurons are optional in vain."""
-    asked = any(g.structure.optional for g in plan.neurons) and not optional_groups(plan, budget)
-    return (
-        ["Channels(optional=True) has no effect here: it takes LowRank beside it, and a budget in parameters or MACs alone"]
-        if asked
-        else []
-    )
+    if optional_groups(plan, budget) or not any(g.structure.optional for g in plan.neurons):
+        return []
+    return ["Channels(optional=True) has no effect here: it takes LowRank beside it, and a budget in parameters or MACs alone"]
 
 
 def needless(
