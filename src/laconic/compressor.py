@@ -218,10 +218,13 @@ class Compressor:
         self._attach()
         self._watch_unreached()
 
+    def _hook(self) -> list[Any]:
+        return [o.register_step_post_hook(partial(self._after_step, i)) for i, o in enumerate(self.optimizers) if has_hooks(o)]
+
     def _attach(self) -> None:
         """Hook the optimizers, and the gradients that are scaled."""
         self._attached = True
-        self._handles = [o.register_step_post_hook(partial(self._after_step, i)) for i, o in enumerate(self.optimizers) if has_hooks(o)]
+        self._handles = self._hook()
         self._scaling: list[Any] = scale_gradients(self.plan.sites, self.state.gradient_scales)
         self._watch: ShapeWatch | None = None
         self._inputs: InputMoments | None = None
@@ -779,6 +782,25 @@ class Compressor:
                 for s in self.plan.sites
             }
         return {name: None if name in keep_dense else rank for name, rank in ranks.items()}
+
+    def move_to(self, optimizer: Any) -> None:
+        """Go on with another optimizer (or list) of the same parameters: for a trainer that makes its own after the cuts were
+        replayed. Its state is not touched.
+
+        Raises:
+            OptimizerError: it does not hold the same weights, or it is not as many as before.
+        """
+        optimizers = check_optimizers(optimizer)
+        if len(optimizers) != len(self.optimizers):
+            raise OptimizerError(f"{len(optimizers)} optimizers in the place of {len(self.optimizers)}: the steps of each are counted")
+        pressed = [w for x in self._pressed for w in x.weights]
+        check_parameters(self.model, self._parameters, optimizers, pressed)
+        for handle in self._handles:
+            handle.remove()
+        self.optimizers = optimizers
+        self._unhooked = [i for i, o in enumerate(optimizers) if not has_hooks(o)]
+        self._owner = {x.name: last_holder(optimizers, x.weights[0]) for x in self._pressed}
+        self._handles = self._hook()
 
     def detach(self) -> None:
         """Remove the hooks: from here on the optimizer runs alone."""
