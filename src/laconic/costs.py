@@ -78,6 +78,7 @@ CURRENCIES = {
         ),
     )
 }  # fmt: skip
+COLUMNS = {name: i for i, name in enumerate(CURRENCIES)}
 
 
 def model_costs(plan: Plan, names: Sequence[str]) -> Floats:
@@ -184,10 +185,9 @@ def layer_costs(
     else:
         r, s = (np.asarray(x, dtype=np.float64)[..., None] for x in (ranks, inner))
         counts = fixed + r * (rates.first * np.where(s > 0, s, taken) + rates.second * out) + s * rates.entry * taken
-    columns = {"params": counts[:, 0], "macs": counts[:, 1]}
     if "latency" in names:
-        columns["latency"] = _layer_times(rates, out, taken, ranks)
-    return np.stack([columns[name] for name in names], axis=1)
+        counts = np.column_stack([counts, _layer_times(rates, out, taken, ranks)])
+    return counts[:, [COLUMNS[name] for name in names]]
 
 
 def _layer_times(rates: Rates, out: int, taken: int, ranks: Sequence[int] | None) -> Floats:

@@ -15,6 +15,7 @@ loses least per cost that it saves. The widths are kept, and the ranks are then 
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 from collections import defaultdict
@@ -81,6 +82,7 @@ def inner_ranks(taken: int, multiple: int) -> NDArray[np.int64]:
     return _in_multiples(max(taken - 1, 1), multiple)
 
 
+@functools.lru_cache(maxsize=4096)  # a walk asks for the same ones again and again
 def _in_multiples(highest: int, multiple: int) -> NDArray[np.int64]:
     """A grid up to `highest`, rounded down to multiples, from the smallest; none where `highest` is below that."""
     grid = np.append(multiple, np.linspace(1, highest, GRID).round().astype(np.int64))
