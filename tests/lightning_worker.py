@@ -50,9 +50,9 @@ class Module(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def fit(callback, directory, module=None, ckpt_path=None, every_epoch=False, **trainer):
+def fit(callback, directory, module=None, ckpt_path=None, every_epoch=False, more=(), **trainer):
     module = module or Module()
-    callbacks = [callback, ModelCheckpoint(dirpath=directory, filename="{epoch}", save_top_k=-1)] if every_epoch else [callback]
+    callbacks = [callback, *more, *([ModelCheckpoint(dirpath=directory, filename="{epoch}", save_top_k=-1)] if every_epoch else [])]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": every_epoch}
     options = {"max_epochs": EPOCHS, "accelerator": "cpu", "devices": 1, "default_root_dir": directory} | quiet | trainer
     size = BATCH // options["devices"]

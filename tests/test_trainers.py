@@ -28,7 +28,9 @@ with warnings.catch_warnings():
     import accelerate
     import transformers
     from lightning.pytorch import Callback
+    from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
     from lightning.pytorch.strategies import SingleDeviceStrategy
+    from lightning.pytorch.tuner import Tuner
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
     from laconic.integrations import transformers as hugging_face
@@ -155,6 +157,14 @@ def refused_by_lightning(case, place, tmp_path):
         fit(compression(module="nett", example_inputs=examples()[0][:1]), tmp_path)
     if case == "energy":
         compression(energy=0.9)
+    if case == "keyword":
+        compression(cut="ende")
+    if case == "nothing asked":
+        lightning_worker.CompressionCallback()
+    if case == "average":
+        fit(compression(), tmp_path, more=[StochasticWeightAveraging(1e-2)])
+    if case == "finder":
+        fit(compression(), tmp_path, more=[LearningRateFinder()])
     if case == "directory":
         (tmp_path / "mine").write_text("mine")
         compression(directory=tmp_path / "mine")
@@ -168,6 +178,10 @@ LIGHTNING_REFUSES = {
     "shards": "Shards shards the model",
     "module": "module = 'nett': the model has no such part; did you mean 'net'",
     "energy": "energy = 0.9: the budget rules here",
+    "keyword": "cut = 'ende' is unknown; did you mean 'end'",
+    "nothing asked": "Compressor needs a budget=",
+    "average": "StochasticWeightAveraging averages weights of different steps",
+    "finder": "LearningRateFinder takes back the steps that it trains",
     "directory": "is not a saved model",
 }
 
@@ -178,6 +192,68 @@ def test_lightning_is_refused_what_cannot_work(case, whole, tmp_path):
         refused_by_lightning(case, whole[2], tmp_path)
     assert LIGHTNING_REFUSES[case] in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_lightning_tuner_leaves_nothing_on_the_module(tmp_path):
+    module = Module()
+    module.lr = 1e-2
+    trainer = lightning_worker.pl.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, callbacks=[compression()], default_root_dir=tmp_path
+    )  # fmt: skip
+    loader = DataLoader(TensorDataset(*examples()), batch_size=BATCH)
+    Tuner(trainer).lr_find(module, loader, num_training=3)
+    trainer.fit(module, loader)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        module.load_state_dict({})
+
+
+def test_the_best_checkpoint_of_lightning_from_before_a_cut_is_refused_in_one_line(tmp_path):
+    class Tested(Module):
+        def test_step(self, batch, index):
+            self.log("loss", cross_entropy(self.net(batch[0]), batch[1]))
+
+    module, loader = Tested(), DataLoader(TensorDataset(*examples()), batch_size=BATCH)
+    trainer = lightning_worker.pl.Trainer(
+        max_epochs=EPOCHS, accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path,
+        callbacks=[compression(), ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)],
+    )  # fmt: skip
+    trainer.fit(module, loader)
+    assert trainer.test(module, loader)[0]["loss"] < 1
+    with pytest.raises(laconic.CheckpointError, match=r"which has been cut since.* without ckpt_path"):
+        trainer.test(module, loader, ckpt_path=tmp_path / "epoch=0.ckpt")
+    with pytest.raises(RuntimeError, match="Missing key"):  # torch's own again
+        module.load_state_dict({})
+
+
+def test_each_part_of_a_lightning_module_has_a_callback_of_its_own(tmp_path):
+    """Two optimizers by hand: a part's steps are those of the optimizer that holds it, which here steps every second time."""
+
+    class Two(Module):
+        def __init__(self):
+            super().__init__()
+            self.other = net()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, index):
+            for optimizer, part in zip(self.optimizers(), (self.other, self.net), strict=True):
+                if part is self.net or index % 2:
+                    optimizer.zero_grad()
+                    self.manual_backward(cross_entropy(part(batch[0]), batch[1]))
+                    optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.AdamW(part.parameters(), lr=1e-2) for part in (self.other, self.net)]
+
+    x = examples()[0][:1]
+    callbacks = [compression(module="net", example_inputs=x), compression(module="other", example_inputs=x, total_steps=STEPS // 2)]
+    module = Two()
+    lightning_worker.pl.Trainer(
+        max_epochs=EPOCHS, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, callbacks=[*callbacks], default_root_dir=tmp_path
+    ).fit(module, DataLoader(TensorDataset(*examples()), batch_size=BATCH))  # fmt: skip
+    assert [c.compressor.steps for c in callbacks] == [STEPS, STEPS // 2]
+    assert [c.compressor.model for c in callbacks] == [module.net, module.other]
+    dense = sum(p.numel() for p in net().parameters())
+    assert all(sum(p.numel() for p in part.parameters()) <= 0.25 * dense for part in (module.net, module.other))
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo")
@@ -223,12 +299,16 @@ def hf_callback(**keywords) -> hugging_face.CompressionCallback:
     return hugging_face.CompressionCallback(**(settings | keywords))
 
 
-def hf_trainer(callback, place, model=None, data=None, **options) -> Trainer:
+def in_float() -> list[dict[str, torch.Tensor]]:
+    return [{"x": x.float(), "labels": y} for x, y in zip(*examples(), strict=True)]
+
+
+def hf_trainer(callback, place, model=None, data=None, optimizers=(None, None), **options) -> Trainer:
     defaults = {"num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH, "save_strategy": "epoch", "logging_strategy": "epoch"}
     quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "log_level": "error", "learning_rate": 1e-2, "weight_decay": 0.01}
     arguments = TrainingArguments(output_dir=str(place), **(defaults | quiet | options))
     data = data or [{"x": x, "labels": y} for x, y in zip(*examples(), strict=True)]
-    return Trainer(model or Classifier(), arguments, train_dataset=data, callbacks=[callback])
+    return Trainer(model or Classifier(), arguments, train_dataset=data, callbacks=[callback], optimizers=optimizers)
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +387,38 @@ def test_the_newest_checkpoint_is_found_as_the_trainer_finds_it(tmp_path):
     assert callback.compressor.steps == 20
 
 
+def test_the_trainer_takes_an_optimizer_that_is_given_with_more_in_it(hf_whole, tmp_path):
+    ends = []
+    for place, checkpoint in ((tmp_path / "whole", None), (tmp_path / "resumed", str(tmp_path / "whole/checkpoint-96"))):
+        model, temperature = Classifier(), nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.AdamW([*model.parameters(), temperature], lr=1e-2)
+        trainer = hf_trainer(hf_callback(resume_from_checkpoint=checkpoint), place, model, optimizers=(optimizer, None))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        ends.append(end(model))
+    assert_same(*ends)
+
+
+@pytest.mark.usefixtures("another_accelerator")
+def test_mixed_precision_of_the_trainer_is_planned_and_resumed_as_without(hf_whole, tmp_path):
+    _, callback, _ = hf_whole
+    x = examples()[0][:1].float()
+    mixed = [hf_callback(example_inputs=x), hf_callback(example_inputs=x, resume_from_checkpoint=str(tmp_path / "checkpoint-96"))]
+    first = hf_trainer(mixed[0], tmp_path, Classifier().float(), in_float(), bf16=True)
+    first.train()
+    again = hf_trainer(mixed[1], tmp_path, Classifier().float(), in_float(), bf16=True)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-96"))
+    assert_same(end(again.model), end(first.model))
+    assert [x.name for x in mixed[0].compressor._planned] == [x.name for x in callback.compressor._planned]
+    assert len(callback.compressor.plan.neurons) == 2
+
+
+def test_other_loads_before_the_trainer_starts_are_let_through(tmp_path):
+    model = Classifier()
+    hf_trainer(hf_callback(), tmp_path, model)
+    missing = model.load_state_dict({**model.state_dict(), "extra": torch.zeros(1)}, strict=False)
+    assert missing.unexpected_keys == ["extra"]
+
+
 def refused_by_the_trainer(case, place, tmp_path, monkeypatch):
     checkpoint = str(place / "checkpoint-96")
     if case == "untold":
@@ -332,12 +444,20 @@ def refused_by_the_trainer(case, place, tmp_path, monkeypatch):
         (tmp_path / shared.STATE).write_bytes((place / "checkpoint-96" / shared.STATE).read_bytes()[:1000])
         hf_trainer(hf_callback(resume_from_checkpoint=str(tmp_path)), tmp_path)
     if case == "best":
-        hf_trainer(
-            hf_callback(), tmp_path, load_best_model_at_end=True, eval_strategy="no", save_strategy="best", metric_for_best_model="loss"
-        )
+        best = {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "best", "metric_for_best_model": "loss"}
+        hf_trainer(hf_callback(), tmp_path, **best).train()
+    if case == "batch size":
+        hf_trainer(hf_callback(), tmp_path, auto_find_batch_size=True).train()
+    if case == "shards":
+        monkeypatch.setattr(hugging_face, "_distributed_kind", lambda: "FSDP")
+        hf_trainer(hf_callback(), tmp_path).train()
+    if case == "added":
+        trainer = hf_trainer(transformers.TrainerCallback(), tmp_path)
+        trainer.add_callback(hf_callback(resume_from_checkpoint=checkpoint))
+        trainer.train()
     if case == "processes":
         monkeypatch.setattr(hugging_face, "world_size", lambda: 2)
-        hf_trainer(hf_callback(), tmp_path)
+        hf_trainer(hf_callback(), tmp_path).train()
     if case == "twice":
         trainer = hf_trainer(hf_callback(), tmp_path, max_steps=10, save_strategy="no")
         trainer.train()
@@ -346,7 +466,10 @@ def refused_by_the_trainer(case, place, tmp_path, monkeypatch):
 
 TRAINER_REFUSES = {
     "untold": "pass CompressionCallback the same resume_from_checkpoint=",
-    "untold, dense": "goes on from step 16, and CompressionCallback was not told",
+    "untold, dense": "starts at step 16, and CompressionCallback was not told in time",
+    "added": "starts at step 0, and CompressionCallback was not told in time",
+    "batch size": "auto_find_batch_size starts the run again",
+    "shards": "FSDP shards the model",
     "another": "another step than the checkpoint that CompressionCallback was given: 96 saved, 112 now",
     "longer": "another max_steps than the checkpoint that CompressionCallback was given: 128 saved, 144 now",
     "groups": "another parameters in the optimizer's groups",
@@ -403,6 +526,52 @@ def test_accelerate_saves_and_goes_on_exactly(whole, tmp_path):
         assert_same(end(again), end(model))
 
 
+def test_two_compressors_of_one_accelerator_are_saved_together(tmp_path):
+    def start():
+        accelerator = accelerate.Accelerator(cpu=True)
+        models = [accelerator.prepare(net()) for _ in range(2)]
+        compressors = [laconic.Compressor(m, torch.optim.SGD(m.parameters(), lr=0.1), laconic.LowRank(strength=s)) for m, s in zip(models, (0.1, 0.2), strict=True)]  # fmt: skip
+        return accelerator, compressors
+
+    accelerator, compressors = start()
+    register_for_checkpointing(accelerator, *compressors)
+    with pytest.raises(laconic.InvalidValueError, match="register all of them in one call"):
+        register_for_checkpointing(accelerator, compressors[0])
+    accelerator.save_state(str(tmp_path))
+    accelerator, compressors = start()
+    register_for_checkpointing(accelerator, *compressors)
+    accelerator.load_state(str(tmp_path))
+    accelerator, compressors = start()
+    register_for_checkpointing(accelerator, compressors[0])
+    with pytest.raises(laconic.CheckpointError, match="the state of 2 compressors, 1 are registered"):
+        accelerator.load_state(str(tmp_path))
+
+
+@pytest.fixture
+def another_accelerator():
+    """Accelerate has one precision in a process."""
+    accelerate.state.AcceleratorState._reset_state(True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("another_accelerator")
+def test_a_model_under_mixed_precision_of_accelerate_is_planned_as_without():
+    x, y = examples()[0].float(), examples()[1]
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    model = net().float()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    compressor = laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.25), total_steps=30, example_inputs=(x[:1],))
+    assert [g.name for g in compressor.plan.neurons] == ["0", "2"]
+    for _ in range(30):
+        accelerator.backward(cross_entropy(model(x), y))
+        optimizer.step()
+        optimizer.zero_grad()
+    report = compressor.compact()
+    assert report.params_after <= 0.25 * report.params_before
+    assert model(x).shape == (len(x), 3)
+
+
 def test_a_checkpoint_of_accelerate_without_laconic(tmp_path):
     accelerator = accelerate.Accelerator(cpu=True)
     model = accelerator.prepare(net())
@@ -444,6 +613,14 @@ def test_an_optimizer_of_other_parameters_is_refused():
         compressor.move_to(torch.optim.SGD(net().parameters(), lr=0.1))
     with pytest.raises(laconic.OptimizerError, match="2 optimizers in the place of 1"):
         compressor.move_to([torch.optim.SGD(model.parameters(), lr=0.1)] * 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    other = laconic.Compressor(model, optimizer, laconic.LowRank(strength=0.1))
+    with pytest.raises(laconic.OptimizerError, match="another Compressor is on this model and optimizer already"):
+        compressor.move_to(optimizer)
+    other.detach()
+    compressor.move_to(optimizer)
+    with pytest.raises(laconic.LaconicError, match="was detached"):
+        other.move_to(optimizer)
 
 
 @pytest.mark.parametrize("package", ["lightning", "transformers"])

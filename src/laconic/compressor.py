@@ -788,9 +788,14 @@ class Compressor:
         replayed. Its state is not touched.
 
         Raises:
-            OptimizerError: it does not hold the same weights, or it is not as many as before.
+            OptimizerError: it does not hold the same weights, is not as many as before, or another compressor of the model is on it.
+            LaconicError: this one was detached.
         """
         optimizers = check_optimizers(optimizer)
+        if not self._attached:
+            raise LaconicError("this compressor was detached, or has compacted its model: build a new one")
+        if any(other is not self and other.model is self.model for o in optimizers for other in attached_to(o, Compressor)):
+            raise OptimizerError("another Compressor is on this model and optimizer already: detach() that one first")
         if len(optimizers) != len(self.optimizers):
             raise OptimizerError(f"{len(optimizers)} optimizers in the place of {len(self.optimizers)}: the steps of each are counted")
         pressed = [w for x in self._pressed for w in x.weights]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,8 @@ def find_groups(model: nn.Module, example_inputs: Any) -> tuple[list[Group], dic
     """
     inputs = check_inputs(example_inputs)
     layers, reasons = _layers(model)
-    patched = next((path or "the model" for path, m in model.named_modules() if "forward" in vars(m)), None)
-    if patched is not None:  # a bound method: a copy would run the original
+    patched = next((path or "the model" for path, m in model.named_modules() if not _goes_along(m)), None)
+    if patched is not None:  # a copy would run the original
         return [], {
             path: reasons.get(
                 path,
@@ -58,6 +59,12 @@ def find_groups(model: nn.Module, example_inputs: Any) -> tuple[list[Group], dic
     inside = {end.path for group in groups for end in (*group.producers, *group.carriers)}
     order = [*layers.producers, *(path for path in reasons if path not in layers.producers)]
     return groups, {path: reasons.get(path, "nothing was found that reads it") for path in order if path not in inside}
+
+
+def _goes_along(module: nn.Module) -> bool:
+    """Does a copy of the module have a forward of the copy's own? The class's, or a method bound to the object, as Accelerate sets it."""
+    forward = vars(module).get("forward")
+    return forward is None or (isinstance(forward, MethodType) and forward.__self__ is module)
 
 
 @dataclasses.dataclass(slots=True)

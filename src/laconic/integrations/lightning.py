@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..errors import CheckpointError, InvalidValueError, missing_extra
-from .shared import CompressedRun
+from .shared import CompressedRun, on_device
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,6 +23,8 @@ else:  # it is two packages that know nothing of each other, and both are instal
             from lightning.pytorch import Callback
     except ImportError as error:
         raise missing_extra("lightning", "lightning", "laconic.integrations.lightning") from error
+
+AVERAGE, FIND = {"StochasticWeightAveraging", "WeightAveraging"}, {"LearningRateFinder", "BatchSizeFinder"}
 
 
 class CompressionCallback(CompressedRun, Callback):
@@ -35,31 +38,64 @@ class CompressionCallback(CompressedRun, Callback):
     - Under `DDPStrategy` the model is wrapped anew after each cut.
 
     Raises (when training starts):
-        InvalidValueError: a strategy that shards the model. CheckpointError: a checkpoint of a run without this callback.
+        InvalidValueError: a strategy that shards the model; a callback that averages weights, or trains steps that it takes back. CheckpointError: a checkpoint of a run without this callback.
         And whatever `laconic.Compressor` raises.
     """
 
     _state: dict[str, Any] | None = None
     _weights: OrderedDict[str, Any] | None = None
-    _setting_aside: Any = None
+    _loads: Any = None
+
+    @property
+    def state_key(self) -> str:
+        return f"CompressionCallback[{self.module}]"  # one for each part
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
+        if stage == "fit":
+            self._check_trainer(trainer)
+            self._state = self._weights = None
+            self._watch_loads(pl_module, self._set_aside)
+        elif self.compressor is not None:
+            self._watch_loads(pl_module, self._refuse)
+
+    def _check_trainer(self, trainer: Trainer) -> None:
         if trainer.strategy.restore_checkpoint_after_setup:
             raise InvalidValueError(
                 f"{type(trainer.strategy).__name__} shards the model, which cannot be cut in a Lightning run: use DDPStrategy, or a loop of your own (docs/distributed.md)"
             )
-        self._state = self._weights = None
-        self._setting_aside = pl_module.register_load_state_dict_pre_hook(self._set_aside)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            kinds = {kind.__name__ for kind in type(callback).__mro__}
+            if self._cuts_early and kinds & AVERAGE:
+                raise InvalidValueError(
+                    f'{type(callback).__name__} averages weights of different steps, which are of different sizes once a layer is cut: leave it out, or cut="end"'
+                )
+            if kinds & FIND and not getattr(callback, "_early_exit", False):
+                raise InvalidValueError(
+                    f"{type(callback).__name__} takes back the steps that it trains, and CompressionCallback has counted them: use Tuner(trainer) before fit"
+                )
+
+    def _watch_loads(self, pl_module: LightningModule, hook: Any) -> None:
+        self._stop_watching_loads()
+        self._loads = pl_module.register_load_state_dict_pre_hook(hook)
+
+    def _stop_watching_loads(self) -> None:
+        if self._loads is not None:
+            self._loads.remove()
+            self._loads = None
 
     def _set_aside(self, model: nn.Module, state_dict: OrderedDict[str, Any], *_: Any) -> None:
         """Lightning loads a checkpoint before there are optimizers. Weights of a network that has been cut wait until it is cut here, too."""
         own = model.state_dict()
-        if {name: getattr(x, "shape", None) for name, x in own.items()} != {n: getattr(x, "shape", None) for n, x in state_dict.items()}:
+        if _shapes(own) != _shapes(state_dict):
             self._weights = state_dict.copy()
             state_dict.clear()
             state_dict.update(own)
+
+    def _refuse(self, model: nn.Module, state_dict: OrderedDict[str, Any], *_: Any) -> None:
+        if _shapes(model.state_dict()) != _shapes(state_dict):
+            raise CheckpointError(
+                "the checkpoint does not fit the model, which has been cut since: test the model as it is, with model= and without ckpt_path"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict["compressor"]
@@ -68,18 +104,25 @@ class CompressionCallback(CompressedRun, Callback):
         return {"compressor": self.compressor.state_dict()} if self.compressor is not None else {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._setting_aside.remove()
+        self._stop_watching_loads()
         if trainer.ckpt_path is not None and self._state is None:
             raise CheckpointError(
                 f"{trainer.ckpt_path} was saved without CompressionCallback: there is nothing to go on from; load its weights into the model and start a new run"
             )
         steps = trainer.estimated_stepping_batches
         options: dict[str, Any] = {}
-        if not self.module and pl_module.example_input_array is not None:
-            options["example_inputs"] = pl_module.example_input_array
+        inputs = self._options["example_inputs"]
+        if inputs is None and not self.module:
+            inputs = pl_module.example_input_array
+        if inputs is not None:  # as each batch, for models in half precision
+            options["example_inputs"] = trainer.precision_plugin.convert_input(inputs)
         if trainer.world_size > 1 and self._cuts_early:
             options["rebuild"] = lambda _: self._wrap_anew(trainer)
-        compressor = self._start(pl_module, trainer.optimizers, int(steps) if math.isfinite(steps) and steps > 0 else None, **options)
+        weights = {id(p) for p in self._part(pl_module).parameters()}
+        optimizers = [o for o in trainer.optimizers if any(id(p) in weights for g in o.param_groups for p in g["params"])]
+        total_steps = int(steps) if math.isfinite(steps) and steps > 0 else None
+        compiled = pl_module._compiler_ctx is not None
+        compressor = self._start(pl_module, optimizers or trainer.optimizers, total_steps, compiled, **options)
         if self._state is not None:
             compressor.load_state_dict(self._state)
         if self._weights is not None:
@@ -102,9 +145,16 @@ class CompressionCallback(CompressedRun, Callback):
         self._finish()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.report is None:  # a checkpoint of a run that was over: nothing was trained
+        if self.report is None and self.compressor is not None:  # a checkpoint of a run that was over: nothing was trained
+            self.compressor.example_inputs = on_device(self.compressor.example_inputs, self.compressor.model)
             self._finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._setting_aside is not None:  # else the module would go on setting weights aside
-            self._setting_aside.remove()
+        self._stop_watching_loads()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stop_watching_loads()
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: getattr(x, "shape", None) for name, x in state.items()}

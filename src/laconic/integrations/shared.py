@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_arguments
 from ..budget import Budget
 from ..checkpoint import check_target, save, write_file
 from ..compressor import Compressor
@@ -20,7 +21,7 @@ from ..errors import CheckpointError, CheckpointNotFoundError, InvalidValueError
 from ..penalties import check_share
 from ..report import CompactReport
 from ..schedule import Schedule
-from ..structures import Structure
+from ..structures import LowRank, Structure
 
 STATE = "laconic.pt"
 
@@ -61,6 +62,9 @@ class CompressedRun:
     ):
         if energy is not None and budget is not None:
             raise InvalidValueError(f"energy = {energy}: the budget rules here; leave energy out")
+        given = LowRank() if structures is None else structures
+        some = [given] if isinstance(given, Structure) else given
+        check_arguments(some, budget, 1 if total_steps is None else total_steps, every, cut, schedule)
         if directory is not None:
             check_target(Path(directory))
         self.module = module
@@ -83,36 +87,35 @@ class CompressedRun:
         """Are layers cut in mid-run?"""
         return self._options["budget"] is not None and self._options["cut"] == "early"
 
-    def _start(self, model: nn.Module, optimizer: Any, total_steps: int | None, **options: Any) -> Compressor:
-        """Build the compressor; `options` are for this trainer alone, or defaults for what was not given."""
+    def _start(self, model: nn.Module, optimizer: Any, total_steps: int | None, compiled: bool = False, **options: Any) -> Compressor:
+        """Build the compressor; `compiled`: by the trainer; `options` are this trainer's own, and go before what was given."""
         if self.compressor is not None:
             raise InvalidValueError(
                 "this callback has had its run: give the next one a callback of its own, or none, to train the compact model on"
             )
-        given = {key: value for key, value in self._options.items() if value is not None}
-        options |= given
+        options = {key: value for key, value in self._options.items() if value is not None} | options
         if total_steps is not None:
             options.setdefault("total_steps", total_steps)
-        part = _part(bare(model), self.module)
+        part = self._part(model)
         if "example_inputs" in options:
             options["example_inputs"] = on_device(options["example_inputs"], part)
         self.compressor = Compressor(part, optimizer, **options)
+        self.compressor._compiled |= compiled
         return self.compressor
+
+    def _part(self, model: nn.Module) -> nn.Module:
+        """What is compressed of a model."""
+        names = [name for name, _ in bare(model).named_modules()]
+        if self.module not in names:
+            raise InvalidValueError(f"module = {self.module!r}: the model has no such part{nearest(self.module, names)}")
+        return bare(model).get_submodule(self.module)
 
     def _finish(self) -> None:
         """Compact, and save where that was asked for."""
         assert self.compressor is not None
-        self.compressor.example_inputs = on_device(self.compressor.example_inputs, self.compressor.model)  # Lightning may have moved it
         self.report = self.compressor.compact(self.energy)
         if self.directory is not None and rank() == 0:
             save(self.compressor.model, self.directory, self.report)
-
-
-def _part(model: nn.Module, path: str) -> nn.Module:
-    names = [name for name, _ in model.named_modules()]
-    if path not in names:
-        raise InvalidValueError(f"module = {path!r}: the model has no such part{nearest(path, names)}")
-    return model.get_submodule(path)
 
 
 def on_device(inputs: Any, model: nn.Module) -> Any:

@@ -21,20 +21,22 @@ else:
     except ImportError as error:
         raise missing_extra("transformers[torch]", "transformers", "laconic.integrations.transformers") from error
 
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
+
 
 class CompressionCallback(CompressedRun, TrainerCallback):
     """Compression as a part of a run of the Hugging Face Trainer. Keywords: see `CompressedRun`.
 
     - `total_steps` is by default the trainer's `max_steps`.
-    - `compressor.metrics()` are added to `trainer.state.log_history`.
+    - `compressor.metrics()` are added to `trainer.state.log_history`, and to the logs of the callbacks after this one.
     - The compressor's state is saved beside the trainer's checkpoints, in `laconic.pt`. The Trainer loads weights and
       optimizer before a callback hears of it, so say it here as well:
       `CompressionCallback(..., resume_from_checkpoint=path)`, as in `trainer.train(resume_from_checkpoint=path)`; True: the
-      newest one in `output_dir`. Then the run goes on exactly, also after a cut.
+      newest one in `output_dir`. Then the run goes on exactly, also after a cut. It is taken from `TrainingArguments` where it is given there.
 
     Raises (before the first step):
         InvalidValueError: what cannot be together with cuts in mid-run: several processes (the Trainer keeps its first
-            DistributedDataParallel), `load_best_model_at_end` (the best may be of another size); FSDP and DeepSpeed.
+            DistributedDataParallel), `load_best_model_at_end` (the best may be of another size); FSDP, DeepSpeed; `auto_find_batch_size`.
         CheckpointError: a checkpoint of a run without this callback, or `resume_from_checkpoint` missing here.
         And whatever `laconic.Compressor` raises.
     """
@@ -43,19 +45,18 @@ class CompressionCallback(CompressedRun, TrainerCallback):
         super().__init__(*structures, **keywords)
         self.resume_from_checkpoint = resume_from_checkpoint
         self._saved: dict[str, Any] | None = None
-        self._check: Any = None
+        self._loads: Any = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._check_arguments(args)
-        model = kwargs["model"]
+        self.resume_from_checkpoint = self.resume_from_checkpoint or args.resume_from_checkpoint
         if self.resume_from_checkpoint:
-            self._replay(model, self._checkpoint(args))
-        self._check = model.register_load_state_dict_pre_hook(self._check_fit)
+            self._replay(args, kwargs["model"], kwargs.get("optimizer"))
+        self._loads = kwargs["model"].register_load_state_dict_pre_hook(_check_fit)
 
-    def _check_arguments(self, args: TrainingArguments) -> None:
-        if args.fsdp or args.deepspeed:
+    def _check_trainer(self, args: TrainingArguments) -> None:
+        if (kind := _distributed_kind()) in SHARDED:
             raise InvalidValueError(
-                f"{'FSDP' if args.fsdp else 'DeepSpeed'} shards the model, which cannot be cut in a run of the Trainer: use a loop of your own (docs/distributed.md)"
+                f"{kind} shards the model, which cannot be cut in a run of the Trainer: use a loop of your own (docs/distributed.md)"
             )
         if self._cuts_early and args.load_best_model_at_end:
             raise InvalidValueError(
@@ -64,6 +65,10 @@ class CompressionCallback(CompressedRun, TrainerCallback):
         if self._cuts_early and world_size() > 1:
             raise InvalidValueError(
                 f'{world_size()} processes: the Trainer keeps its first DistributedDataParallel, which knows nothing of the layers that a cut makes; use cut="end"'
+            )
+        if args.auto_find_batch_size:
+            raise InvalidValueError(
+                "auto_find_batch_size starts the run again with smaller batches, and a callback has one run: leave it out"
             )
 
     def _checkpoint(self, args: TrainingArguments) -> Path:
@@ -76,34 +81,26 @@ class CompressionCallback(CompressedRun, TrainerCallback):
             raise CheckpointError(f"resume_from_checkpoint = True: there is no checkpoint in {args.output_dir}")
         return Path(newest)
 
-    def _replay(self, model: nn.Module, checkpoint: Path) -> None:
-        """Make the saved run's cuts on the dense model, so that its weights fit, and the optimizer is made from its parameters."""
-        saved = read_state(checkpoint / STATE)
-        placeholder = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-        self._start(model, placeholder, saved["max_steps"]).load_state_dict(saved["compressor"])
+    def _replay(self, args: TrainingArguments, model: nn.Module, optimizer: Any) -> None:
+        """Make the saved run's cuts on the dense model, so that its weights fit, and on the optimizer, or so that one is made from its parameters."""
+        saved = read_state(self._checkpoint(args) / STATE)
+        optimizer = optimizer or torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)  # until there is one
+        self._start(model, optimizer, saved["max_steps"], args.torch_compile).load_state_dict(saved["compressor"])
         self._saved = saved
 
-    def _check_fit(self, model: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-        own = model.state_dict()
-        if wrong := [name for name, x in state_dict.items() if name not in own or own[name].shape != x.shape]:
-            raise CheckpointError(
-                f"the checkpoint does not fit the model ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}): "
-                "if it is of a run that has cut layers, pass CompressionCallback the same resume_from_checkpoint= as trainer.train"
-            )
-
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._check is not None:
-            self._check.remove()
-        self._check_arguments(args)
+        if self._loads is not None:
+            self._loads.remove()
+        self._check_trainer(args)
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if self._saved is not None:
             self._go_on(model, optimizer, state)
-        elif state.global_step:
+        elif state.global_step or self.resume_from_checkpoint:
             raise CheckpointError(
-                f"the Trainer goes on from step {state.global_step}, and CompressionCallback was not told: give Trainer(callbacks=[...]) one with the same resume_from_checkpoint= as trainer.train"
+                f"the Trainer starts at step {state.global_step}, and CompressionCallback was not told in time: give Trainer(model, callbacks=[...]) one with the same resume_from_checkpoint= as trainer.train"
             )
         else:
-            self._start(model, optimizer, state.max_steps)
+            self._start(model, optimizer, state.max_steps, args.torch_compile)
 
     def _go_on(self, model: nn.Module, optimizer: Any, state: TrainerState) -> None:
         """Weights and optimizer are loaded: the compressor goes over from the placeholder."""
@@ -125,6 +122,7 @@ class CompressionCallback(CompressedRun, TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.compressor is not None and state.log_history:
             state.log_history[-1] |= self.compressor.metrics()
+            kwargs["logs"] |= self.compressor.metrics()  # for the callbacks after this one
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not args.should_save:
@@ -145,4 +143,22 @@ class CompressionCallback(CompressedRun, TrainerCallback):
 
 def _names_in_groups(model: nn.Module, optimizer: Any) -> list[list[str]]:
     names = {id(p): name for name, p in model.named_parameters()}
-    return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _distributed_kind() -> str:
+    from accelerate.state import AcceleratorState
+
+    return str(AcceleratorState().distributed_type.value)
+
+
+def _check_fit(model: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    """Until training starts: what a checkpoint of a cut network would do is said better here."""
+    own = model.state_dict()
+    wrong = [name for name, x in state_dict.items() if name in own and own[name].shape != x.shape]
+    wrong += [name for name in own if name not in state_dict and name.rpartition(".")[0] + ".0.weight" in state_dict]
+    if wrong:
+        raise CheckpointError(
+            f"the checkpoint does not fit the model ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}): "
+            "if it is of a run that has cut layers, pass CompressionCallback the same resume_from_checkpoint= as trainer.train"
+        )
