@@ -32,6 +32,22 @@ class Edit(NamedTuple):
 
 EDITS = [
     Edit(
+        "no watch after a failed end",
+        "compressor.py",
+        "                self._unreached = unreached\n                self._watch_unreached()",
+        "                pass",
+        "test_optional",
+        "after_an_error",
+    ),
+    Edit(
+        "a forward that is the original's",
+        "graph/groups.py",
+        "return forward is None or (",
+        "return forward is not None or (",
+        "test_trainers",
+        "planned_as_without",
+    ),
+    Edit(
         "weights of a cut network loaded at once",
         "integrations/lightning.py",
         "self._weights = state_dict.copy()",

@@ -246,6 +246,24 @@ def test_after_an_error_at_the_end_nothing_is_decided(monkeypatch):
     assert any("ranks alone keep as much" in note for note in compressor.compact().notes)
 
 
+@pytest.mark.filterwarnings("ignore:laconic. the run ended")
+def test_after_an_error_at_the_end_the_watch_for_unreached_layers_goes_on(monkeypatch):
+    model = cnn()
+    compressor = run(model, OPTIONAL, steps=2)
+    compressor._unreached |= {"2"}  # as if the example inputs did not reach it
+    compressor._watch_unreached()
+
+    def fails(*_, **__):
+        raise SurgeryError("no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("laconic.compressor.cut_sites", fails)
+        with pytest.raises(SurgeryError):
+            compressor.compact()
+    with pytest.warns(UserWarning, match="2: runs in training, but not on the example inputs"):
+        model(torch.randn(4, 3, 6, 6)).sum().backward()
+
+
 def test_compress_decides_too():
     models = [cnn(), cnn()]
     x = torch.randn(32, 3, 6, 6, generator=torch.Generator().manual_seed(0))
