@@ -24,6 +24,7 @@ else:  # it is two packages that know nothing of each other, and both are instal
     except ImportError as error:
         raise missing_extra("lightning", "lightning", "laconic.integrations.lightning") from error
 
+# Callbacks, by name, that average weights of different steps; that train steps and take them back.
 AVERAGE, FIND = {"StochasticWeightAveraging", "WeightAveraging"}, {"LearningRateFinder", "BatchSizeFinder"}
 
 
@@ -38,7 +39,8 @@ class CompressionCallback(CompressedRun, Callback):
     - Under `DDPStrategy` the model is wrapped anew after each cut.
 
     Raises (when training starts):
-        InvalidValueError: a strategy that shards the model; a callback that averages weights, or trains steps that it takes back. CheckpointError: a checkpoint of a run without this callback.
+        InvalidValueError: a strategy that shards the model; a callback that averages weights, or trains steps that it takes back.
+        CheckpointError: a checkpoint of a run without this callback.
         And whatever `laconic.Compressor` raises.
     """
 

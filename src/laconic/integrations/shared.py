@@ -62,9 +62,10 @@ class CompressedRun:
     ):
         if energy is not None and budget is not None:
             raise InvalidValueError(f"energy = {energy}: the budget rules here; leave energy out")
-        given = LowRank() if structures is None else structures
-        some = [given] if isinstance(given, Structure) else given
-        check_arguments(some, budget, 1 if total_steps is None else total_steps, every, cut, schedule)
+        given = list(structures) if isinstance(structures, (list, tuple)) else [structures or LowRank()]
+        check_arguments(
+            [s for s in given if isinstance(s, Structure)], budget, 1 if total_steps is None else total_steps, every, cut, schedule
+        )
         if directory is not None:
             check_target(Path(directory))
         self.module = module
