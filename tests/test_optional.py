@@ -225,11 +225,7 @@ def test_a_cut_at_the_end_decides_as_well(steps):
     assert any("ranks alone keep as much" in note for note in reports[0].notes)
 
 
-def test_after_an_error_at_the_end_nothing_is_decided(monkeypatch):
-    model = cnn()
-    compressor = run(model, OPTIONAL, steps=2, cut="end")
-    before, weights, neurons = copy.deepcopy(model.state_dict()), compressor.weights, list(compressor.plan.neurons)
-
+def fail_to_compact(compressor, monkeypatch):
     def fails(*_, **__):
         raise SurgeryError("no")
 
@@ -237,6 +233,13 @@ def test_after_an_error_at_the_end_nothing_is_decided(monkeypatch):
         patched.setattr("laconic.compressor.cut_sites", fails)
         with pytest.raises(SurgeryError):
             compressor.compact()
+
+
+def test_after_an_error_at_the_end_nothing_is_decided(monkeypatch):
+    model = cnn()
+    compressor = run(model, OPTIONAL, steps=2, cut="end")
+    before, weights, neurons = copy.deepcopy(model.state_dict()), compressor.weights, list(compressor.plan.neurons)
+    fail_to_compact(compressor, monkeypatch)
     assert compressor.state.forgone is None
     assert compressor.weights == weights
     assert compressor.plan.neurons == neurons
@@ -252,14 +255,7 @@ def test_after_an_error_at_the_end_the_watch_for_unreached_layers_goes_on(monkey
     compressor = run(model, OPTIONAL, steps=2)
     compressor._unreached |= {"2"}  # as if the example inputs did not reach it
     compressor._watch_unreached()
-
-    def fails(*_, **__):
-        raise SurgeryError("no")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("laconic.compressor.cut_sites", fails)
-        with pytest.raises(SurgeryError):
-            compressor.compact()
+    fail_to_compact(compressor, monkeypatch)
     with pytest.warns(UserWarning, match="2: runs in training, but not on the example inputs"):
         model(torch.randn(4, 3, 6, 6)).sum().backward()
 

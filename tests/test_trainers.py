@@ -121,6 +121,13 @@ def test_lightning_logs_the_numbers_of_the_compressor(tmp_path):
     assert "laconic/rank/net.0.weight" in seen
 
 
+def test_example_inputs_are_taken_in_the_precision_of_the_model(tmp_path):
+    callback = compression(module="net", example_inputs=examples()[0][:1])  # float64
+    fit(callback, tmp_path, precision="bf16-true", max_epochs=2)
+    assert callback.compressor.example_inputs[0].dtype == torch.bfloat16
+    assert callback.report.params_after <= 0.25 * callback.report.params_before
+
+
 def test_a_strength_and_an_energy_in_place_of_a_budget(tmp_path):
     callback = lightning_worker.CompressionCallback([laconic.LowRank(strength=0.5)], energy=0.9)
     module = fit(callback, tmp_path)
@@ -375,6 +382,19 @@ def test_a_language_model_with_tied_weights_goes_on_exactly(tmp_path):
         assert callback.report.params_after <= 0.5 * callback.report.params_before
         ends.append(end(model))
     assert_same(*ends)
+
+
+def test_callbacks_after_this_one_get_its_numbers(tmp_path):
+    seen = {}
+
+    class Later(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.update(logs)
+
+    trainer = hf_trainer(hf_callback(), tmp_path, max_steps=20, save_strategy="no")
+    trainer.add_callback(Later())
+    trainer.train()
+    assert seen["laconic/step"] == 20
 
 
 def test_the_newest_checkpoint_is_found_as_the_trainer_finds_it(tmp_path):

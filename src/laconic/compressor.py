@@ -207,16 +207,20 @@ class Compressor:
         )
         self.plan.ranks = self.state.ranks
         self._planned = self._pressed
-        self._owner = {x.name: last_holder(optimizers, x.weights[0]) for x in self._pressed}
+        self._hold(optimizers)
         self._changed = False  # by this step, in mid-run
         self._report: CompactReport | None = None
-        self._unhooked = [i for i, o in enumerate(optimizers) if not has_hooks(o)]
         self._unreached = (
             {path for path, why in self.plan.whole.items() if why == NOT_REACHED} if self.plan.neurons and self.cut_early else set()
         )
         self._parameters = named_by_identity(model)
         self._attach()
         self._watch_unreached()
+
+    def _hold(self, optimizers: list[Any]) -> None:
+        self.optimizers = optimizers
+        self._unhooked = [i for i, o in enumerate(optimizers) if not has_hooks(o)]
+        self._owner = {x.name: last_holder(optimizers, x.weights[0]) for x in self._pressed}
 
     def _hook(self) -> list[Any]:
         return [o.register_step_post_hook(partial(self._after_step, i)) for i, o in enumerate(self.optimizers) if has_hooks(o)]
@@ -802,9 +806,7 @@ class Compressor:
         check_parameters(self.model, self._parameters, optimizers, pressed)
         for handle in self._handles:
             handle.remove()
-        self.optimizers = optimizers
-        self._unhooked = [i for i, o in enumerate(optimizers) if not has_hooks(o)]
-        self._owner = {x.name: last_holder(optimizers, x.weights[0]) for x in self._pressed}
+        self._hold(optimizers)
         self._handles = self._hook()
 
     def detach(self) -> None:

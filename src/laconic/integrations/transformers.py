@@ -21,7 +21,7 @@ else:
     except ImportError as error:
         raise missing_extra("transformers[torch]", "transformers", "laconic.integrations.transformers") from error
 
-SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
 class CompressionCallback(CompressedRun, TrainerCallback):
@@ -121,8 +121,9 @@ class CompressionCallback(CompressedRun, TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.compressor is not None and state.log_history:
-            state.log_history[-1] |= self.compressor.metrics()
-            kwargs["logs"] |= self.compressor.metrics()  # for the callbacks after this one
+            metrics = self.compressor.metrics()
+            state.log_history[-1] |= metrics
+            kwargs["logs"] |= metrics  # for the callbacks after this one
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not args.should_save:
