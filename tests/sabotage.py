@@ -1066,10 +1066,31 @@ EDITS = [
     ),
     Edit(
         "fused prox in autocast",
-        "solvers/prox.py",
+        "precision.py",
         "enabled=False",
         "enabled=True",
         "test_amp",
+    ),
+    Edit(
+        "the proximal step in TF32",
+        "precision.py",
+        'torch.set_float32_matmul_precision("highest")',
+        "pass",
+        "test_precision",
+    ),
+    Edit(
+        "TF32 by its newer name stays",
+        "precision.py",
+        'backend.fp32_precision = "ieee"',
+        "pass",
+        "test_precision",
+    ),
+    Edit(
+        "the product of three layers in TF32",
+        "structures/low_rank.py",
+        "            with full_precision(left.device):\n                first",
+        "            if True:\n                first",
+        "test_precision",
     ),
     Edit(
         "prox adds instead of subtracting",

@@ -3,7 +3,7 @@ r"""The entry point: shrink the singular values of a matrix (or a stack of them)
 .. math:: \operatorname{argmin}_X \tfrac12 \|X - W\|_F^2 + \tau\, h(\sigma(X)) = U \operatorname{diag}(\operatorname{prox}_h(\sigma, \tau)) V^T
 
 Everything that no solver should have to think of is here: low precision (computed in float32), scale (matrices of very
-large or very small entries are brought to magnitude 1 by a power of two, which is exact), autocast (switched off), NaN
+large or very small entries are brought to magnitude 1 by a power of two, which is exact), autocast and TF32 (switched off), NaN
 and Inf (refused), failures of a decomposition (the next solver is tried, and the result says so).
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..checks import check_finite
 from ..errors import DecompositionError, InvalidTypeError, InvalidValueError, first_line, nearest
 from ..penalties import L1, Penalty, check_tau
+from ..precision import full_precision
 from .base import Shrunk, Solver
 from .gram import Gram
 from .svd import SVD
@@ -119,8 +120,7 @@ def spectral_prox(
         raise InvalidTypeError(f"{name}: expected a real floating-point tensor, got {kind}")
     if x.ndim not in (2, 3) or x.numel() == 0:
         raise InvalidValueError(f"{name}: expected a non-empty matrix [m, n] or stack [b, m, n], got shape {tuple(x.shape)}")
-    # Autocast would run the products in half precision even for float32 input.
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), full_precision(x.device):
         work = (x if x.ndim == 3 else x[None]).detach()
         if work.dtype not in (torch.float32, torch.float64):
             work = work.float()

@@ -14,6 +14,7 @@ from ..checks import whole_number
 from ..distributed import full, write
 from ..matricize import CHANNEL, SPATIAL, Unfolding, check_matricization, unfolding_named
 from ..penalties import L1, LogSum, Penalty
+from ..precision import full_precision
 from ..solvers import factored_prox, factored_svd, spectral_prox
 from ..solvers.eigen import eigh_inside
 from ..solvers.gram import singular_values, small_gram
@@ -134,7 +135,8 @@ class Site:
         *_, first, second = self.weights
         if self.inner is not None and self.inner.rank is not None:
             left, right = self.inner.factors
-            first = self.inner.unfolding.fold(left @ right)
+            with full_precision(left.device):
+                first = self.inner.unfolding.fold(left @ right)
         return pair_matrices(self.unfolding, first.detach(), second.detach())
 
     @property
@@ -145,16 +147,17 @@ class Site:
         :math:`E_{ij} = \|W \times_1 u_i \times_2 v_j\|_F^2`, and the share is
         :math:`\sum_{i \le r, j \le s} E_{ij} / \sum_{i \le r, j} E_{ij}`.
         """
-        if self.rank is None:
-            matrix = self.matrix[0]
-        else:
-            left, right = self.factors
-            matrix = torch.linalg.qr(left[0].double(), mode="r").R.to(right.dtype) @ right[0]
-        _, u = eigh_inside(small_gram(matrix[None], torch.float64))
-        u = u[0].flip(1)[:, : self.unfolding.full_rank].to(matrix.dtype)
-        rows = (u.mT @ matrix).unflatten(1, (self.unfolding.sides[1], -1))  # [r, in, k]
-        _, v = torch.linalg.eigh(torch.einsum("rik,rjk->ij", rows, rows).double())
-        energies = torch.einsum("rik,ij->rjk", rows, v.flip(1).to(rows.dtype)).double().square().sum(2).cumsum(0).cumsum(1)
+        with full_precision(self.weights[0].device):
+            if self.rank is None:
+                matrix = self.matrix[0]
+            else:
+                left, right = self.factors
+                matrix = torch.linalg.qr(left[0].double(), mode="r").R.to(right.dtype) @ right[0]
+            _, u = eigh_inside(small_gram(matrix[None], torch.float64))
+            u = u[0].flip(1)[:, : self.unfolding.full_rank].to(matrix.dtype)
+            rows = (u.mT @ matrix).unflatten(1, (self.unfolding.sides[1], -1))  # [r, in, k]
+            _, v = torch.linalg.eigh(torch.einsum("rik,rjk->ij", rows, rows).double())
+            energies = torch.einsum("rik,ij->rjk", rows, v.flip(1).to(rows.dtype)).double().square().sum(2).cumsum(0).cumsum(1)
         return (energies / energies[:, -1:].clamp_min(math.ulp(0.0))).clamp(1e-16, 1.0).log().cpu()
 
     @property
