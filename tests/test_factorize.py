@@ -8,7 +8,17 @@ import torch
 from torch import nn
 
 from laconic.matricize import Unfolding, unfoldings
-from laconic.surgery.factorize import MARK, balanced_factors, empty_pair, factorize, pair_matrices, pair_weights, product
+from laconic.surgery.factorize import (
+    MARK,
+    balanced_factors,
+    empty_pair,
+    factorize,
+    memory_format,
+    narrow,
+    pair_matrices,
+    pair_weights,
+    product,
+)
 
 from .cases import LAYERS, UNFOLDED, with_spectrum
 
@@ -106,6 +116,18 @@ def test_channels_last_is_kept(which):
     assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in pair)
     plain = nn.Conv2d(6, 8, 3)
     assert all(layer.weight.is_contiguous() for layer in factorize(plain, unfoldings(plain)[which], 4))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("last", [True, False])
+def test_gradients_have_the_strides_of_their_weights(kernel, last):
+    """Or every step of DistributedDataParallel copies them, and says so: a 1 x 1 kernel is contiguous either way, by other strides."""
+    order = torch.channels_last if last else torch.contiguous_format
+    module = nn.Conv2d(6, 8, kernel).to(memory_format=order)
+    pair = narrow(factorize(module, unfoldings(module)[0], 4), unfoldings(module)[0], 3)
+    assert {memory_format(layer.weight) for layer in (module, *pair)} == {order}
+    pair(torch.randn(2, 6, 5, 5).contiguous(memory_format=order)).sum().backward()
+    assert all(layer.weight.grad.stride() == layer.weight.stride() for layer in pair)
 
 
 def test_the_pair_carries_a_mark_of_what_was_cut():

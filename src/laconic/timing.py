@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from .matricize import Layer, Unfolding, an_input
-from .surgery.factorize import new_pair
+from .surgery.factorize import memory_format, new_pair
 from .watch import Watch
 
 FORMAT = 3
@@ -132,8 +132,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 def _measure(module: Layer, unfolding: Unfolding, shape: Sequence[int], break_even: int, training: bool) -> RankTimes:
     weight = module.weight
     x = an_input(module, shape, 0.5)
-    if x.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous(memory_format=torch.channels_last)
+    if x.ndim == weight.ndim == 4:
+        x = x.contiguous(memory_format=memory_format(weight))
     ranks = grid(break_even)
     room = max(_room(layer) for layer in _versions(module, unfolding, ranks))
     memory = torch.full((room,), 0.01, dtype=weight.dtype, device=weight.device)

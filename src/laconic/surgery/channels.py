@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidValueError, SurgeryError
 from ..matricize import INPUTS_FIRST, TRANSPOSED_CONVS, Layer, is_hf_conv1d
-from .factorize import MARK, SLIM
+from .factorize import MARK, SLIM, stored_as
 from .optimizer import Replacement, replace, states_to_slice
 
 Ints = NDArray[np.int64]
@@ -399,13 +399,6 @@ def _selector(chosen: tuple[tuple[int, Ints], ...]) -> Callable[[Tensor], Tensor
         result = tensor
         for axis, positions in chosen:
             result = result.index_select(axis, torch.as_tensor(positions, device=tensor.device))
-        return result.contiguous(memory_format=_memory_format(tensor))
+        return stored_as(result, tensor)
 
     return select
-
-
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    for ndim, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if tensor.ndim == ndim and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=layout):
-            return layout
-    return torch.contiguous_format

@@ -174,7 +174,7 @@ def narrow(pair: Layer, unfolding: Unfolding, rank: int) -> nn.Sequential:
         fresh: Layer = copy.copy(layer)
         fresh._parameters = dict(layer._parameters)
         setattr(fresh, next(n for n in (f"{side}_features", f"{side}_channels", "embedding_dim") if hasattr(fresh, n)), inner)
-        stored = new.to(old.device, old.dtype).contiguous(memory_format=_memory_format(old))
+        stored = stored_as(new.to(old.device, old.dtype), old)
         fresh.weight = nn.Parameter(stored, requires_grad=old.requires_grad)
         layers.append(fresh)
     cut = nn.Sequential(*layers)
@@ -183,9 +183,18 @@ def narrow(pair: Layer, unfolding: Unfolding, rank: int) -> nn.Sequential:
     return cut.train(pair.training)
 
 
-def _memory_format(weight: Tensor) -> torch.memory_format:
-    last = weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
+def memory_format(weight: Tensor) -> torch.memory_format:
+    """In which order a weight is stored. A 1 x 1 kernel fits both, and only its strides say which was meant."""
+    for ndim, last in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if weight.ndim == ndim and weight.stride(-1) == weight.shape[1] > 1 and weight.is_contiguous(memory_format=last):
+            return last
+    return torch.contiguous_format
+
+
+def stored_as(values: Tensor, weight: Tensor) -> Tensor:
+    """The values in the order in which this weight is stored, in strides too: those of the gradients must be the same."""
+    last = memory_format(weight)
+    return values.contiguous() if last == torch.contiguous_format else values.to(memory_format=last)
 
 
 def finish_pair(pair: nn.Sequential, module: Layer, unfolding: Unfolding, rank: int) -> nn.Sequential:
@@ -193,7 +202,7 @@ def finish_pair(pair: nn.Sequential, module: Layer, unfolding: Unfolding, rank: 
     pair[1].register_parameter("bias", getattr(module, "bias", None))
     for parameter in weights(pair):
         parameter.requires_grad_(module.weight.requires_grad)
-        parameter.data = parameter.data.contiguous(memory_format=_memory_format(module.weight))
+        parameter.data = stored_as(parameter.data, module.weight)
     setattr(pair, MARK, {"kind": type(module).__name__, "unfolding": unfolding.name, "shape": list(unfolding.shape), "rank": rank})
     _hand_over(module, pair)
     return pair.train(module.training)
