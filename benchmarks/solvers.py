@@ -2,13 +2,14 @@
 
 The error is judged first, against the float64 oracle; a time without it would mean nothing.
 
-    python benchmarks/solvers.py
+    python benchmarks/solvers.py [--device cuda]
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import tyro
 from common import interleaved, write
 
 import laconic
@@ -30,16 +31,19 @@ def plain(x: torch.Tensor, tau: float) -> torch.Tensor:
     return (u * (s - tau).clamp_min(0)) @ vh
 
 
-def main() -> None:
+def main(device: str = "cpu") -> None:
     torch.manual_seed(0)
     rows = []
     for m, n in SHAPES:
         for tau in (0.01, 0.1):
             x = matrix(m, n)
             exact = reference.svt(x.double().numpy(), tau)
+            x = x.to(device)
             functions = {"torch.linalg.svd": lambda x=x, tau=tau: plain(x, tau)}
             functions |= {s: lambda x=x, tau=tau, s=s: laconic.svt(x, tau, solver=s).x for s in ("svd", "gram", "gram-float64", "auto")}
-            errors = {name: float(np.linalg.norm(f().double().numpy() - exact) / np.linalg.norm(exact)) for name, f in functions.items()}
+            errors = {
+                name: float(np.linalg.norm(f().double().cpu().numpy() - exact) / np.linalg.norm(exact)) for name, f in functions.items()
+            }
             times = interleaved(functions, rounds=7)
             chosen = laconic.svt(x, tau).solver
             for name in functions:
@@ -56,8 +60,8 @@ def main() -> None:
                     }
                 )
                 print(f"{m:>5} x {n:<5} tau {tau:<5} {name:<17} {1e3 * times[name]:9.2f} ms  {ratio:6.2f} x  error {errors[name]:.1e}")
-    write("solvers", rows)
+    write("solvers", rows, device)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -6,7 +6,7 @@ so that the machine's noise hits all of them; everything that laconic does is in
 scaled by the epochs, what laconic does besides (construction, proximal steps and cuts, compaction) as it is, since there are as many
 proximal steps in the short run as in the whole one. Then it times inference of the networks that came out. It writes `results/<recipe>/times.json`.
 
-    python experiments/times.py [--recipes scene ...]
+    python experiments/times.py [--recipes scene ...] [--device cuda]
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import dataclasses
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,7 @@ import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from common import interleaved
+from common import clock, interleaved
 
 from laconic.data import Dataset, load_dataset
 from laconic.measure import evaluating
@@ -49,6 +48,7 @@ class Options:
     results: Path = Path(__file__).parent / "results"
     data: Path | None = None
     part: float = 0.25
+    device: str = "cpu"
 
 
 def training(model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, recipe: Recipe) -> Iterator[float]:
@@ -60,12 +60,12 @@ def training(model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, 
     model.train()
     for _ in range(recipe.epochs):
         for x, y in batches(data, recipe.batch_size, generator):
-            start = time.perf_counter()
+            start = clock()
             optimizer.zero_grad(set_to_none=True)
             cross_entropy(model(x), y, recipe.label_smoothing).backward()
             optimizer.step()
             schedule.step()
-            seconds, step = seconds + time.perf_counter() - start, step + 1
+            seconds, step = seconds + clock() - start, step + 1
             if step % BLOCK == 0:
                 yield seconds
                 seconds = 0.0
@@ -76,7 +76,7 @@ def stopwatch(spent: dict[str, float], name: str, ticks: int) -> Callable[..., N
     """A hook for after the optimizer's step: the one before the compressor's starts the watch (-1), the one after it stops it (1)."""
 
     def hook(*_: Any) -> None:
-        spent[name] += ticks * time.perf_counter()
+        spent[name] += ticks * clock()
 
     return hook
 
@@ -84,6 +84,7 @@ def stopwatch(spent: dict[str, float], name: str, ticks: int) -> Callable[..., N
 def time_recipe(name: str, options: Options) -> dict[str, Any]:
     recipe = load_recipe(name)
     data = load_dataset(recipe.task, options.data, recipe.train_limit or None, recipe.size)
+    data = dataclasses.replace(data, device=torch.device(options.device))
     whole = recipe.epochs
     recipe = dataclasses.replace(recipe, epochs=max(2, math.ceil(options.part * recipe.epochs)))
     models = {"dense": build(data, recipe, 0), "thin": thin_network(data, recipe, 0)} | {k: build(data, recipe, 0) for k in STRUCTURES}
@@ -91,19 +92,19 @@ def time_recipe(name: str, options: Options) -> dict[str, Any]:
     seconds, once, hooked = (dict.fromkeys(models, 0.0) for _ in range(3))
     compressors = {}
     for name, structures in STRUCTURES.items():
-        start = time.perf_counter()
+        start = clock()
         optimizers[name].register_step_post_hook(stopwatch(hooked, name, -1))
         compressors[name] = compressor_for(models[name], optimizers[name], data, dataclasses.replace(recipe, structures=structures))
         optimizers[name].register_step_post_hook(stopwatch(hooked, name, 1))
-        once[name] += time.perf_counter() - start
+        once[name] += clock() - start
     loops = {k: training(m, optimizers[k], data, recipe) for k, m in models.items()}
     for blocks in zip(*loops.values(), strict=True):
         for k, spent in zip(loops, blocks, strict=True):
             seconds[k] += spent
     for k, compressor in compressors.items():
-        start = time.perf_counter()
+        start = clock()
         compressor.compact()
-        once[k] += time.perf_counter() - start
+        once[k] += clock() - start
     once = {k: once[k] + spent for k, spent in hooked.items()}
     seconds = {k: (spent - hooked[k]) * whole / recipe.epochs + once[k] for k, spent in seconds.items()}  # of a whole run
     seconds |= {"svd": seconds["dense"], "thin-long": seconds["thin"] * (recipe.thin_epochs or 2 * whole) / whole}
@@ -113,7 +114,8 @@ def time_recipe(name: str, options: Options) -> dict[str, Any]:
             for model in models.values():
                 stack.enter_context(evaluating(model))
             latencies[f"latency_b{batch}_ms"] = {
-                k: 1e3 * v for k, v in interleaved({k: partial(m, data.test_x[:batch]) for k, m in models.items()}, rounds=21).items()
+                k: 1e3 * v
+                for k, v in interleaved({k: partial(m, data.test_x[:batch].to(data.device)) for k, m in models.items()}, rounds=21).items()
             }
     return {
         "epochs": recipe.epochs,

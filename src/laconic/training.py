@@ -265,10 +265,10 @@ def fit(
                 if net is not model and held != parameters_of(model):  # layers were cut
                     net, held = wrapped(model), parameters_of(model)
                 scheduler.step()
+                at.losses.append(float(value.detach()))  # waits for a GPU
                 at.seconds += time.perf_counter() - start
                 at.step += 1
                 at.done += recipe.batch_size
-                at.losses.append(float(value.detach()))
                 if report is not None:
                     last = curve.accuracy[-1] if curve.accuracy else None
                     report(Progress(at.step, total, at.epoch, at.losses[-1], last, count_params(model), at.seconds))
