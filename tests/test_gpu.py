@@ -14,6 +14,8 @@ from laconic import reference
 from laconic.cli import main
 from laconic.methods import METHODS
 from laconic.models.resnet import ResNet
+from laconic.solvers import factored_prox
+from laconic.solvers.gram import singular_values
 
 from .models import assert_same
 
@@ -97,7 +99,7 @@ def products(request):
 
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("solver", ["svd", "gram", "gram-float64", "auto"])
-@pytest.mark.parametrize("shape", [(64, 576), (300, 200), (512, 512)])
+@pytest.mark.parametrize("shape", [(64, 576), (300, 200), (1024, 1024)])
 def test_singular_values_are_shrunk_as_by_the_oracle(solver, shape):
     x = torch.randn(shape)
     tau = 0.5 * float(torch.linalg.matrix_norm(x, 2))
@@ -105,6 +107,23 @@ def test_singular_values_are_shrunk_as_by_the_oracle(solver, shape):
     got = laconic.svt(x.cuda(), tau, solver=solver)
     assert np.linalg.norm(got.x.double().cpu().numpy() - exact) <= 1e-5 * np.linalg.norm(exact)
     assert got.failures == ()
+
+
+@pytest.mark.usefixtures("products")
+def test_a_pair_is_shrunk_as_by_the_oracle():
+    left, right = torch.randn(1, 300, 64), torch.randn(1, 64, 200)
+    x = left.double() @ right.double()
+    tau = 0.5 * float(torch.linalg.matrix_norm(x, 2))
+    a, b, _ = factored_prox(left.cuda(), right.cuda(), laconic.L1(), tau)
+    exact = reference.svt(x[0].numpy(), tau)
+    assert np.linalg.norm((a @ b)[0].cpu().numpy() - exact) <= 1e-9 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("shape", [(64, 576), (700, 600)])
+def test_singular_values_are_those_of_float64(shape):
+    x = torch.randn(1, *shape)
+    exact = torch.linalg.svdvals(x.double())
+    assert float((singular_values(x.cuda()).cpu() - exact).abs().max()) <= 1e-7 * float(exact.max())
 
 
 def residual(widths=(16, 24, 32)) -> nn.Module:

@@ -39,6 +39,7 @@ class Auto:
     | float64 | >= 64 sqrt(eps) = 1e-6 | `gram` | as above |
     | float64 | below | `svd` | squaring would lose what is asked for |
     | float32, no float64 on the device | below 0.022 | `svd` | |
+    | float32 on CUDA | any | `gram-float64` | as fast as `gram` there, 3 to 7 times faster than `torch.linalg.svd` |
 
     `s_max` is bounded from above by the Frobenius norm, so the choice needs no decomposition, is a pure function of
     the input, and errs to the careful side.
@@ -49,6 +50,8 @@ class Auto:
     def choose(self, x: Tensor, cutoff: float) -> Solver:
         if min(x.shape[-2:]) <= 2:
             return SVD()
+        if x.is_cuda and x.dtype == torch.float32:
+            return Gram(torch.float64)
         bound = float(torch.linalg.matrix_norm(x).max())
         if cutoff >= 64 * torch.finfo(x.dtype).eps ** 0.5 * bound:
             return Gram()

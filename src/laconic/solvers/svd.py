@@ -18,7 +18,8 @@ class SVD:
     name: str = "svd"
 
     def shrink(self, x: Tensor, penalty: Penalty, tau: float, scale: float) -> Shrunk:
-        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        # What PyTorch takes by itself on CUDA, Jacobi's method, leaves 1e-4 of a float32 matrix of 1,024 rows.
+        u, s, vh = torch.linalg.svd(x, full_matrices=False, driver="gesvd" if x.is_cuda else None)
         s64 = s.double()
         new = shrink_values(s64, penalty, tau, scale)
         y = (u * new.to(x.dtype)[:, None, :]) @ vh
