@@ -326,7 +326,7 @@ def _rules() -> dict[str, Callable[[Operation], Labels]]:
         _indexed: "index",
         _complex_view: "view_as_complex",
         # Not tagged as pointwise, but so they are.
-        _pointwise: "hardswish _prelu_kernel log_sigmoid_forward rrelu_with_noise softsign logaddexp2 fill zero polar complex",
+        _pointwise: "hardswish leaky_relu _prelu_kernel log_sigmoid_forward rrelu_with_noise softsign logaddexp2 fill zero polar complex",
         _product: "mm bmm addmm baddbmm",
         _linear: "linear",
     }

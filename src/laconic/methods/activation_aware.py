@@ -86,7 +86,7 @@ def by_outputs(model: nn.Module, data: Dataset, recipe: Recipe) -> CompactReport
     factors = roots({name: s.modules[0] for name, s in plain.items()}, model, data)
     values = spectra(plan)
     for name, root in factors.items():
-        values[name] = torch.linalg.svdvals(plain[name].matrix[0].double() @ root).numpy()
+        values[name] = torch.linalg.svdvals(plain[name].matrix[0].double() @ root).cpu().numpy()
     ranks = ranks_for_budget(plan, values, budget)
     for name, rank in ranks.items():
         if rank is not None and name in factors:

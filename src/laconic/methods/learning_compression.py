@@ -69,7 +69,7 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
 
     def c_step() -> dict[str, int]:
         found = {n: torch.linalg.svd(u.unfold(modules[n].weight.detach()), full_matrices=False) for n, u in layers.items()}
-        values = {n: np.sqrt(s.double().square().sum(0).numpy()) for n, (_, s, _) in found.items()}
+        values = {n: np.sqrt(s.double().square().sum(0).cpu().numpy()) for n, (_, s, _) in found.items()}
         ranks = ranks_within(limit, layers, values)
         for n, (u, s, vh) in found.items():
             r = ranks[n]

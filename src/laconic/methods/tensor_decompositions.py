@@ -100,8 +100,9 @@ def chain(conv: nn.Conv2d, parts: Sequence[tuple[Tensor, int]], spatial: Sequenc
             padding = tuple(p if mine else 0 for p, mine in zip(padding, axes, strict=True))
         last = n == len(parts) - 1
         layer = nn.Conv2d(
-            weight.shape[1] * groups, weight.shape[0], kernel, stride, padding, groups=groups, bias=last and conv.bias is not None
-        )
+            weight.shape[1] * groups, weight.shape[0], kernel, stride, padding, groups=groups, bias=last and conv.bias is not None,
+            device=weight.device,
+        )  # fmt: skip
         with torch.no_grad():
             layer.weight.copy_(weight)
             if last and conv.bias is not None and layer.bias is not None:

@@ -43,7 +43,7 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
             return
         for module, unfolding in layers:
             u, s, vh = torch.linalg.svd(unfolding.unfold(module.weight), full_matrices=False)
-            rank = energy_rule(torch.linalg.vector_norm(s.double(), dim=0).numpy(), ENERGY)
+            rank = energy_rule(torch.linalg.vector_norm(s.double(), dim=0).cpu().numpy(), ENERGY)
             u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
             module.weight.copy_(unfolding.fold((u * s[..., None, :]) @ vh))
             directions[module.weight] = unfolding.fold(u @ vh)
