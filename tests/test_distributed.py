@@ -10,7 +10,10 @@ from .distributed_worker import net, train
 from .models import assert_same
 from .processes import two_processes
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"),
+]
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 

@@ -64,6 +64,7 @@ def test_the_recipes_run_on_a_folder(name, method, folder, tmp_path, monkeypatch
     assert load_recipe(name).size == 224
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo")
 def test_two_processes_train_one_model(folder, tmp_path):
     recipe = smaller("imagenet-dec8", tmp_path)

@@ -444,6 +444,7 @@ def outcome(out: Path) -> list:
     return [tensors, result["history"], {k: v for k, v in result["curve"].items() if k != "seconds"}]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_from_the_command_line(tmp_path, capsys):
     from laconic.cli import main
 

@@ -264,6 +264,7 @@ def test_each_part_of_a_lightning_module_has_a_callback_of_its_own(tmp_path):
     assert all(sum(p.numel() for p in part.parameters()) <= 0.25 * dense for part in (module.net, module.other))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo")
 def test_two_processes_of_lightning_end_alike_and_resume(tmp_path):
     two_processes(Path(__file__).with_name("lightning_worker.py"), str(tmp_path))
