@@ -182,7 +182,7 @@ def layer_costs(
     fixed = rates.beside * out + rates.weight * (out * taken)
     if ranks is None:
         counts = (fixed + rates.dense * (out * taken))[None]
-    elif not np.any(inner):
+    elif not (inner if isinstance(inner, int) else any(inner)):
         counts = fixed + np.asarray(ranks, dtype=np.float64)[:, None] * (rates.first * taken + rates.second * out)
     else:
         r, s = (np.asarray(x, dtype=np.float64)[..., None] for x in (ranks, inner))

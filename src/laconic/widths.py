@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from .allocate import Floats, log_shares
 from .costs import CURRENCIES, Rates, layer_costs, model_costs, present_costs
 from .errors import InfeasibleBudgetError
+from .matricize import Unfolding
 from .plan import Plan
 from .structures import Neurons, Site, WideLayer, inner_site
 from .surgery.channels import End
@@ -87,6 +88,13 @@ def _in_multiples(highest: int, multiple: int) -> NDArray[np.int64]:
     """A grid up to `highest`, rounded down to multiples, from the smallest; none where `highest` is below that."""
     grid = np.append(multiple, np.linspace(1, highest, GRID).round().astype(np.int64))
     return np.unique(grid[(grid >= multiple) & (grid <= highest)] // multiple * multiple)
+
+
+@functools.lru_cache(maxsize=4096)
+def _break_even(unfolding: Unfolding, out: int, taken: int) -> int:
+    """Of a layer with these numbers of channels."""
+    unfolding = unfolding.resized(out, taken)
+    return min((unfolding.dense_params - 1) // unfolding.unit_params, unfolding.full_rank)
 
 
 def _step_down(count: int, multiple: int = 1) -> int:
@@ -244,7 +252,7 @@ class Walk:
         """Ranks, of the site and of the inner one, that a step may lead to."""
         rank, inner, multiple = self.ranks[site.name], self.inner[site.name], site.structure.multiple
         if rank is None:
-            highest = min(int(self.break_even(site)), len(self.shares[site.name]))
+            highest = min(_break_even(site.unfolding, *self.sizes[site.layer]), len(self.shares[site.name]))
             return [(r, 0) for r in _in_multiples(highest, multiple).tolist()] or ([(highest, 0)] if highest >= 1 else [])
         lower = [(_step_down(rank, multiple), inner)]
         if site.inner is None or site.inner.rank is not None:
@@ -253,10 +261,6 @@ class Walk:
             return lower + [(rank, s) for s in inner_ranks(self.sizes[site.layer][1], multiple).tolist()]
         # One that has become so small that it would cost less whole is whole again: 0.
         return [*lower, (rank, _step_down(inner, multiple)), (rank, 0)]
-
-    def break_even(self, site: Site) -> float:
-        unfolding = site.unfolding.resized(*self.sizes[site.layer])
-        return min((unfolding.dense_params - 1) // unfolding.unit_params, unfolding.full_rank)
 
     def bury(self, group: Neurons) -> None:
         """Units that count nothing go whatever the limits say: nothing is lost."""
