@@ -1,10 +1,5 @@
-"""One of two processes of tests/test_distributed.py: trains as it is told and writes what it has in the end.
+"""One of two processes of tests/test_distributed.py: trains as it is told and writes what it has in the end."""
 
-python -m torch.distributed.run --nproc-per-node 2 distributed_worker.py OUT MODE ...
-"""
-
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -111,16 +106,10 @@ def checkpoints(out: Path) -> dict:
     }
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def main(out: str, *modes: str) -> None:
     dist.init_process_group("gloo")
-    out, *modes = Path(sys.argv[1]), *sys.argv[2:]
     content = {mode: train(mode, dist.get_rank(), dist.get_world_size()) for mode in modes}
-    content |= {"refusals": refusals(), "checkpoints": checkpoints(out)}
-    torch.save(content, out / f"rank{dist.get_rank()}.pt")
+    content |= {"refusals": refusals(), "checkpoints": checkpoints(Path(out))}
+    torch.save(content, Path(out) / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    # Groups that models still hold outlive this, and gloo's threads sometimes abort the interpreter on its way out.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

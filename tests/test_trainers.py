@@ -6,11 +6,9 @@ import subprocess
 import sys
 import warnings
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,7 +20,7 @@ from laconic.integrations.accelerate import register_for_checkpointing
 from . import lightning_worker
 from .lightning_worker import BATCH, EPOCHS, SCHEDULE, Module, compression, examples, fit, net
 from .models import assert_same
-from .processes import two_processes
+from .processes import POSSIBLE, two_processes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -265,9 +263,9 @@ def test_each_part_of_a_lightning_module_has_a_callback_of_its_own(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo")
+@pytest.mark.skipif(not POSSIBLE, reason="needs torch.distributed with gloo, and fork")
 def test_two_processes_of_lightning_end_alike_and_resume(tmp_path):
-    two_processes(Path(__file__).with_name("lightning_worker.py"), str(tmp_path))
+    two_processes("lightning_worker", str(tmp_path))
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert_same(first, second)
     assert_same(first["resumed"], first["whole"])
