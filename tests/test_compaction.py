@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn, optim
 
 import laconic
-from laconic import compaction
+from laconic import compaction, timing
 from laconic.allocate import Floats
 from laconic.matricize import unfoldings
 from laconic.report import CompactReport
@@ -553,11 +553,22 @@ def capturable_here(monkeypatch):
         monkeypatch.setattr(sys.modules[f"torch.optim.{module}"], "_get_capturable_supported_devices", lambda *args, **options: ["cpu"])
 
 
+@pytest.fixture
+def slow_pairs(monkeypatch, empty_table):
+    """Layers so small that a pair of them takes longer: none is cut before it must be."""
+
+    def measured(module, unfolding, shape, break_even, training):
+        ranks = timing.grid(break_even)
+        return timing.RankTimes(1.0, ranks, (2.0,) * len(ranks))
+
+    monkeypatch.setattr(timing, "_measure", measured)
+
+
 HALF = laconic.Schedule(settle=0.5)
 
 
 @pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_after_a_cut_in_mid_run_the_optimizer_holds_the_live_parameters_and_the_loss_does_not_jump(build, capturable_here):
+def test_after_a_cut_in_mid_run_the_optimizer_holds_the_live_parameters_and_the_loss_does_not_jump(build, capturable_here, slow_pairs):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 12)).double()
     x = torch.randn(64, 12, dtype=torch.float64)
