@@ -1,6 +1,7 @@
 """One of two processes of tests/test_distributed.py: trains as it is told and writes what it has in the end."""
 
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import laconic
+from laconic import timing
 
 STEPS = 24
 
@@ -24,6 +26,17 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(mode: str, rank: int = 0, world: int = 1) -> dict:
+    """With made-up times of layers, in proportion to their parameters. In the second process pairs take longer: the first one's count."""
+
+    def times(module, unfolding, shape, break_even, training):
+        ranks = timing.grid(break_even)
+        return timing.RankTimes(unfolding.dense_params, ranks, tuple((1 + 9 * rank) * r * unfolding.unit_params for r in ranks))
+
+    with mock.patch("laconic.compressor.layer_times", times):
+        return trained(mode, rank, world)
+
+
+def trained(mode: str, rank: int, world: int) -> dict:
     """`strength`, `budget` (cuts in mid-run) or `end`; alone, or as one of `world` processes under DDP or `fsdp`."""
     kind, _, wrapper = mode.partition("-")
     model = net()
@@ -51,13 +64,13 @@ def train(mode: str, rank: int = 0, world: int = 1) -> dict:
         optimizer.zero_grad()
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
         assert held == {id(p) for p in box["model"].parameters()}, "the optimizer holds other parameters than the model"
-    trained = {k: v.full_tensor() if hasattr(v, "full_tensor") else v.clone() for k, v in model.state_dict().items()}
+    weights = {k: v.full_tensor() if hasattr(v, "full_tensor") else v.clone() for k, v in model.state_dict().items()}
     result = net() if wrapper == "fsdp" else model
     report = compressor.compact(**({"into": result} if wrapper == "fsdp" else {}), **({"energy": 0.8} if kind == "strength" else {}))
     ranks = {x.name: x.rank for x in report.layers}
     with torch.no_grad():
         outputs = result(batch(99)[0])
-    return {"trained": trained, "compact": dict(result.state_dict()), "outputs": outputs, "ranks": ranks, "params": report.params_after}
+    return {"trained": weights, "compact": dict(result.state_dict()), "outputs": outputs, "ranks": ranks, "params": report.params_after}
 
 
 def refused(build) -> str:
