@@ -1,11 +1,7 @@
-"""One of two processes of tests/test_distributed.py: trains as it is told and writes what it has in the end.
+"""One of two processes of tests/test_distributed.py: trains as it is told and writes what it has in the end."""
 
-python -m torch.distributed.run --nproc-per-node 2 distributed_worker.py OUT MODE ...
-"""
-
-import os
-import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import laconic
+from laconic import timing
 
 STEPS = 24
 
@@ -29,6 +26,17 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(mode: str, rank: int = 0, world: int = 1) -> dict:
+    """With made-up times of layers, in proportion to their parameters. In the second process pairs take longer: the first one's count."""
+
+    def times(module, unfolding, shape, break_even, training):
+        ranks = timing.grid(break_even)
+        return timing.RankTimes(unfolding.dense_params, ranks, tuple((1 + 9 * rank) * r * unfolding.unit_params for r in ranks))
+
+    with mock.patch("laconic.compressor.layer_times", times):
+        return trained(mode, rank, world)
+
+
+def trained(mode: str, rank: int, world: int) -> dict:
     """`strength`, `budget` (cuts in mid-run) or `end`; alone, or as one of `world` processes under DDP or `fsdp`."""
     kind, _, wrapper = mode.partition("-")
     model = net()
@@ -56,13 +64,13 @@ def train(mode: str, rank: int = 0, world: int = 1) -> dict:
         optimizer.zero_grad()
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
         assert held == {id(p) for p in box["model"].parameters()}, "the optimizer holds other parameters than the model"
-    trained = {k: v.full_tensor() if hasattr(v, "full_tensor") else v.clone() for k, v in model.state_dict().items()}
+    weights = {k: v.full_tensor() if hasattr(v, "full_tensor") else v.clone() for k, v in model.state_dict().items()}
     result = net() if wrapper == "fsdp" else model
     report = compressor.compact(**({"into": result} if wrapper == "fsdp" else {}), **({"energy": 0.8} if kind == "strength" else {}))
     ranks = {x.name: x.rank for x in report.layers}
     with torch.no_grad():
         outputs = result(batch(99)[0])
-    return {"trained": trained, "compact": dict(result.state_dict()), "outputs": outputs, "ranks": ranks, "params": report.params_after}
+    return {"trained": weights, "compact": dict(result.state_dict()), "outputs": outputs, "ranks": ranks, "params": report.params_after}
 
 
 def refused(build) -> str:
@@ -111,16 +119,10 @@ def checkpoints(out: Path) -> dict:
     }
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def main(out: str, *modes: str) -> None:
     dist.init_process_group("gloo")
-    out, *modes = Path(sys.argv[1]), *sys.argv[2:]
     content = {mode: train(mode, dist.get_rank(), dist.get_world_size()) for mode in modes}
-    content |= {"refusals": refusals(), "checkpoints": checkpoints(out)}
-    torch.save(content, out / f"rank{dist.get_rank()}.pt")
+    content |= {"refusals": refusals(), "checkpoints": checkpoints(Path(out))}
+    torch.save(content, Path(out) / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    # Groups that models still hold outlive this, and gloo's threads sometimes abort the interpreter on its way out.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

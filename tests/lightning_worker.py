@@ -1,7 +1,6 @@
-"""Run by torchrun: a Lightning run with DistributedDataParallel, whole and resumed after a cut. `net`, `fit` are the tests' too."""
+"""For two processes: a Lightning run with DistributedDataParallel, whole and resumed after a cut. `net`, `fit` are the tests' too."""
 
 import logging
-import sys
 import warnings
 from pathlib import Path
 
@@ -66,8 +65,8 @@ def compression(**keywords) -> CompressionCallback:
     return CompressionCallback(**({"budget": laconic.Budget(params=0.25), "schedule": SCHEDULE} | keywords))
 
 
-def main(out: Path) -> None:
-    found = {}
+def main(folder: str) -> None:
+    out, found = Path(folder), {}
     for name, ckpt_path in (("whole", None), ("resumed", out / "epoch=5.ckpt")):
         callback = compression(directory=out / name)
         module = fit(
@@ -75,7 +74,3 @@ def main(out: Path) -> None:
         )
         found[name] = {"state": module.state_dict(), "cuts": callback.compressor.metrics()["laconic/cuts"]}
     torch.save(found, out / f"rank{torch.distributed.get_rank()}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -509,8 +509,8 @@ EDITS = [
     Edit(
         "multiples: the first rank is any",
         "widths.py",
-        "in _in_multiples(highest, multiple)]",
-        "in _in_multiples(highest, 1)]",
+        "in _in_multiples(highest, multiple).tolist()]",
+        "in _in_multiples(highest, 1).tolist()]",
         "test_neurons",
     ),
     Edit("multiples: inputs step by one", "widths.py", "_step_down(inner, multiple)", "_step_down(inner)", "test_inner test_neurons"),

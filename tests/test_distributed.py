@@ -1,19 +1,16 @@
 """Two processes end with the same model, and with the one that a single process gets from the whole batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
 
 from .distributed_worker import net, train
 from .models import assert_same
+from .processes import POSSIBLE, two_processes
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo")
-WORKER = Path(__file__).with_name("distributed_worker.py")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not POSSIBLE, reason="needs torch.distributed with gloo, and fork"),
+]
 
 
 MODES = ("strength-ddp", "budget-ddp", "strength-fsdp", "end-fsdp")
@@ -23,9 +20,7 @@ MODES = ("strength-ddp", "budget-ddp", "strength-fsdp", "end-fsdp")
 def processes(tmp_path_factory) -> list[dict]:
     """What the two processes ended with, in every mode."""
     out = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), str(out), *MODES]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_processes("distributed_worker", str(out), *MODES)
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -1,7 +1,10 @@
 """README and docs tell the truth: their Python blocks run, their commands exist, their numbers come from result files."""
 
+import contextlib
+import io
 import json
 import re
+import runpy
 import subprocess
 import sys
 import warnings
@@ -55,11 +58,33 @@ def test_every_picture_that_a_page_shows_exists():
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
 
-def test_drawn_pictures_are_up_to_date(tmp_path):
+@pytest.fixture
+def experiment(monkeypatch):
+    """Runs a script of the experiments as its own process would: by its file, with these arguments; returns its exit status."""
+    import matplotlib as mpl
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    before = set(sys.modules)
+
+    def start(name: str, *arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [f"experiments/{name}", *arguments])
+        try:
+            runpy.run_path(f"experiments/{name}", run_name="__main__")
+        except SystemExit as stopped:
+            return int(stopped.code or 0)
+        return 0
+
+    with mpl.rc_context():
+        yield start
+    for name in set(sys.modules) - before:
+        if str(ROOT / "experiments") in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def test_drawn_pictures_are_up_to_date(tmp_path, experiment):
     """Up to a thousandth of a point, which rounding elsewhere may move."""
-    command = [sys.executable, "experiments/plots.py", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert experiment("plots.py", "--out", str(tmp_path)) == 0
     drawn = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
     assert drawn.keys() == {path.name for path in (ROOT / "docs" / "images").glob("*.svg")}
     for name, text in drawn.items():
@@ -69,9 +94,8 @@ def test_drawn_pictures_are_up_to_date(tmp_path):
         assert numbers[0] == pytest.approx(numbers[1], abs=1e-3), name
 
 
-def test_rendered_tables_are_up_to_date():
-    done = subprocess.run([sys.executable, "experiments/render.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_rendered_tables_are_up_to_date(experiment):
+    assert experiment("render.py", "--check") == 0
 
 
 REBUILD = """
@@ -112,19 +136,33 @@ class Net(nn.Module):
 """
 
 
-def rebuilt(folder: Path, model: str) -> None:
-    """The saved model in `compact` gives `y.pt` for `x.pt`, rebuilt in a process without laconic."""
-    import torch
-
-    (loader,) = blocks(ROOT / "docs" / "rebuild.md", "python")
-    assert len([line for line in loader.splitlines() if line.strip()]) <= 30
-    script = REBUILD.format(loader=loader, model=model, threads=torch.get_num_threads())
+def in_a_process(folder: Path, script: str, monkeypatch) -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "rebuilt", done.stderr
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_example_rebuilds_a_saved_model_where_laconic_cannot_be_imported(tmp_path, dtype):
+def in_this_process(folder: Path, script: str, monkeypatch) -> None:
+    """As there, without the seconds that it takes to import PyTorch, or Transformers."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "laconic"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.chdir(folder)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()) as shown:
+        warnings.simplefilter("ignore", ResourceWarning)  # a file that it leaves to the interpreter to close
+        exec(script, {"__name__": "rebuilding"})
+    assert shown.getvalue().strip() == "rebuilt"
+
+
+def rebuilt(folder: Path, model: str, monkeypatch, run=in_this_process) -> None:
+    """The saved model in `compact` gives `y.pt` for `x.pt`, rebuilt where laconic cannot be imported."""
+    import torch
+
+    (loader,) = blocks(ROOT / "docs" / "rebuild.md", "python")
+    assert len([line for line in loader.splitlines() if line.strip()]) <= 30
+    run(folder, REBUILD.format(loader=loader, model=model, threads=torch.get_num_threads()), monkeypatch)
+
+
+@pytest.mark.parametrize(("dtype", "run"), [("float32", in_a_process), ("float64", in_this_process)], ids=["float32", "float64"])
+def test_the_example_rebuilds_a_saved_model_where_laconic_cannot_be_imported(tmp_path, dtype, run, monkeypatch):
     import torch
 
     import laconic
@@ -145,7 +183,7 @@ def test_the_example_rebuilds_a_saved_model_where_laconic_cannot_be_imported(tmp
     assert {s["names"][0] for s in record["slims"]} == {"first", "stem.0", "stem.1", "conv", "few"}
     torch.save(x, tmp_path / "x.pt")
     torch.save(model(x).detach(), tmp_path / "y.pt")
-    rebuilt(tmp_path, code)
+    rebuilt(tmp_path, code, monkeypatch, run)
 
 
 GPT2 = """
@@ -160,7 +198,7 @@ class Net(GPT2LMHeadModel):
 """
 
 
-def test_the_example_rebuilds_a_tied_language_model_of_transformers(tmp_path):
+def test_the_example_rebuilds_a_tied_language_model_of_transformers(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     import torch
 
@@ -179,4 +217,4 @@ def test_the_example_rebuilds_a_tied_language_model_of_transformers(tmp_path):
     assert record["aliases"]
     torch.save(x, tmp_path / "x.pt")
     torch.save(model(x).detach(), tmp_path / "y.pt")
-    rebuilt(tmp_path, GPT2)
+    rebuilt(tmp_path, GPT2, monkeypatch)

@@ -64,9 +64,10 @@ def test_the_recipes_run_on_a_folder(name, method, folder, tmp_path, monkeypatch
     assert load_recipe(name).size == 224
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo")
 def test_two_processes_train_one_model(folder, tmp_path):
-    recipe = smaller("imagenet-resnet50", tmp_path)
+    recipe = smaller("imagenet-dec8", tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "laconic", "train", recipe]
     options = ["--data", str(folder), "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LACONIC_CACHE": str(tmp_path)}
@@ -76,11 +77,11 @@ def test_two_processes_train_one_model(folder, tmp_path):
     result = json.loads(line)
     assert any(len(h["ranks"]) or h.get("groups") for h in result["history"])  # there were cuts on the way
     assert "train_seconds" not in result["metrics"]
-    assert json.loads((tmp_path / "results" / "imagenet-resnet50" / "laconic-seed0.json").read_text()) == result
+    assert json.loads((tmp_path / "results" / "imagenet-dec8" / "laconic-seed0.json").read_text()) == result
     data = load_dataset("imagenet", folder, size=48)
     dense = build(data, load_recipe(recipe), 0)
     assert result["metrics"]["params"] <= 0.5 * count_params(dense)
-    saved = load(tmp_path / "runs" / "imagenet-resnet50" / "laconic-seed0" / "model", dense)
+    saved = load(tmp_path / "runs" / "imagenet-dec8" / "laconic-seed0" / "model", dense)
     assert accuracy(saved, data.test_x, data.test_y) == pytest.approx(result["metrics"]["accuracy"])
 
 

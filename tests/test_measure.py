@@ -300,3 +300,17 @@ def test_a_profile_is_plain_data():
     assert data["latency_ms"] == found.latency_ms == data["latency"]["median_ms"]
     assert data["layers"][0]["kind"] == "Linear"
     assert laconic.profile(nn.Linear(4, 4), (torch.zeros(1, 4),), latency=False).latency is None
+
+
+def test_fixed_chances_are_the_same_every_time_and_no_device_is_told_that_is_not_in_use(monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", told.append)  # else seeded with this number when it is first used
+    before = torch.get_rng_state()
+    drawn = []
+    for _ in range(2):
+        with laconic.measure.seeded(3):
+            drawn.append(torch.rand(4))
+    assert torch.equal(*drawn)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert told == []

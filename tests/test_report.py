@@ -297,13 +297,6 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_importing_laconic_does_not_import_matplotlib():
-    import subprocess
-
-    code = "import sys, laconic.report; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 

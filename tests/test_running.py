@@ -1,6 +1,7 @@
 """Running checkpoints: nothing is lost, whatever is killed or damaged, and a resumed run ends as the uninterrupted one."""
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -51,9 +52,13 @@ class Loop:
         return snapshot(self.compressor, self.model, self.optimizer, self.scheduler)
 
 
+@functools.cache
+def uninterrupted() -> list:
+    return Loop(Path("nothing is written")).train(0, 30).state()
+
+
 @pytest.mark.parametrize("at", [0, 1, 9, 15, 16, 29])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, at):
-    whole = Loop(tmp_path / "whole").train(0, 30)
     Loop(tmp_path / "run").train(0, at).checkpoints.save(at, {"note": "here", "noise": torch.ones(3)})
     torch.manual_seed(123)
     again = Loop(tmp_path / "run")
@@ -61,7 +66,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, at):
     assert step == at
     assert extra["note"] == "here"
     assert torch.equal(extra["noise"], torch.ones(3))
-    assert_same(again.train(at, 30).state(), whole.state())
+    assert_same(again.train(at, 30).state(), uninterrupted())
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path):
@@ -428,9 +433,8 @@ def test_without_a_compressor_nothing_is_half_loaded_either(tmp_path):
 RECIPE = 'task = "digits"\nwidths = [8, 16, 16]\npools = [0, 1]\nepochs = 3\nlr = 3e-3\nparams = 0.4\n'
 
 
-def command(recipe: Path, out: Path, *more: str) -> list[str]:
-    fixed = ["--threads", "1", "--no-times", "--json", "--checkpoint-every", "3", "--out", str(out)]
-    return [sys.executable, "-m", "laconic", "train", str(recipe), *fixed, *more]
+def arguments_for(recipe: Path, out: Path, *more: str) -> list[str]:
+    return ["train", str(recipe), "--threads", "1", "--no-times", "--json", "--checkpoint-every", "3", "--out", str(out), *more]
 
 
 def outcome(out: Path) -> list:
@@ -440,20 +444,25 @@ def outcome(out: Path) -> list:
     return [tensors, result["history"], {k: v for k, v in result["curve"].items() if k != "seconds"}]
 
 
-def test_a_killed_run_resumes_from_the_command_line(tmp_path):
+@pytest.mark.slow
+def test_a_killed_run_resumes_from_the_command_line(tmp_path, capsys):
+    from laconic.cli import main
+
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(RECIPE)
-    subprocess.run(command(recipe, tmp_path / "whole"), check=True, capture_output=True)
+    main(arguments_for(recipe, tmp_path / "whole"))
     running_folder = tmp_path / "killed" / "tiny" / "laconic-seed0" / "running"
     for more, seen in (((), 12), (("--resume",), 45)):  # killed twice: in the warm-up of the run, and after the cut
-        child = subprocess.Popen(command(recipe, tmp_path / "killed", *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "laconic", *arguments_for(recipe, tmp_path / "killed", *more)]
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not any(int(p.name[5:]) >= seen for p in running_folder.glob("step-*")):
             assert child.poll() is None
             time.sleep(0.005)
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
-    done = subprocess.run(command(recipe, tmp_path / "killed", "--resume"), check=True, capture_output=True, text=True)
-    assert "starting from the beginning" not in done.stderr
+    capsys.readouterr()
+    main(arguments_for(recipe, tmp_path / "killed", "--resume"))
+    assert "starting from the beginning" not in capsys.readouterr().err
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
     assert not running_folder.exists()
 

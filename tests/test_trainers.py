@@ -1,16 +1,14 @@
 """The callbacks do what a loop of one's own does, and a run that is resumed ends as the one that was not stopped."""
 
-import os
+import json
 import shutil
 import subprocess
 import sys
 import warnings
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,6 +20,7 @@ from laconic.integrations.accelerate import register_for_checkpointing
 from . import lightning_worker
 from .lightning_worker import BATCH, EPOCHS, SCHEDULE, Module, compression, examples, fit, net
 from .models import assert_same
+from .processes import POSSIBLE, two_processes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -263,19 +262,10 @@ def test_each_part_of_a_lightning_module_has_a_callback_of_its_own(tmp_path):
     assert all(sum(p.numel() for p in part.parameters()) <= 0.25 * dense for part in (module.net, module.other))
 
 
-@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo")
+@pytest.mark.slow
+@pytest.mark.skipif(not POSSIBLE, reason="needs torch.distributed with gloo, and fork")
 def test_two_processes_of_lightning_end_alike_and_resume(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = str(Path(__file__).with_name("lightning_worker.py"))
-    done = subprocess.run(
-        [*command, worker, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_processes("lightning_worker", str(tmp_path))
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert_same(first, second)
     assert_same(first["resumed"], first["whole"])
@@ -643,15 +633,31 @@ def test_an_optimizer_of_other_parameters_is_refused():
         other.move_to(optimizer)
 
 
+ALONE = """
+import importlib, json, sys
+import laconic, laconic.integrations, laconic.report
+found = {"imported": [n for n in ("lightning", "transformers", "accelerate", "matplotlib") if n in sys.modules]}
+for name in ("lightning", "pytorch_lightning", "transformers"):
+    sys.modules[name] = None  # an import fails
+for name in ("lightning", "transformers"):
+    try:
+        importlib.import_module(f"laconic.integrations.{name}")
+    except laconic.MissingExtraError as error:
+        found[name] = str(error)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict:
+    """What a process that imports laconic has imported, and what it says where a package is missing."""
+    return json.loads(subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=True).stdout)
+
+
 @pytest.mark.parametrize("package", ["lightning", "transformers"])
-def test_a_missing_package_is_named(package):
-    hide = "import sys; sys.modules['lightning'] = sys.modules['pytorch_lightning'] = sys.modules['transformers'] = None; "
-    code = f"{hide}import laconic\ntry:\n    import laconic.integrations.{package}\nexcept laconic.MissingExtraError as error:\n    print(error)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert f"pip install 'laconic[{package}]'" in done.stdout
+def test_a_missing_package_is_named(package, alone):
+    assert f"pip install 'laconic[{package}]'" in alone[package]
 
 
-def test_laconic_itself_imports_no_trainer():
-    code = "import sys, laconic, laconic.integrations; print([n for n in ('lightning', 'transformers', 'accelerate') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_laconic_itself_imports_no_trainer_and_nothing_that_draws(alone):
+    assert alone["imported"] == []

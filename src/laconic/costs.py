@@ -182,6 +182,8 @@ def layer_costs(
     fixed = rates.beside * out + rates.weight * (out * taken)
     if ranks is None:
         counts = (fixed + rates.dense * (out * taken))[None]
+    elif not (inner if isinstance(inner, int) else any(inner)):
+        counts = fixed + np.asarray(ranks, dtype=np.float64)[:, None] * (rates.first * taken + rates.second * out)
     else:
         r, s = (np.asarray(x, dtype=np.float64)[..., None] for x in (ranks, inner))
         counts = fixed + r * (rates.first * np.where(s > 0, s, taken) + rates.second * out) + s * rates.entry * taken

@@ -128,8 +128,10 @@ def count_params(model: nn.Module) -> int:
 def seeded(seed: int = 0) -> Iterator[None]:
     """The same chances every time, and outside as if nothing had happened."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    elsewhere = devices or torch.xpu.is_initialized() or torch.backends.mps.is_available()
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        # Of a device that has not been used, the seed would be noted for later: slow, and not as if nothing had happened.
+        (torch.manual_seed if elsewhere else torch.default_generator.manual_seed)(seed)
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import functools
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -114,21 +115,28 @@ def _attribute_chains(kind: type, harmless: tuple[type, ...] = ()) -> set[tuple[
     """For `self.a.b[0].weight` in a method of this class, those of `harmless` classes aside: `("a", "b", "*")`."""
     chains: set[tuple[str, ...]] = set()
     for base in kind.__mro__:
-        if base in (nn.Module, object, *harmless) or base.__module__.startswith("torch.nn.modules.container"):
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        for method in ast.walk(tree):
-            # Reading a layer's attributes while building or initialising it is harmless.
-            if isinstance(method, ast.FunctionDef) and "init" not in method.name and "reset" not in method.name:
-                for node in ast.walk(method):
-                    if isinstance(node, ast.Attribute) and node.attr in _READ:
-                        chain = _from_self(node.value)
-                        if chain:
-                            chains.add(chain)
+        if base not in (nn.Module, object, *harmless) and not base.__module__.startswith("torch.nn.modules.container"):
+            chains |= _own_chains(base)
     return chains
+
+
+@functools.lru_cache(maxsize=1024)  # to find and parse the source takes longer than all else that is asked of a class
+def _own_chains(base: type) -> frozenset[tuple[str, ...]]:
+    """Of the methods that are written in the class itself."""
+    chains: set[tuple[str, ...]] = set()
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    for method in ast.walk(tree):
+        # Reading a layer's attributes while building or initialising it is harmless.
+        if isinstance(method, ast.FunctionDef) and "init" not in method.name and "reset" not in method.name:
+            for node in ast.walk(method):
+                if isinstance(node, ast.Attribute) and node.attr in _READ:
+                    chain = _from_self(node.value)
+                    if chain:
+                        chains.add(chain)
+    return frozenset(chains)
 
 
 def _from_self(node: ast.expr) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from .allocate import Floats, log_shares
 from .costs import CURRENCIES, Rates, layer_costs, model_costs, present_costs
 from .errors import InfeasibleBudgetError
+from .matricize import Unfolding
 from .plan import Plan
 from .structures import Neurons, Site, WideLayer, inner_site
 from .surgery.channels import End
@@ -89,6 +90,13 @@ def _in_multiples(highest: int, multiple: int) -> NDArray[np.int64]:
     return np.unique(grid[(grid >= multiple) & (grid <= highest)] // multiple * multiple)
 
 
+@functools.lru_cache(maxsize=4096)
+def _break_even(unfolding: Unfolding, out: int, taken: int) -> int:
+    """Of a layer with these numbers of channels."""
+    unfolding = unfolding.resized(out, taken)
+    return min((unfolding.dense_params - 1) // unfolding.unit_params, unfolding.full_rank)
+
+
 def _step_down(count: int, multiple: int = 1) -> int:
     """A few less, in multiples; 0 where that leaves none."""
     return (count - max(1, count // STEP)) // multiple * multiple
@@ -106,6 +114,7 @@ class Walk:
         layers, rates, sizes, costs: of every layer, by name: itself, its prices, its channels, what it costs.
         spent: what the model costs; weights: of the currencies.
         again: sites that became whole again, see `whole_again`.
+        known: costs of layers that were asked for before: the steps of all groups at a layer ask for those of the others' layers.
         touching: groups and sites that change a layer.
     """
 
@@ -127,6 +136,7 @@ class Walk:
     weights: Floats = field(init=False)
     touching: dict[str, set[str]] = field(init=False)
     again: set[str] = field(default_factory=set)
+    known: dict[tuple[str, int, int, int | None, int], Floats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         plan = self.plan
@@ -168,9 +178,13 @@ class Walk:
         """Of a layer at its rank, with these numbers of channels (None: its own)."""
         site = self.layers[path].site
         out, taken = size or self.sizes[path]
-        rank = self.ranks[site.name] if site is not None else None
-        inner = self.inner[site.name] if site is not None else 0
-        return layer_costs(self.rates[path], out, taken, None if rank is None else [rank], self.currencies, inner)[0]
+        return self.cost_at(path, out, taken, *((self.ranks[site.name], self.inner[site.name]) if site is not None else (None, 0)))
+
+    def cost_at(self, path: str, out: int, taken: int, rank: int | None, inner: int) -> Floats:
+        key = path, out, taken, rank, inner
+        if key not in self.known:
+            self.known[key] = layer_costs(self.rates[path], out, taken, None if rank is None else [rank], self.currencies, inner)[0]
+        return self.known[key]
 
     def currency_weights(self) -> Floats:
         """Of the costs, which become one in their sum: each counts relative to its limit, and 0 where the limit holds already."""
@@ -221,38 +235,32 @@ class Walk:
     def best_ranks(self, site: Site) -> Step | None:
         if site.name in self.keep_dense:
             return None
-        options = np.array(self.options(site), dtype=np.int64).reshape(-1, 2)
-        options = options[options[:, 0] >= 1]
-        if not len(options):
+        options = [option for option in self.options(site) if option[0] >= 1]
+        if not options:
             return None
         rank, inner = self.ranks[site.name], self.inner[site.name]
         here = 0.0 if rank is None else self.kept_at(site, [rank], [inner])[0]
-        costs = layer_costs(
-            self.rates[site.layer], *self.sizes[site.layer], options[:, 0].tolist(), self.currencies, options[:, 1].tolist()
-        )
+        ranks, inners = zip(*options, strict=True)
+        costs = layer_costs(self.rates[site.layer], *self.sizes[site.layer], ranks, self.currencies, inners)
         savings = (self.costs[site.layer] - costs) @ self.weights
-        losses = here - self.kept_at(site, *options.T)
+        losses = here - self.kept_at(site, ranks, inners)
         slopes = np.where(savings > 0, losses / np.where(savings > 0, savings, 1.0), np.inf)
         best = int(np.argmin(slopes))
-        return (float(slopes[best]), (int(options[best, 0]), int(options[best, 1]))) if np.isfinite(slopes[best]) else None
+        return (float(slopes[best]), options[best]) if np.isfinite(slopes[best]) else None
 
     def options(self, site: Site) -> list[tuple[int, int]]:
         """Ranks, of the site and of the inner one, that a step may lead to."""
         rank, inner, multiple = self.ranks[site.name], self.inner[site.name], site.structure.multiple
         if rank is None:
-            highest = min(int(self.break_even(site)), len(self.shares[site.name]))
-            return [(r, 0) for r in _in_multiples(highest, multiple)] or ([(highest, 0)] if highest >= 1 else [])
+            highest = min(_break_even(site.unfolding, *self.sizes[site.layer]), len(self.shares[site.name]))
+            return [(r, 0) for r in _in_multiples(highest, multiple).tolist()] or ([(highest, 0)] if highest >= 1 else [])
         lower = [(_step_down(rank, multiple), inner)]
         if site.inner is None or site.inner.rank is not None:
             return lower if site.inner is None else []
         if inner == 0:
-            return lower + [(rank, s) for s in inner_ranks(self.sizes[site.layer][1], multiple)]
+            return lower + [(rank, s) for s in inner_ranks(self.sizes[site.layer][1], multiple).tolist()]
         # One that has become so small that it would cost less whole is whole again: 0.
         return [*lower, (rank, _step_down(inner, multiple)), (rank, 0)]
-
-    def break_even(self, site: Site) -> float:
-        unfolding = site.unfolding.resized(*self.sizes[site.layer])
-        return min((unfolding.dense_params - 1) // unfolding.unit_params, unfolding.full_rank)
 
     def bury(self, group: Neurons) -> None:
         """Units that count nothing go whatever the limits say: nothing is lost."""

@@ -42,11 +42,11 @@ def tried(model: nn.Module, groups: Sequence[Group], inputs: Sequence[Any]) -> t
         return [], {end.path: f"the trial failed ({line(error)})" for group in groups for end in group.producers}
     good, failed = list(groups), dict[str, str]()
     for check, repair in ((trial.evaluated, trial.with_counts), (trial.trained, None)):
-        if not good or check(good) is None:
+        if not good:
             continue
-        good, more = _passing(check, good, repair)
+        good, more, together = _passing(check, good, repair)
         failed |= more
-        if good and (why := check(good)) is not None:
+        if not together and (why := check(good)) is not None:
             failed |= dict.fromkeys((group.name for group in good), f"all groups together: {why}")
             good = []
     return good, {end.path: failed[group.name] for group in groups if group.name in failed for end in group.producers}
@@ -56,18 +56,20 @@ def _passing(
     check: Callable[[Sequence[Group]], str | None],
     groups: Sequence[Group],
     repair: Callable[[Sequence[Group]], list[Group] | None] | None,
-) -> tuple[list[Group], dict[str, str]]:
-    """Those that pass, by halves: one bad group does not cost one trial for each good one."""
+) -> tuple[list[Group], dict[str, str], bool]:
+    """Those that pass, by halves: one bad group does not cost one trial for each good one. And why the others fail, and whether those
+    that pass have passed together."""
     if (why := check(groups)) is None:
-        return list(groups), {}
+        return list(groups), {}, True
     repaired = repair(groups) if repair is not None else None
     if repaired is not None:
-        return repaired, {}
+        return repaired, {}, True
     if len(groups) == 1:
-        return [], {groups[0].name: why}
+        return [], {groups[0].name: why}, True
     half = len(groups) // 2
-    (first, failed), (second, more) = _passing(check, groups[:half], repair), _passing(check, groups[half:], repair)
-    return first + second, failed | more
+    first, failed, one = _passing(check, groups[:half], repair)
+    second, more, other = _passing(check, groups[half:], repair)
+    return first + second, failed | more, one and other and not (first and second)
 
 
 class Trial:
