@@ -198,6 +198,33 @@ def profile(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def gpu_solvers(_: str) -> str:
+    """A proximal step's decomposition on a GPU: milliseconds and error of each way, at the smaller threshold."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "solvers-cuda.json").read_text())["rows"]
+    ways = ("torch.linalg.svd", "gram", "gram-float64")
+    lines = ["| matrix | " + " | ".join(f"`{w}`, ms | error" for w in ways) + " |", "|---" * (1 + 2 * len(ways)) + "|"]
+    for shape in sorted({tuple(r["shape"]) for r in rows}, key=lambda s: (min(s), max(s))):
+        found = {r["solver"]: r for r in rows if tuple(r["shape"]) == shape and r["tau"] == 0.01}
+        cells = (f"{r['ms']:.1f} | {r['error']:.0e}" for r in map(found.__getitem__, ways))
+        lines.append(f"| {shape[0]} x {shape[1]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def gpu_training(_: str) -> str:
+    """What laconic does once, in seconds, and what a step and a forward pass take afterwards, relative to dense."""
+    lines = [
+        "| network | parameters | MACs | a training step | forward pass, batch 1 | large batch | construction, s | timing layers | proximal steps |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in json.loads((ROOT / "benchmarks" / "results" / "training-cuda.json").read_text())["rows"]:
+        spent, (one, many) = r["overhead_seconds"], (1 / v for v in r["inference_speedup"].values())
+        lines.append(
+            f"| {r['name']} | {r['params_fraction']:.2f} | {r['macs_fraction']:.2f} | {r['step_ratio_after_settling']:.2f} | {one:.2f} | {many:.2f} | "
+            f"{spent['construction']:.1f} | {spent['layer timing']:.1f} | {spent['proximal steps']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def cut_last(_: str) -> str:
     """Cut on the way against cut last, from the seeds that all have, at the budgets that have any."""
     methods = ("laconic", "late", "dense")
@@ -407,6 +434,8 @@ TABLES = {
     "attention": attention,
     "training": training,
     "profile": profile,
+    "gpu-solvers": gpu_solvers,
+    "gpu-training": gpu_training,
     "cut-last": cut_last,
     "kills": kills,
     "memory": memory,
