@@ -1072,6 +1072,13 @@ EDITS = [
         "test_amp",
     ),
     Edit(
+        "blocks are halved down to each",
+        "graph/trial.py",
+        "next(filter(_in_bundles, groups), None)) is not None",
+        "None) is not None",
+        "test_graph",
+    ),
+    Edit(
         "the proximal step in TF32",
         "precision.py",
         'torch.set_float32_matmul_precision("highest")',

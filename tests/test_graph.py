@@ -13,7 +13,9 @@ from torch.nn.utils import parametrizations
 
 from laconic.errors import InvalidTypeError
 from laconic.graph import Group, find_groups
+from laconic.graph.trial import Trial
 from laconic.matricize import unfoldings
+from laconic.models import GPT
 
 from .architectures import CASES, Net, Scaled, conv, groups_of
 from .models import Shared, Tied, assert_same, snapshot
@@ -613,3 +615,16 @@ def test_the_copy_is_what_is_tried():
     assert found(model, torch.randn(4, 6))[0] == {"a": 8}
     assert model.calls == 0
     assert_same(snapshot(model), snapshot(twin))
+
+
+def test_trials_do_not_grow_with_the_number_of_like_blocks(monkeypatch):
+    """Whose heads are counted by a number on each: what makes one of them pass is tried on all, before they are halved down to each."""
+    compared, counts = Trial._compared, []
+    monkeypatch.setattr(Trial, "_compared", lambda self, *arguments: counts.append(1) or compared(self, *arguments))
+    made = []
+    for layers in (2, 5):
+        counts.clear()
+        groups, _ = found(GPT(20, 8, layers, 16, 4), torch.randint(20, (2, 8)))
+        assert len(groups) == 2 * layers
+        made.append(len(counts))
+    assert made[0] == made[1]

@@ -15,7 +15,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
     TF32 is what `torch.set_float32_matmul_precision("high")` allows, or `torch.backends.cuda.matmul.fp32_precision` from PyTorch 2.9 on.
     """
-    with torch.autocast(device.type, enabled=False), _no_tf32():
+    autocast = torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else contextlib.nullcontext()
+    with autocast, _no_tf32():
         yield
 
 

@@ -141,6 +141,8 @@ class Trial:
         """One group with the numbers in its parents that must shrink with it, if there are some that make it pass; several
         with those of the names that helped before."""
         if len(groups) > 1:
+            if not self.helped and (one := next(filter(_in_bundles, groups), None)) is not None and self.evaluated([one]) is not None:
+                self.with_counts([one])  # a network of like blocks: what helps one may help all, without halving down to each
             repaired = [self._as_before(group) for group in groups]
             shared = [(count.path, count.name) for group in repaired for count in group.counts]
             if len(set(shared)) < len(shared):  # one number cannot follow two groups
@@ -154,7 +156,7 @@ class Trial:
         return None
 
     def _as_before(self, group: Group) -> Group:
-        for counts in _candidates(self.model, group) if group.units < max(end.index.size for end in group.ends) else ():
+        for counts in _candidates(self.model, group) if _in_bundles(group) else ():
             if tuple(count.name for count in counts) in self.helped:
                 return dataclasses.replace(group, counts=counts)
         return group
@@ -175,6 +177,11 @@ class Trial:
         except Exception as error:
             return f"the model does not train without some of its units ({line(error)})"
         return None
+
+
+def _in_bundles(group: Group) -> bool:
+    """Units of several channels each: heads, of which some module has the number."""
+    return group.units < max(end.index.size for end in group.ends)
 
 
 def unsafe_convolutions(model: nn.Module) -> list[str]:
