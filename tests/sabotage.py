@@ -183,7 +183,7 @@ EDITS = [
     Edit(
         "optional in milliseconds",
         "budget.py",
-        ' or "latency" in budget.currencies:\n        return frozenset()',
+        ' or budget.currencies != ("params",):\n        return frozenset()',
         ":\n        return frozenset()",
         "test_optional",
         "without_anything",

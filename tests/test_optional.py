@@ -14,7 +14,7 @@ import laconic
 from laconic.budget import needless, no_options
 from laconic.compaction import spectra
 from laconic.errors import InfeasibleBudgetError, InvalidTypeError, NonFiniteError, SurgeryError
-from laconic.plan import FORGONE, _wide_layer, check_structures, make_plan
+from laconic.plan import FORGONE, _wide_layer, make_plan
 from laconic.slimming import importances_of
 from laconic.timing import RankTimes, grid
 from laconic.widths import choose_shapes, inner_ranks
@@ -325,11 +325,15 @@ def test_without_anything_to_choose_from_it_says_so():
     ):
         assert compressor.state.forgone == []
         assert any("optional=True) has no effect" in note for note in compressor.plan.notes)
-    plan, budget = make_plan(wide_mlp(), OPTIONAL, (x,)), laconic.Budget(latency=0.9)
-    assert needless(plan, spectra(plan), importances_of(plan, {}), budget) == frozenset()
-    assert "optional=True) has no effect" in no_options(plan, budget)[0]
-    (_, neurons), _ = check_structures(None, (x,), True, budget.multiple)
-    assert not neurons.optional
+    plan = make_plan(wide_mlp(), OPTIONAL, (x,))
+    for bounds in ({"latency": 0.9}, {"macs": 0.5}, {"params": 0.5, "macs": 0.5}):
+        budget = laconic.Budget(**bounds)
+        assert needless(plan, spectra(plan), importances_of(plan, {}), budget) == frozenset()
+        assert "optional=True) has no effect" in no_options(plan, budget)[0]
+        by_default = made(None, budget=budget, total_steps=10)
+        assert by_default.plan.neurons
+        assert not any(g.structure.optional for g in by_default.plan.neurons)
+        assert not any("optional" in note for note in by_default.plan.notes)
     assert no_options(plan, laconic.Budget(params=0.9)) == []
     report = laconic.compress(wide_mlp(), OPTIONAL, energy=0.9, example_inputs=(x,))
     assert any("optional=True) has no effect" in note for note in report.notes)

@@ -163,8 +163,8 @@ def shapes_for_budget(
 
 
 def optional_groups(plan: Plan, budget: Budget | None) -> frozenset[str]:
-    """Names of the groups of neurons that ranks may make needless: in milliseconds they cannot, a pair of layers has a least time of its own."""
-    if budget is None or not plan.sites or "latency" in budget.currencies:
+    """Names of the groups of neurons that ranks may make needless: not where milliseconds or MACs are bounded, which neurons save most of."""
+    if budget is None or not plan.sites or budget.currencies != ("params",):
         return frozenset()
     return frozenset(g.name for g in plan.neurons if g.structure.optional)
 
@@ -173,7 +173,7 @@ def no_options(plan: Plan, budget: Budget | None) -> list[str]:
     """What to say where neurons are optional in vain."""
     if optional_groups(plan, budget) or not any(g.structure.optional for g in plan.neurons):
         return []
-    return ["Channels(optional=True) has no effect here: it takes LowRank beside it, and a budget in parameters or MACs alone"]
+    return ["Channels(optional=True) has no effect here: it takes LowRank beside it, and a budget in parameters alone"]
 
 
 def needless(

@@ -105,7 +105,7 @@ class Compressor:
         model: trained in place.
         optimizer: the optimizer, or a list of several. Hooked; for one without hooks call `compressor.step()` after
             each of its steps.
-        structures: what is compressed; None: `[LowRank(), Channels(optional=True)]`: ranks alone, and neurons too where ranks alone would keep less of the network, and
+        structures: what is compressed; None: `[LowRank(), Channels(optional=True)]`: ranks alone, and neurons too where ranks alone would keep less of the network or the budget bounds MACs or milliseconds, and
             `[LowRank()]` without example inputs or with `cut="end"`, where no training repairs what neurons leave behind; in multiples of 8
             where the budget is in milliseconds.
         budget: how much the result may cost.
@@ -148,7 +148,8 @@ class Compressor:
         self.sharded = any(is_sharded(p) for p in model.parameters())
         trains_on = cut == "early" and not self.sharded
         multiple = budget.multiple if isinstance(budget, Budget) else 1
-        structures, unasked = check_structures(structures, example_inputs, trains_on, multiple)
+        in_params = not isinstance(budget, Budget) or budget.currencies == ("params",)
+        structures, unasked = check_structures(structures, example_inputs, trains_on, multiple, optional=in_params)
         total_steps, every = check_arguments(structures, budget, total_steps, every, cut, schedule)
         self._compiled = is_compiled(model)
         model = bare(model)

@@ -149,14 +149,16 @@ class Plan:
         return "\n".join([*lines, total + (f"; {self.macs} MACs" if self.macs is not None else ""), *self.notes])
 
 
-def check_structures(structures: Any, example_inputs: Any, trains_on: bool, multiple: int = 1) -> tuple[list[Structure], list[str]]:
-    """The structures as a list, and what there is to say of them. None means `[LowRank(), Channels(optional=True)]` (in milliseconds: both in any case), or `[LowRank()]` where there
+def check_structures(
+    structures: Any, example_inputs: Any, trains_on: bool, multiple: int = 1, optional: bool = True
+) -> tuple[list[Structure], list[str]]:
+    """The structures as a list, and what there is to say of them. None means `[LowRank(), Channels(optional=optional)]`, or `[LowRank()]` where there
     are no example inputs to find out with what is tied to a neuron (the plan says so), and where no training follows: a truncated
     layer is the nearest one of its rank and needs none, while neurons that go leave a hole. Their sizes are then multiples of `multiple`.
     """
     if structures is None:
         notes = [f"ranks and numbers of channels are multiples of {multiple}, since milliseconds count"] if multiple > 1 else []
-        ranks, neurons = LowRank(multiple=multiple), Channels(multiple=multiple, optional=multiple == 1)
+        ranks, neurons = LowRank(multiple=multiple), Channels(multiple=multiple, optional=optional)
         if example_inputs is None:
             return [ranks], notes
         if not trains_on:

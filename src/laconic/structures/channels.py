@@ -150,7 +150,7 @@ class Channels:
         scale: `"relative"` or `"absolute"`.
         include, exclude: shell-style patterns on module or parameter names of the layers that put the neurons out.
         multiple: keep a multiple of this number of channels (what the hardware likes: 8, 16); an attention head of 64 is one already.
-        optional: beside `LowRank`, under a budget in parameters or MACs: at the first proximal step all these neurons are left alone for the
+        optional: beside `LowRank`, under a budget in parameters alone: at the first proximal step all these neurons are left alone for the
             whole run, unless ranks alone would keep less of the network (see `laconic.budget.needless`).
     """
 
