@@ -19,6 +19,7 @@ from laconic.methods import (
     base,
     build,
     cuttlefish,
+    dense,
     fixed_rank,
     learning_compression,
     magnitude,
@@ -97,6 +98,55 @@ def test_frobenius_decay_is_the_gradient_of_the_norm_of_the_product(data, monkey
         (0.5 * (a @ b).square().sum()).backward()
         for old, new, leaf in zip(before, after, leaves, strict=True):
             torch.testing.assert_close(new, old - RECIPE.lr * fixed_rank.FROBENIUS_DECAY * leaf.grad)
+
+
+CUT_ONCE = ["svd-tuned", "svd-energy-tuned", "svd-activation-tuned", "tucker", "cp", "pufferfish", "torch-pruning", "torch-pruning-taylor"]
+
+
+def first_cut(name, data, recipe):
+    """The step after which the network is smaller, as a share of the run."""
+    sizes = []
+    METHODS[name].run(data, recipe, 0, lambda progress: sizes.append(progress.params))
+    whole = count_params(build(data, recipe, 0))
+    return next(step for step, size in enumerate(sizes, 1) if size < whole) / len(sizes)
+
+
+@pytest.mark.parametrize("name", CUT_ONCE)
+def test_the_share_that_is_set_is_the_one_after_which_it_cuts(name, data):
+    recipe = dataclasses.replace(RECIPE, epochs=1, setting=0.2)
+    assert first_cut(name, data, recipe) == pytest.approx(0.2, abs=0.05)
+
+
+@pytest.fixture(scope="module")
+def trained_weights(data, tmp_path_factory):
+    """Dense networks of two seeds, and a recipe that starts from them."""
+    folder = tmp_path_factory.mktemp("dense")
+    for seed in (0, 1):
+        trained = METHODS["dense"].run(data, RECIPE, seed)
+        torch.save(trained.model.state_dict(), folder / f"dense-seed{seed}.pt")
+    return dataclasses.replace(RECIPE, epochs=1, init=str(folder / "dense-seed{seed}.pt"))
+
+
+@pytest.mark.parametrize("name", [n for n in CUT_ONCE if n != "torch-pruning"])  # its regularizer needs its time
+def test_trained_weights_are_cut_at_once(name, data, trained_weights):
+    assert first_cut(name, data, trained_weights) <= 0.1
+
+
+def test_each_seed_starts_from_its_own_weights(data, trained_weights):
+    for seed in (0, 1):
+        found = build(data, trained_weights, seed).state_dict()
+        for name, x in torch.load(trained_weights.init.replace("{seed}", str(seed)), weights_only=True).items():
+            torch.testing.assert_close(found[name], x, rtol=0, atol=0)
+
+
+def test_trained_weights_are_the_teacher_as_they_are(data, trained_weights, monkeypatch):
+    def never(*_):
+        raise AssertionError("a teacher was trained")
+
+    monkeypatch.setattr(dense, "train", never)
+    trained = METHODS["distilled"].run(data, trained_weights, 0)
+    assert trained.curve.seconds[0] > 0
+    assert count_params(trained.model) <= RECIPE.params * count_params(build(data, RECIPE, 0))
 
 
 def test_without_pressure_there_is_one_cut(data):

@@ -30,7 +30,8 @@ class Recipe:
     optimizer: "adamw", or "sgd" with `momentum` (Nesterov's if `nesterov`).
     lr_warmup, schedule: the learning rate rises over the share `lr_warmup` of the steps; then it falls to zero as a "cosine", or in
         "steps": it is multiplied by `gamma` at each of the `milestones`, shares of the run.
-    init: weights to start from instead of random ones (a file or a saved model); "": none.
+    init: weights to start from instead of random ones (a file or a saved model; `{seed}` stands for the seed); "": none. Networks of
+        other widths start from scratch all the same.
     thin_epochs: of the rival that is given laconic's training time instead of its steps; 0: twice the epochs.
     params: the budget as a fraction of the dense parameters (1: no bound); macs, latency: of the dense MACs, and of the
         milliseconds for a batch of 64 on this machine, too; 0: no bound.

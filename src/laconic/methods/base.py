@@ -21,6 +21,8 @@ from ..recipe import Recipe
 from ..report import CompactReport
 from ..training import Curve, Report, Restart, fit, make_optimizer, steps_per_epoch
 
+AT_ONCE = 0.02  # share of a run: not before the optimizer has its moments
+
 
 @dataclass(slots=True)
 class Trained:
@@ -70,7 +72,7 @@ def build(data: Dataset, recipe: Recipe, seed: int, widths: tuple[int, ...] | No
     torch.manual_seed(seed)
     model = network(data, recipe, widths or recipe.widths)
     if recipe.init and widths is None:
-        load_weights(model, Path(recipe.init))
+        load_weights(model, Path(recipe.init.replace("{seed}", str(seed))))
     model.to(data.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPU
     return model
 
@@ -146,8 +148,13 @@ def cut_and_train_on(
         results.append(cut())
         start_afresh(optimizer, model, recipe)
 
-    after_step(optimizer, round(share * recipe.epochs * steps_per_epoch(data, recipe)), act)
+    after_step(optimizer, max(1, round(share * recipe.epochs * steps_per_epoch(data, recipe))), act)
     return fit(model, data, recipe, seed, optimizer, report=report, **options), results[0]
+
+
+def cut_share(recipe: Recipe, default: float) -> float:
+    """After which share of the run to cut: the setting if there is one; at once where the run starts from trained weights; else the method's default."""
+    return recipe.setting or (AT_ONCE if recipe.init else default)
 
 
 def one_share(recipe: Recipe, limit: int, fixed: int, costs: Sequence[Callable[[float], int]]) -> float:

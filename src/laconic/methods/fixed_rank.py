@@ -25,7 +25,7 @@ from ..surgery.factorize import factorize, pair_matrices, pair_weights
 from ..surgery.factorize import weights as pair_parameters
 from ..surgery.record import put
 from ..training import Report, fit, make_optimizer
-from .base import Method, Trained, build, cut_and_train_on, one_share
+from .base import Method, Trained, build, cut_and_train_on, cut_share, one_share
 
 WARM_UP = 0.1  # setting of Pufferfish: share of the run that it trains dense; the paper's is 80 of 300 epochs on CIFAR-10
 FROBENIUS_DECAY = 0.5  # setting of the other: the strength lambda, on the scale of a weight decay
@@ -86,7 +86,7 @@ def decay_products(optimizer: torch.optim.Optimizer, pairs: list[Pair], strength
 def pufferfish(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
     """The optimizer starts afresh at the cut, as in the paper's code."""
     model = build(data, recipe, seed)
-    share = recipe.setting or WARM_UP
+    share = cut_share(recipe, WARM_UP)
     curve, _ = cut_and_train_on(model, data, recipe, seed, share, lambda: factorise_all(model, shares_of_rank(model, recipe)), report)
     return Trained(model, curve, notes=[f"factorised at {share:g} of the run"])
 

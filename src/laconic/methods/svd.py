@@ -22,7 +22,7 @@ from ..report import CompactReport
 from ..structures import LowRank
 from ..training import Report, Restart
 from . import dense
-from .base import Method, Trained, build, calibration, cut_and_train_on, example
+from .base import Method, Trained, build, calibration, cut_and_train_on, cut_share, example
 
 Cut = Callable[[nn.Module, Dataset, Recipe], CompactReport]
 AT = 0.35  # setting of the one that trains on: the share of the run after which the network is cut
@@ -72,7 +72,8 @@ def trained_on(label: str, smaller: Cut, settings: tuple[float, ...]) -> Method:
     def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
         model = build(data, recipe, seed)
         return Trained(
-            model, *cut_and_train_on(model, data, recipe, seed, recipe.setting or settings[0], lambda: smaller(model, data, recipe), report)
+            model,
+            *cut_and_train_on(model, data, recipe, seed, cut_share(recipe, settings[0]), lambda: smaller(model, data, recipe), report),
         )
 
     return Method(label, train, settings, resumes=False)

@@ -9,7 +9,7 @@ from ..recipe import Recipe
 from ..schedule import Schedule
 from ..structures import LowRank
 from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
-from .base import Method, Trained, build, example
+from .base import Method, Trained, build, cut_share, example
 
 CUT = 0.5  # setting: the share of the run after which the network is cut
 
@@ -20,7 +20,7 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     total = recipe.epochs * steps_per_epoch(data, recipe)
     compressor = Compressor(
         model, optimizer, LowRank(strength=0.0, matricization=recipe.matricization, inputs=False), budget=Budget(params=recipe.params), total_steps=total,
-        example_inputs=example(data), every=total, schedule=Schedule(warmup=0.0, settle=1 - (recipe.setting or CUT)),
+        example_inputs=example(data), every=total, schedule=Schedule(warmup=0.0, settle=cut_share(recipe, CUT)),
     )  # fmt: skip
     curve = fit(model, data, recipe, seed, optimizer, report=report, compressor=compressor, restart=restart)
     return Trained(model, curve, compressor.compact(), total_steps=total)

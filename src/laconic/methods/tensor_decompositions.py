@@ -24,7 +24,7 @@ from ..recipe import Recipe
 from ..surgery.factorize import factorize
 from ..surgery.record import put
 from ..training import Report
-from .base import Method, Trained, build, cut_and_train_on, one_share
+from .base import Method, Trained, build, cut_and_train_on, cut_share, one_share
 from .fixed_rank import inner_layers
 
 CUT = 0.35  # setting: the share of the run after which the layers are decomposed
@@ -136,7 +136,7 @@ def trained_on(label: str, convolution: Callable[[nn.Conv2d], Small]) -> Method:
             raise missing_extra("tensorly", "rivals", "the methods tucker and cp") from None
         tensorly.set_backend("pytorch")
         model = build(data, recipe, seed)
-        at = recipe.setting or CUT
+        at = cut_share(recipe, CUT)
         curve, share = cut_and_train_on(model, data, recipe, seed, at, lambda: decompose(model, recipe, convolution), report)
         return Trained(
             model, curve, notes=[f"tensorly {tensorly.__version__}, share {share:g} of each layer, decomposed at {at:g} of the run"]

@@ -16,7 +16,7 @@ from ..errors import InfeasibleBudgetError, missing_extra
 from ..measure import count_params, evaluating
 from ..recipe import Recipe
 from ..training import Report, cross_entropy, make_optimizer, steps_per_epoch
-from .base import Method, Trained, build, cut_and_train_on, example, sample
+from .base import Method, Trained, build, cut_and_train_on, cut_share, example, sample
 
 TAYLOR_AT = 0.2  # setting of Taylor importances: the share of the run at which it is pruned
 SCORED = 512  # training images whose loss gives the gradients of the Taylor importances
@@ -30,7 +30,7 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     model = build(data, recipe, seed)
     optimizer = make_optimizer(model, recipe)
     limit = int(recipe.params * count_params(model))
-    share = recipe.setting or (TAYLOR_AT if taylor else recipe.torch_pruning_at)
+    share = cut_share(recipe, TAYLOR_AT) if taylor else recipe.setting or recipe.torch_pruning_at
     last = round(share * recipe.epochs * steps_per_epoch(data, recipe))
     options: dict[str, Any] = {
         "importance": tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance(p=2),
