@@ -14,6 +14,7 @@ import pytest
 from laconic import bench
 from laconic.cli import main
 from laconic.methods import METHODS
+from laconic.recipe import load_recipe, shipped_recipes
 
 RECIPE = 'task = "digits"\nwidths = [8, 16]\npools = [0]\nepochs = 1\nparams = 0.5\n'
 
@@ -48,6 +49,13 @@ def in_this_process(monkeypatch):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", start)
+
+
+def test_a_queue_of_all_has_no_run_that_needs_another_ones_weights():
+    names = bench.self_contained("cpu")
+    assert {"scene", "cifar10", "digits"} <= set(names)
+    assert all(not load_recipe(name).init for name in names)
+    assert set(shipped_recipes()) - {*names, *bench.self_contained("gpu")} == {n for n in shipped_recipes() if load_recipe(n).init} != set()
 
 
 def test_only_what_is_missing_is_run(recipe, capsys, in_this_process):

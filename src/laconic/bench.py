@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .methods import METHODS
-from .recipe import load_recipe
+from .recipe import load_recipe, shipped_recipes
 from .results import result_path
 
 
@@ -43,6 +43,11 @@ def grid(recipes: Iterable[str], methods: Iterable[str], seeds: Iterable[int]) -
     """All runs, seed by seed: whenever it is stopped, what is there can be compared. `svd` gives dense, too."""
     methods = [m for m in methods if m != "dense" or "svd" not in methods]
     return [Run(recipe, method, seed) for seed, recipe, method in itertools.product(seeds, recipes, methods)]
+
+
+def self_contained(tier: str) -> tuple[str, ...]:
+    """The shipped recipes of a tier that need no weights of another run."""
+    return tuple(name for name in shipped_recipes() if (recipe := load_recipe(name)).tier == tier and not recipe.init)
 
 
 def trials(recipes: Iterable[str], methods: Iterable[str], seeds: Iterable[int]) -> list[Run]:

@@ -7,10 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import Positional
 
-from ..bench import claimed, execute, grid, summary, trials
+from ..bench import claimed, execute, grid, self_contained, summary, trials
 from ..console import console, queue_bar
 from ..errors import InvalidValueError, LaconicError
-from ..recipe import load_recipe, shipped_recipes
 from ..report import comparison_table
 from .shared import check_method, show_json
 
@@ -33,7 +32,7 @@ def bench(
     Example: laconic bench scene cifar10 --methods thin-long laconic --seeds 0 1 2 --threads 1 --no-times
 
     Args:
-        recipes: files or names; none: all that are shipped for this tier.
+        recipes: files or names; none: all that are shipped for this tier, but those that start from trained weights.
         methods: as of `laconic train`; svd gives dense, too.
         seeds: of initialisation and batches.
         tune: instead, every method at each of its settings, measured on held-out training images.
@@ -47,7 +46,7 @@ def bench(
     """
     for method in methods:
         check_method(method)
-    names = recipes or tuple(name for name in shipped_recipes() if load_recipe(name).tier == tier)
+    names = recipes or self_contained(tier)
     if not names:
         raise InvalidValueError(f"tier = {tier!r}: no recipe is of this tier, only cpu and gpu have some")
     queue = (trials if tune else grid)(names, methods, seeds)
