@@ -11,7 +11,7 @@ from ..structures import LowRank
 from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
 from .base import Method, Trained, build, cut_share, example
 
-CUT = 0.5  # setting: the share of the run after which the network is cut
+CUT = 0.2  # setting: the share of the run after which the network is cut
 
 
 def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
@@ -26,4 +26,4 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     return Trained(model, curve, compressor.compact(), total_steps=total)
 
 
-SVD_TUNED = Method("dense, cut by SVD, trained on", train, (CUT, 0.2, 0.35))
+SVD_TUNED = Method("dense, cut by SVD, trained on", train, (CUT, 0.35, 0.5))
