@@ -23,9 +23,10 @@ RESULTS = ROOT / "experiments" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
 LABELS = {name: f"**{method.label}**" if name == "laconic" else method.label for name, method in METHODS.items()}
+SET_TO = " = "
 DENSE_OF = {
     f"{task}-{part}": task
-    for task in ("cifar10", "cifar10-full", "scene", "lenet-5", "lenet-300-100")
+    for task in ("cifar10", "cifar10-full", "cifar10-finetune", "scene", "lenet-5", "lenet-300-100")
     for part in ("half", "quarter", "eighth", "tenth", "twentieth", "latency", "latency-quarter")
 }  # recipes that differ in their budget alone share the dense runs
 SAME_NETWORK = {"svd": "low-rank", "thin-long": "thin", "distilled": "thin", "found": "laconic", "late": "low-rank"}  # not timed twice
@@ -47,15 +48,24 @@ COSTS = {"params": "parameters", "macs": "MACs", "latency": "milliseconds"}
 
 
 def load(recipe: str) -> dict[str, list[dict[str, Any]]]:
-    """Results of one recipe by method, in the order of LABELS, each sorted by seed."""
-    found: dict[str, list[dict[str, Any]]] = {method: [] for method in LABELS}
+    """Results of one recipe by method (and by its setting, where that is not its default), in the order of LABELS, each sorted by seed."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted([*(RESULTS / recipe).glob("*-seed*.json"), *(RESULTS / DENSE_OF.get(recipe, "-")).glob("dense-seed*.json")]):
         result = json.loads(path.read_text())
-        if result.get("validation") or result["recipe"].get("setting"):
+        if result.get("validation"):
             continue  # a trial, not a result
-        if all(result["seed"] != other["seed"] for other in found[result["method"]]):  # svd writes dense again
-            found[result["method"]].append(result)
-    return {method: sorted(runs, key=lambda r: r["seed"]) for method, runs in found.items() if runs}
+        setting = result["recipe"].get("setting")
+        runs = found.setdefault(f"{result['method']}{SET_TO}{setting:g}" if setting else result["method"], [])
+        if all(result["seed"] != other["seed"] for other in runs):  # svd writes dense again
+            runs.append(result)
+    order = sorted(found, key=lambda name: (list(LABELS).index(name.partition(SET_TO)[0]), name))
+    return {name: sorted(found[name], key=lambda r: r["seed"]) for name in order}
+
+
+def label(name: str) -> str:
+    """Of a method, and of one with another setting than its default."""
+    method, _, setting = name.partition(SET_TO)
+    return LABELS[method] + f" ({setting})" * bool(setting)
 
 
 def mean(runs: list[dict[str, Any]], metric: str) -> float | None:
@@ -140,7 +150,7 @@ def comparison(recipe: str) -> str:
         params, macs = mean(runs, "params") or 0, mean(runs, "macs") or 0
         shares = [f" ({x / y:.2f})" if (y := mean(base, name)) else "" for name, x in (("params", params), ("macs", macs))]
         lines.append(
-            f"| {LABELS[method]} | {score(runs, text)} | {ahead(results.get('laconic', []), runs, text)} | {params:,.0f}{shares[0]} "
+            f"| {label(method)} | {score(runs, text)} | {ahead(results.get('laconic', []), runs, text)} | {params:,.0f}{shares[0]} "
             f"| {macs / 1e6:.2f} M{shares[1]} | {relative} | {latency} | {len(runs)} |"
         )
     return "\n".join(lines) + "\n"
