@@ -677,6 +677,34 @@ EDITS = [
         "test_neurons",
     ),
     Edit("a run made twice", "bench.py", "lock.acquire(blocking=False)", "pass", "test_bench"),
+    Edit(
+        "rival: cut after the rest of the run",
+        "methods/svd_tuned.py",
+        "settle=cut_share(recipe, CUT)",
+        "settle=1 - cut_share(recipe, CUT)",
+        "test_methods",
+        "share_that_is_set",
+    ),
+    Edit(
+        "rival: trained weights cut late",
+        "methods/base.py",
+        "AT_ONCE if recipe.init else default",
+        "default",
+        "test_methods",
+        "cut_at_once",
+    ),
+    Edit(
+        "rival: all seeds from one network",
+        "methods/base.py",
+        '"{seed}", str(seed)',
+        '"{seed}", "0"',
+        "test_methods",
+        "each_seed_starts",
+    ),
+    Edit(
+        "rival: the teacher trained once more", "methods/distilled.py", "if recipe.init else", "if False else", "test_methods", "teacher_as"
+    ),
+    Edit("rival: a queue of runs that lack weights", "bench.py", " and not recipe.init", "", "test_bench", "queue_of_all"),
     Edit("LC without a pull", "methods/learning_compression.py", "weight.lerp_(target, min(1.0, recipe.lr * mu))", "pass", "test_methods"),
     Edit(
         "TRP without truncation",
