@@ -770,6 +770,14 @@ EDITS = [
         "test_compressor",
     ),
     Edit(
+        "no cuts on the way without pressure",
+        "compressor.py",
+        "                    state.values |= values_of(site)  # pressed or not, cuts on the way go by the spectra",
+        "                    pass",
+        "test_shrinking",
+        "strength_of_zero",
+    ),
+    Edit(
         "frozen mid-run shrunk",
         "compressor.py",
         "if tau == 0 or not site.weights[0].requires_grad:",

@@ -100,7 +100,17 @@ def test_frobenius_decay_is_the_gradient_of_the_norm_of_the_product(data, monkey
             torch.testing.assert_close(new, old - RECIPE.lr * fixed_rank.FROBENIUS_DECAY * leaf.grad)
 
 
-CUT_ONCE = ["svd-tuned", "svd-energy-tuned", "svd-activation-tuned", "tucker", "cp", "pufferfish", "torch-pruning", "torch-pruning-taylor"]
+CUT_ONCE = [
+    "svd-tuned",
+    "cut-once",
+    "svd-energy-tuned",
+    "svd-activation-tuned",
+    "tucker",
+    "cp",
+    "pufferfish",
+    "torch-pruning",
+    "torch-pruning-taylor",
+]
 
 
 def first_cut(name, data, recipe):

@@ -441,6 +441,24 @@ def test_layers_are_cut_one_by_one_on_the_way_and_deeper_later_and_never_grow(ma
     assert all(len(set(rs[50:])) == 1 for rs in ranks.values())
 
 
+def test_with_a_strength_of_zero_layers_are_cut_on_the_way_too_and_nothing_else_is_changed(machine):
+    """What the pressure is worth is asked against this: weights move as they do without laconic until a layer is cut."""
+    model, plain = wide_mlp(), wide_mlp()
+    plain.load_state_dict(model.state_dict())
+    compressor = compressor_for(model, (8, 64), structures=laconic.LowRank(strength=0.0), budget=laconic.Budget(params=0.2), total_steps=40)
+    sizes, optimizer = [], optim.AdamW(plain.parameters(), lr=1e-3)
+    whole = laconic.measure.count_params(model)
+    for t in range(40):
+        train(model, compressor.optimizers[0], (8, 64), range(t, t + 1))
+        sizes.append(laconic.measure.count_params(model))
+        if sizes[-1] == whole:
+            train(plain, optimizer, (8, 64), range(t, t + 1))
+            assert_same(snapshot(plain), snapshot(model))
+    assert sizes[2] == whole  # while it warms up
+    assert len({size for size in sizes[:20] if size < whole}) >= 2  # before it settles
+    assert sizes[-1] <= 0.2 * whole
+
+
 def test_a_layer_is_cut_only_once_the_pair_is_faster(monkeypatch, empty_table):
     """Two equal layers; the pair of one of them is never fast on this machine."""
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Linear(64, 8))

@@ -395,6 +395,8 @@ class Compressor:
             owed, state.owed[site.name] = state.owed[site.name], 0.0
             tau = self.strength(site) * owed
             if tau == 0 or not site.weights[0].requires_grad:
+                if self.cut_early and isinstance(site, Site):
+                    state.values |= values_of(site)  # pressed or not, cuts on the way go by the spectra
                 continue
             try:
                 result = shrink(site, tau)

@@ -51,7 +51,7 @@ def train(
     Args:
         recipe: file or name.
         out: the model, the report and the result go to OUT/<recipe>/<method>-seed<seed>/.
-        method: laconic, low-rank, channels (laconic with one structure), late (cut last); or a rival: dense, svd (dense, then cut;
+        method: laconic, low-rank, channels (laconic with one structure), unpressed, cut-once (without pressure), late (cut last); or a rival: dense, svd (dense, then cut;
             gives both), svd-energy and svd-activation (other ranks), svd-tuned, svd-energy-tuned, svd-activation-tuned (cut on
             the way, trained on), thin (a smaller dense network), thin-long (for longer), distilled, found (laconic's shape from
             scratch), found-widths (dense, with the widths of laconic's neurons alone), as-published, trp, lc, svd-training, spectral-decay, slorr-nuc, slorr-hoyer, slorr-hoyer-tuned, pufferfish, cuttlefish, spectral-init,

@@ -15,13 +15,13 @@ from .fixed_rank import PUFFERFISH, SPECTRAL_INIT
 from .found import FOUND, FOUND_WIDTHS
 from .learning_compression import LC
 from .magnitude import MAGNITUDE
-from .ours import BOTH, CHANNELS, LACONIC, LATE, LOW_RANK, compressor_for
+from .ours import BOTH, CHANNELS, LACONIC, LATE, LOW_RANK, UNPRESSED, compressor_for
 from .pat import PAT
 from .spectral_penalties import SLORR_HOYER, SLORR_HOYER_TUNED, SLORR_NUC, SPECTRAL_WEIGHT_DECAY
 from .svd import SVD, SVD_ENERGY, SVD_ENERGY_TUNED
 from .svd import cut as cut_after_training
 from .svd_training import SVD_TRAINING
-from .svd_tuned import SVD_TUNED
+from .svd_tuned import CUT_ONCE, SVD_TUNED
 from .tensor_decompositions import CP, TUCKER
 from .thin import THIN, THIN_LONG
 from .torch_pruning import TORCH_PRUNING, TORCH_PRUNING_TAYLOR
@@ -58,6 +58,8 @@ METHODS: dict[str, Method] = {
     "torch-pruning": TORCH_PRUNING,
     "torch-pruning-taylor": TORCH_PRUNING_TAYLOR,
     "late": LATE,
+    "cut-once": CUT_ONCE,
+    "unpressed": UNPRESSED,
     "low-rank": LOW_RANK,
     "channels": CHANNELS,
     "both": BOTH,

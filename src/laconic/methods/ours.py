@@ -1,4 +1,4 @@
-"""laconic: the network shrinks towards the budget while it trains; with both structures, with one, cut last, and as published."""
+"""laconic: the network shrinks towards the budget while it trains; with both structures, with one, without pressure, cut last."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
 from .base import Method, Trained, build, calibration, example
 
 
-def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
-    """Pressure towards the budget while training, cut in mid-run or at the end."""
+def train(
+    data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None, **options: Any
+) -> Trained:
+    """Pressure towards the budget while training, cut in mid-run or at the end; `options`: of `compressor_for`."""
     model = build(data, recipe, seed)
     optimizer = make_optimizer(model, recipe)
-    compressor = compressor_for(model, optimizer, data, recipe)
+    compressor = compressor_for(model, optimizer, data, recipe, **options)
     curve = fit(model, data, recipe, seed, optimizer, report=report, compressor=compressor, restart=restart)
     late = recipe.settle >= 1
     done = compressor.compact(calibration=calibration(data) if late else None, only_faster=recipe.only_faster and late)
@@ -64,6 +66,12 @@ def structures_of(recipe: Recipe, multiple: int = 1) -> list[Structure]:
     return [known[name]() for name in recipe.structures]
 
 
+def unpressed(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
+    """No proximal step moves a weight; cuts on the way come as they do under pressure, by the spectra that training alone leaves."""
+    structures = [dataclasses.replace(s, strength=0.0) for s in structures_of(recipe)]
+    return train(data, recipe, seed, report, restart, structures=structures)
+
+
 def with_recipe(label: str, **changes: Any) -> Method:
     """The same with other entries of the recipe."""
 
@@ -77,5 +85,6 @@ LACONIC = Method("laconic", train)
 LOW_RANK = with_recipe("ranks alone", structures=("low-rank",))
 BOTH = with_recipe("both, always", structures=("low-rank", "channels"))
 CHANNELS = with_recipe("neurons alone", structures=("channels",))
+UNPRESSED = Method("laconic without pressure", unpressed)
 # Ranks alone: neurons that go at the end are not repaired by any training. BatchNorm is re-estimated.
 LATE = with_recipe("ranks alone, cut last", structures=("low-rank",), settle=1.0)
