@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import math
@@ -35,6 +36,7 @@ from .test_graph import HalfTrunk
 from .test_shrinking import IMAGE, NETWORKS, Residual, noise, train, wide_mlp
 
 BOTH = (laconic.LowRank(), laconic.Channels())
+ROWS = torch.randn(32, 64, generator=torch.Generator().manual_seed(2))
 STRUCTURES = {"neurons": (laconic.Channels(),), "both": BOTH}
 
 
@@ -897,9 +899,66 @@ def test_the_watch_for_unreached_layers_stays_out_of_compiled_code():
     x = (torch.randn(4, 16), torch.randn(4, 8))
     laconic.Compressor(model, optimizer, BOTH, budget=laconic.Budget(params=0.5), total_steps=100, example_inputs=x[:1])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for _ in range(3):
+
+    def step() -> None:
         compiled(*x).square().mean().backward()
         optimizer.step()
+
+    step()
+    with pytest.warns(UserWarning, match="condition: runs in training, but not on the example inputs"):
+        step()  # the one that is not compiled
+    step()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
+def test_a_compiled_model_is_watched_as_one_that_is_not():
+    """What is compiled does not see hooks that are put on later."""
+    gc.collect()  # runs that other tests have left in the middle
+    runs = {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = wide_mlp()
+        optimizer = optim.AdamW(model.parameters(), lr=1e-2)
+        given = torch.compile(model, backend="eager") if compiled else model
+        compressor = laconic.Compressor(
+            given, optimizer, BOTH, budget=laconic.Budget(params=0.4), total_steps=40, every=2, example_inputs=(ROWS,)
+        )
+        seen = []
+        for _ in range(40):
+            given(ROWS).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append({name: m.mean.clone() for name, m in compressor.state.moments.items()})
+        runs[compiled] = seen, compressor.state.shapes, compressor.compact().notes
+    assert any(runs[True][0])
+    for plain, seen in zip(runs[False][0], runs[True][0], strict=True):
+        torch.testing.assert_close(plain, seen)
+    assert runs[True][1:] == runs[False][1:]
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
+def test_a_run_that_nobody_holds_any_more_leaves_the_compiler_alone():
+    gc.collect()
+    model = torch.compile(wide_mlp(), backend="eager")
+    compressor = compressor_for(model, (8, 64), budget=laconic.Budget(params=0.4), total_steps=40)
+    train(model, compressor.optimizers[0], (8, 64), 1)
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"  # shapes are seen in the second step
+    del model, compressor
+    gc.collect()
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_neurons_that_go_unwatched_in_mid_run_are_said():
+    """Trained in eval mode: no step of training is seen."""
+    model = wide_mlp().eval()
+    optimizer = optim.AdamW(model.parameters(), lr=1e-2)
+    compressor = laconic.Compressor(model, optimizer, BOTH, budget=laconic.Budget(params=0.4), total_steps=40, example_inputs=(ROWS,))
+    for _ in range(40):
+        model(ROWS).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum("chosen by the weights alone" in note for note in compressor.compact().notes) == 1
 
 
 def test_a_layer_that_the_example_inputs_reach_is_not_told():

@@ -355,6 +355,85 @@ def test_a_layer_whose_attributes_are_read_in_a_run_stays_dense_and_is_named(how
     assert all(isinstance(layer, nn.Linear) for layer in model.layers)  # and nothing stands in their places
 
 
+class HeldElsewhere(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(20, 64), nn.Linear(64, 64), nn.Linear(64, 3)
+        self.order = [self.first, self.second]  # a plain list: what is put at `second` never gets into it
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.order:
+            x = layer(x).relu()
+        return self.last(x)
+
+
+class LooksAtTheClass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(20, 64), nn.Linear(64, 64), nn.LayerNorm(64)])
+        self.last = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.Linear):
+                x = x.relu()
+        return self.last(x)
+
+
+class FailsByTheClass(LooksAtTheClass):
+    def forward(self, x: Tensor) -> Tensor:
+        assert type(self.layers[0]) is nn.Linear
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.last(x)
+
+
+class ToASize(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up, self.last = nn.Conv2d(3, 32, 3, 2, 1), nn.ConvTranspose2d(32, 32, 3, 2, 1), nn.Conv2d(32, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.up(self.down(x).relu(), output_size=x.shape[-2:]).relu())
+
+
+FLAT, IMAGE = torch.randn(8, 20), torch.randn(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "dense", "cut", "reason"),
+    [
+        (HeldElsewhere, (FLAT,), {"first.weight", "second.weight"}, {"last.weight"}, "held somewhere else"),
+        (LooksAtTheClass, (FLAT,), {"layers.0.weight", "layers.1.weight"}, {"last.weight"}, "looks at its class"),
+        (FailsByTheClass, (FLAT,), {"layers.0.weight"}, {"layers.1.weight", "last.weight"}, "looks at its class"),
+        (ToASize, (IMAGE,), {"up.weight"}, {"down.weight", "last.weight"}, "output_size"),
+        (ToASize, None, {"up.weight"}, {"down.weight", "last.weight"}, "output_size"),
+    ],
+)
+def test_layers_that_no_pair_can_stand_for_stay_dense_and_are_named(build, inputs, dense, cut, reason):
+    torch.manual_seed(0)
+    model = build()
+    plan = make_plan(model, [laconic.LowRank()], inputs)
+    reasons = {left.name: left.reason for left in plan.left_alone if reason in left.reason}
+    assert reasons.keys() == dense
+    assert {s.name for s in plan.sites} == cut
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_outputs_of_chance_say_nothing_of_the_layers():
+    class Chance(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(20, 64), nn.Linear(64, 3)
+            self.generator = torch.Generator().manual_seed(0)  # its own, that nobody seeds anew
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).relu()) + torch.randn((), generator=self.generator)
+
+    assert {s.name for s in make_plan(Chance(), [laconic.LowRank()], (FLAT,)).sites} == {"a.weight", "b.weight"}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
 def test_a_forward_compiled_on_the_object_does_not_hide_the_layers():
     model = mlp()

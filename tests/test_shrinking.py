@@ -459,6 +459,45 @@ def test_with_a_strength_of_zero_layers_are_cut_on_the_way_too_and_nothing_else_
     assert sizes[-1] <= 0.2 * whole
 
 
+def test_a_run_that_is_interrupted_while_it_settles_settles_at_the_next_step(machine, monkeypatch):
+    model = wide_mlp()
+    compressor = compressor_for(model, (8, 64), budget=laconic.Budget(params=0.3), total_steps=40)
+    whole = laconic.measure.count_params(model)
+    train(model, compressor.optimizers[0], (8, 64), 19)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("laconic.compressor.cut_sites", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, compressor.optimizers[0], (8, 64), range(19, 20))
+    assert not compressor.state.settled
+    compressor.optimizers[0].zero_grad()
+    train(model, compressor.optimizers[0], (8, 64), range(20, 21))
+    assert compressor.state.settled
+    assert laconic.measure.count_params(model) <= 0.3 * whole
+
+
+def test_a_layer_that_is_not_trained_does_not_switch_the_controller_off():
+    """It is cut at the end like the others; its spectrum is known, though nothing moves it."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.aux = wide_mlp(), nn.Linear(64, 40)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    model = Beside()
+    compressor = compressor_for(model, (8, 64), budget=laconic.Budget(params=0.3), total_steps=40, cut="end")
+    strength = compressor.state.controller.strength
+    train(model, compressor.optimizers[0], (8, 64), 20)
+    assert math.isfinite(compressor.gap())
+    assert compressor.state.controller.strength != strength
+
+
 def test_a_layer_is_cut_only_once_the_pair_is_faster(monkeypatch, empty_table):
     """Two equal layers; the pair of one of them is never fast on this machine."""
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Linear(64, 8))

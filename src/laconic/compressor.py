@@ -395,8 +395,8 @@ class Compressor:
             owed, state.owed[site.name] = state.owed[site.name], 0.0
             tau = self.strength(site) * owed
             if tau == 0 or not site.weights[0].requires_grad:
-                if self.cut_early and isinstance(site, Site):
-                    state.values |= values_of(site)  # pressed or not, cuts on the way go by the spectra
+                if self.budget is not None and isinstance(site, Site):
+                    state.values |= values_of(site)  # pressed or not, the controller and cuts on the way go by the spectra
                 continue
             try:
                 result = shrink(site, tau)
@@ -492,12 +492,14 @@ class Compressor:
         kept = {g.name: kept[g.name] for g in self.plan.neurons if len(kept[g.name]) <= pays * len(g.kept)}
         before = {s.name: s.unfolding for s in self.plan.sites}
         units = {g.name: g.kept for g in self.plan.neurons}
+        blind = unseen(self.plan, state.moments)
         result = slim_neurons(
             self.model, self.plan, state.importances, kept, example_inputs=self.example_inputs, optimizers=self.optimizers,
             means={path: m.mean for path, m in state.moments.items()},
         )  # fmt: skip
         if not result.kept:
             return
+        result.notes += blind
         for group in self.plan.neurons:
             if group.name in result.kept:
                 share = state.importances[group.name][np.isin(units[group.name], group.kept)]
@@ -564,7 +566,6 @@ class Compressor:
         """The last cut in mid-run: to the budget."""
         budget = self.budget
         assert budget is not None
-        self.state.settled = True
         values = spectra(self.plan)
         dense = frozenset(not_carried(self.plan, self.optimizers))
         if self.plan.neurons:
@@ -574,6 +575,7 @@ class Compressor:
             values = spectra(self.plan)
         self._correct(lambda: ({}, self._last_ranks(values, dense)))
         self._cut_in_mid_run(values, self._last_ranks(values, dense))
+        self.state.settled = True  # not before: what fails here is tried again at the next step
         if self._compiled:  # which gives up after a few shapes, and none is new from here on
             torch.compiler.reset()
 
@@ -669,7 +671,7 @@ class Compressor:
                     values = spectra(self.plan)
                     kept = not_carried(self.plan, self.optimizers)
                     if self.plan.neurons:
-                        notes += self._slim_at_the_end(values, calibration)
+                        self._slim_at_the_end(values, calibration)
                         values = spectra(self.plan)
                     choose = partial(self._choose, values, energy, frozenset(kept))
                     ranks, times, more = choose_ranks(self.model, self.plan, values, choose, only_faster, self.example_inputs)
@@ -702,8 +704,8 @@ class Compressor:
         )
         return self._report
 
-    def _slim_at_the_end(self, values: dict[str, Floats], calibration: Sequence[Any] | None) -> list[str]:
-        """To the budget; without one, the neurons whose rows are zero, and those that nothing reads. What there is to say about it."""
+    def _slim_at_the_end(self, values: dict[str, Floats], calibration: Sequence[Any] | None) -> None:
+        """To the budget; without one, the neurons whose rows are zero, and those that nothing reads."""
         state = self.state
         if self.budget is not None:
             state.values = values
@@ -712,11 +714,9 @@ class Compressor:
             state.importances = importances_of(self.plan, state.moments)
             if state.forgone is None:
                 self._decide(values, state.importances)
-            if not self.plan.neurons:
-                return []
-            notes = unseen(self.plan, state.moments)
-            self._slim(1.0, frozenset(), 1.0)
-            return notes
+            if self.plan.neurons:
+                self._slim(1.0, frozenset(), 1.0)
+            return
         groups = [g.group for g in self.plan.neurons]
         dead = dead_constants(self.model, groups, self.example_inputs)
         fold(self.model, groups, dead)
@@ -728,7 +728,6 @@ class Compressor:
             for why in dict.fromkeys(found.stays.values()):
                 units = ", ".join(str(unit) for unit, reason in found.stays.items() if reason == why)
                 state.cuts.notes.append(f"{name}: dead, but kept: {units}; {why}")
-        return []
 
     def _move(self, into: nn.Module) -> None:
         """Go on with a fresh dense model that has the trained weights."""

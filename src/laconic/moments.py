@@ -28,7 +28,7 @@ class InputMoments:
 
     def __init__(self, layers: dict[str, nn.Module], training: bool = True):
         self._sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        self._watch = Watch(layers, self._note, training)
+        self._watch = Watch(layers, self._note, training, uncompiled=training)
 
     def _note(self, name: str, module: Any, x: Tensor) -> None:
         first = plain_layers(module)[0]

@@ -24,7 +24,7 @@ from .errors import InvalidTypeError, InvalidValueError, NothingToCompressError,
 from .graph import find_groups
 from .matricize import choose_unfolding, unfoldings
 from .measure import check_inputs, check_run, count_params, input_shapes, layer_macs, macs_of_batches
-from .readers import read_in_a_run, weight_readers
+from .readers import not_replaceable, weight_readers
 from .structures import Channels, Entries, LowRank, Neurons, Site, Structure, Weight, WideLayer, inner_site
 from .surgery.channels import End, parameters_at, slimmed, width
 from .surgery.factorize import MARK, empty_pair
@@ -244,13 +244,10 @@ def make_plan(
         check_run(model, check_inputs(example_inputs))
     if example_inputs is not None and sites and not any(is_sharded(p) for p in holders):
         layers = {module: modules[module] for site in sites for module in site.modules}
-        asked = read_in_a_run(model, layers, check_inputs(example_inputs))
-        for site in [s for s in sites if not asked.keys().isdisjoint(s.modules)]:
+        reasons = not_replaceable(model, layers, check_inputs(example_inputs))
+        for site in [s for s in sites if not reasons.keys().isdisjoint(s.modules)]:
             sites.remove(site)
-            what = next(asked[m] for m in site.modules if m in asked)
-            left.append(
-                LeftAlone(site.name, tuple(site.weights[0].shape), f"the model's own code reads its .{what} in a run on the example inputs")
-            )
+            left.append(LeftAlone(site.name, tuple(site.weights[0].shape), next(reasons[m] for m in site.modules if m in reasons)))
     acting |= {id(weight.structure) for weight in entries}
     plan = Plan(sites, left, count_params(model), None, entries=entries)
     if example_inputs is None:
@@ -258,8 +255,8 @@ def make_plan(
     if any(isinstance(s, Channels) for s in structures):
         acting |= _add_neurons(model, plan, structures, modules, example_inputs, trained)
     if not sites and not plan.neurons and not entries:
-        reasons = [f"{x.name}: {x.reason}" for x in left] + [f"{path}: {reason}" for path, reason in plan.whole.items()]
-        why = "; ".join(reasons[:5]) or "it has no weight of two or more dimensions"
+        whys = [f"{x.name}: {x.reason}" for x in left] + [f"{path}: {reason}" for path, reason in plan.whole.items()]
+        why = "; ".join(whys[:5]) or "it has no weight of two or more dimensions"
         raise NothingToCompressError(f"nothing to compress in {type(model).__name__} ({why})")
     for structure in structures:
         if id(structure) not in acting and (structure.include or structure.exclude):

@@ -1,4 +1,4 @@
-"""Which layers' weights some other code reads: a layer that cannot be replaced by two. Seen in the source, and in a run."""
+"""Which layers cannot be replaced by two, since other code reads their weights or looks at what they are. Seen in the source, and in a run."""
 
 from __future__ import annotations
 
@@ -8,40 +8,109 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .attention import Attention
+from .graph import leaves
 from .measure import call, evaluating, seeded
 
+Layers = dict[nn.Module, list[str]]  # with their paths
 
-def read_in_a_run(model: nn.Module, layers: dict[nn.Module, list[str]], inputs: tuple[Any, ...]) -> dict[nn.Module, str]:
-    """Of these layers (with their paths), those of which an attribute is read that a pair of layers does not have, with the first such attribute.
 
-    A forward pass in which something stands in the place of each layer that calls it, and notes what is asked of it besides.
+def not_replaceable(model: nn.Module, layers: Layers, inputs: tuple[Any, ...]) -> dict[nn.Module, str]:
+    """Those of these layers for which a pair cannot stand, with the reason, as forward passes tell in which something else stands in their place.
+
+    It calls the layer, and notes what is asked of it besides: an attribute that a pair does not have, or arguments that it does not take.
+    A layer that runs although its stand-in was not called is held somewhere else, too: in a list, say. And where outputs are not
+    what they were, or there are none, the code looks at the class of a layer; which one is found by halving.
     """
-    stands = {layer: _StandIn(layer) for layer in layers}
-    by_path = {path: stands[layer] for layer, paths in layers.items() for path in paths}
-    with suppress(Exception), _replaced(model, by_path), evaluating(model), seeded():
-        call(model, inputs)  # what looks at the class of a layer may go astray: the check after the cut will tell
-    return {layer: stand.asked[0] for layer, stand in stands.items() if stand.asked}
+    found: dict[nn.Module, str] = {}
+    plain = _results(model, {}, inputs)
+
+    def differs(tried: Layers) -> bool:
+        with _counted(tried) as runs:
+            stands = {layer: _StandIn(layer, runs) for layer in tried}
+            by_path = {path: stands[layer] for layer, paths in tried.items() for path in paths}
+            results = _results(model, by_path, inputs)
+        for layer, stand in stands.items():
+            if stand.asked:
+                found.setdefault(layer, f"the model's own code {stand.asked[0]} in a run on the example inputs")
+            elif runs[layer]:
+                found.setdefault(layer, "it runs, but not as a part of the model's modules alone: it is held somewhere else, too")
+        return not _same(plain, results)
+
+    def search(tried: Layers) -> None:
+        if not tried or not differs(tried):
+            return
+        if len(tried) == 1:
+            (layer,) = tried
+            found.setdefault(layer, "with another layer in its place the outputs are not the same: the model's own code looks at its class")
+            return
+        each = list(tried.items())
+        for half in (each[: len(each) // 2], each[len(each) // 2 :]):
+            search(dict(half))
+
+    if plain is not None and _same(plain, _results(model, {}, inputs)):  # else a difference says nothing
+        search(layers)
+    else:
+        differs(layers)
+    return found
+
+
+def _results(model: nn.Module, by_path: Mapping[str, nn.Module], inputs: tuple[Any, ...]) -> list[Tensor] | None:
+    """Outputs with these modules at these paths; None where it does not run."""
+    try:
+        with _replaced(model, by_path), evaluating(model), seeded():
+            return [x.detach().clone() for x in leaves(call(model, inputs))]
+    except Exception:
+        return None
+
+
+def _same(a: list[Tensor] | None, b: list[Tensor] | None) -> bool:
+    if a is None or b is None or len(a) != len(b):
+        return a is b
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.layout == torch.strided]
+    return all(x.shape == y.shape and torch.allclose(x, y, rtol=1e-4, atol=1e-6, equal_nan=True) for x, y in pairs)
+
+
+@contextmanager
+def _counted(layers: Layers) -> Iterator[dict[nn.Module, int]]:
+    """How often each is called inside."""
+    runs = dict.fromkeys(layers, 0)
+
+    def count(layer: nn.Module, _: Any) -> None:
+        runs[layer] += 1
+
+    handles = [layer.register_forward_pre_hook(count) for layer in layers]
+    try:
+        yield runs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _StandIn(nn.Module):
     """Its own attributes are those that every module has, as a pair's are."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, runs: dict[nn.Module, int]):
         super().__init__()
         self.asked: list[str] = []
+        self.runs = runs
         object.__setattr__(self, "_layer", layer)  # not a child: the names in the model stay what they are
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.runs[self._layer] -= 1  # what is left are those in which it was not asked
+        given = kwargs.keys() - {"input"}
+        if given or len(args) > 1:
+            self.asked.append(f"calls it with {', '.join(sorted(given)) or 'further arguments'}")
         return self._layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        self.__dict__["asked"].append(name)
+        self.__dict__["asked"].append(f"reads its .{name}")
         return getattr(self.__dict__["_layer"], name)
 
 
@@ -59,24 +128,24 @@ def _replaced(model: nn.Module, by_path: Mapping[str, nn.Module]) -> Iterator[No
 
 
 def weight_readers(modules: dict[nn.Module, list[str]]) -> dict[str, str]:
-    """Paths of layers whose weight or other attributes an ancestor reads in its own code, with the reason.
+    """Paths of layers whose weight or other attributes an ancestor reads in its own code (or that it calls as a pair cannot be called), with the reason.
 
     `self.fc.weight` in a parent's method would fail once `fc` is an `nn.Sequential`. Read from the source, so that it
     is known without example inputs, too, and of methods that they do not reach.
     """
     found: dict[str, str] = {}
-    cache: dict[tuple[type, bool], set[tuple[str, ...]]] = {}
+    cache: dict[tuple[type, bool], set[Use]] = {}
     for ancestor, paths in modules.items():
         kind, fused = type(ancestor), not (isinstance(ancestor, nn.TransformerEncoderLayer) and _never_fused(ancestor))
         if (kind, fused) not in cache:
             cache[kind, fused] = _attribute_chains(kind, () if fused else (nn.TransformerEncoderLayer,))
-        for chain in cache[kind, fused]:
+        for chain, what in cache[kind, fused]:
             for path in paths:
                 pattern = ".".join([path, *chain] if path else chain)
                 for others in modules.values():
                     for other in others:
                         if other and other.count(".") == pattern.count(".") and fnmatch.fnmatchcase(other, pattern):
-                            found.setdefault(other, f"{kind.__name__} reads {'.'.join(chain)}.weight directly{_way_out(kind)}")
+                            found.setdefault(other, f"{kind.__name__} {what.format('.'.join(chain))}{_way_out(kind)}")
     return found
 
 
@@ -111,9 +180,12 @@ def _never_fused(layer: nn.TransformerEncoderLayer) -> bool:
     return not attention.batch_first or attention.in_proj_bias is None or not layer.activation_relu_or_gelu or attention.num_heads % 2 == 1
 
 
-def _attribute_chains(kind: type, harmless: tuple[type, ...] = ()) -> set[tuple[str, ...]]:
+Use = tuple[tuple[str, ...], str]  # where from `self`, and what is done with it
+
+
+def _attribute_chains(kind: type, harmless: tuple[type, ...] = ()) -> set[Use]:
     """For `self.a.b[0].weight` in a method of this class, those of `harmless` classes aside: `("a", "b", "*")`."""
-    chains: set[tuple[str, ...]] = set()
+    chains: set[Use] = set()
     for base in kind.__mro__:
         if base not in (nn.Module, object, *harmless) and not base.__module__.startswith("torch.nn.modules.container"):
             chains |= _own_chains(base)
@@ -121,9 +193,9 @@ def _attribute_chains(kind: type, harmless: tuple[type, ...] = ()) -> set[tuple[
 
 
 @functools.lru_cache(maxsize=1024)  # to find and parse the source takes longer than all else that is asked of a class
-def _own_chains(base: type) -> frozenset[tuple[str, ...]]:
+def _own_chains(base: type) -> frozenset[Use]:
     """Of the methods that are written in the class itself."""
-    chains: set[tuple[str, ...]] = set()
+    chains: set[Use] = set()
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
     except (OSError, TypeError, SyntaxError):
@@ -132,10 +204,10 @@ def _own_chains(base: type) -> frozenset[tuple[str, ...]]:
         # Reading a layer's attributes while building or initialising it is harmless.
         if isinstance(method, ast.FunctionDef) and "init" not in method.name and "reset" not in method.name:
             for node in ast.walk(method):
-                if isinstance(node, ast.Attribute) and node.attr in _READ:
-                    chain = _from_self(node.value)
-                    if chain:
-                        chains.add(chain)
+                if isinstance(node, ast.Attribute) and node.attr in _READ and (chain := _from_self(node.value)):
+                    chains.add((chain, "reads {}.weight directly"))
+                if isinstance(node, ast.Call) and any(k.arg == "output_size" for k in node.keywords) and (chain := _from_self(node.func)):
+                    chains.add((chain, "calls {} with output_size, which a pair of layers does not take"))
     return frozenset(chains)
 
 

@@ -215,7 +215,7 @@ class ShapeWatch:
 
     def __init__(self, modules: dict[str, nn.Module]):
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._watch = Watch(modules, lambda name, _, x: self.shapes.setdefault(name, tuple(x.shape)))
+        self._watch = Watch(modules, lambda name, _, x: self.shapes.setdefault(name, tuple(x.shape)), uncompiled=True)
 
     def finish(self) -> dict[str, tuple[int, ...]]:
         self._watch.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,14 +17,42 @@ class Watch:
     """Shows `see(name, layer, first tensor)` what layers take in, from now on until `close`.
 
     Of training steps only, or (`training=False`) of whatever runs: a validation between two steps must leave no trace.
+    With `uncompiled`, what torch.compile has compiled runs as it is written until then: it does not see hooks that came later.
     """
 
-    def __init__(self, layers: dict[str, nn.Module], see: See, training: bool = True):
+    def __init__(self, layers: dict[str, nn.Module], see: See, training: bool = True, uncompiled: bool = False):
         self._handles = [m.register_forward_pre_hook(_Hook(see, name, training), with_kwargs=True) for name, m in layers.items()]
+        self._recompile = _UNCOMPILED.begin(self) if uncompiled else lambda: None
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._recompile()
+
+
+class _Uncompiled:
+    """Counts who asks for it: there is one compiler for all models of a process."""
+
+    def __init__(self) -> None:
+        self._watches = 0
+        self._stance: Any = None
+
+    def begin(self, watch: Watch) -> Callable[[], Any]:
+        """What ends it, once; it ends by itself with a watch that nobody holds any more."""
+        # Importing the compiler takes seconds, and without it nothing is compiled.
+        if not self._watches and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+            self._stance = torch.compiler.set_stance("force_eager")
+        self._watches += 1
+        return weakref.finalize(watch, self._end)
+
+    def _end(self) -> None:
+        self._watches -= 1
+        if not self._watches and self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+
+
+_UNCOMPILED = _Uncompiled()
 
 
 def drop_dead(modules: Iterable[nn.Module]) -> None:
