@@ -811,6 +811,17 @@ EDITS = [
         "test_shrinking",
         "settles_at_the_next_step",
     ),
+    Edit("states of other shapes", "compressor.py", "if there.get(name, shape) != shape", "if False", "test_compaction", "not_its_own"),
+    Edit("half a state", "compressor.py", "if key not in state]", "if False]", "test_compaction", "not_its_own"),
+    Edit(
+        "a state that is not carried goes unsaid",
+        "compressor.py",
+        "            if note not in self.plan.notes:",
+        "            if False:",
+        "test_shrinking",
+        "unknown_optimizer_state",
+    ),
+    Edit("kept activations are copied", "latency.py", "if x.grad_fn is not None", "if False", "test_shrinking", "keeps_its_activations"),
     Edit("hooks that compiled code does not see", "watch.py", "if not self._watches and", "if False and", "test_neurons", "watched_as"),
     Edit(
         "compiled code never comes back",

@@ -749,6 +749,8 @@ def test_a_cut_uses_no_random_numbers():
 STATES = {
     "another version": (lambda s: s | {"version": 99}, mlp, "format version 99"),
     "another model": (lambda s: s, lambda: nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 3)).double(), r"differing weights: 1\.weight, 2\.weight, 4\.weight"),
+    "other widths": (lambda s: s, lambda: nn.Sequential(nn.Linear(6, 11), nn.Tanh(), nn.Linear(11, 10), nn.Tanh(), nn.Linear(10, 3)).double(), r"other shapes: 0\.weight is \[12, 6\] there, \[11, 6\] here"),
+    "not complete": (lambda s: {"version": s["version"]}, mlp, "not complete: names, settings, unfoldings, inner, measured, run missing"),
     "another number of optimizers": (lambda s: s | {"run": s["run"] | {"steps": [1, 1]}}, mlp, "has 2 optimizers, this one 1"),
 }  # fmt: skip
 

@@ -208,6 +208,7 @@ class Compressor:
         )
         self.plan.ranks = self.state.ranks
         self._planned = self._pressed
+        self._shapes = {s.name: list(s.unfolding.shape) for s in self.plan.sites} | {g.name: [g.group.units] for g in self.plan.neurons}
         self._hold(optimizers)
         self._changed = False  # by this step, in mid-run
         self._report: CompactReport | None = None
@@ -469,7 +470,7 @@ class Compressor:
         if not self._spectra_known:
             return
         way = self.schedule.way(self.progress)
-        dense = frozenset(not_carried(self.plan, self.optimizers))
+        dense = self._held_back()
         try:
             if self.plan.neurons:
                 self._slim(way, dense, NEXT_SLIM)
@@ -567,7 +568,7 @@ class Compressor:
         budget = self.budget
         assert budget is not None
         values = spectra(self.plan)
-        dense = frozenset(not_carried(self.plan, self.optimizers))
+        dense = self._held_back()
         if self.plan.neurons:
             self.state.values = values
             self._correct(lambda: shapes_for_budget(self.plan, values, self.state.importances, budget, dense))
@@ -578,6 +579,17 @@ class Compressor:
         self.state.settled = True  # not before: what fails here is tried again at the next step
         if self._compiled:  # which gives up after a few shapes, and none is new from here on
             torch.compiler.reset()
+
+    def _held_back(self) -> frozenset[str]:
+        """Sites that stay dense to the end, since their optimizer's state does not go over a cut; said once."""
+        found = not_carried(self.plan, self.optimizers)
+        if found:
+            names = ", ".join(list(found)[:5]) + (", ..." if len(found) > 5 else "")
+            note = f"{names}: cut at compact() alone, without training after it: {next(iter(found.values()))}; Adam, AdamW and SGD have none such"
+            if note not in self.plan.notes:
+                self.plan.notes.append(note)
+                warnings.warn(f"laconic: {note}", stacklevel=2)
+        return frozenset(found)
 
     def _last_ranks(self, values: dict[str, Floats], dense: frozenset[str]) -> Ranks:
         assert self.budget is not None
@@ -840,7 +852,7 @@ class Compressor:
             "laconic/strength": sum(self.strength(x) for x in self._pressed) / len(self._pressed),
             "laconic/params_fraction": float(left) / self.plan.params,
             "laconic/cuts": float(sum(s.rank is not None for s in sites)),
-            "laconic/settled": float(self.state.settled),
+            "laconic/settled": float(self.state.settled and (self.budget is None or is_met(self.plan, self.budget))),
             "laconic/solver_failures": float(len(self.state.failures)),
         }
         if self.state.controller is not None and not self.state.settled and self._spectra_known:
@@ -855,6 +867,7 @@ class Compressor:
         return {
             "version": VERSION,
             "names": [x.name for x in self._planned],
+            "shapes": self._shapes,
             "settings": self._settings(),
             "unfoldings": {s.name: s.unfolding.name for s in self.plan.sites},
             "inner": [s.name for s in self.plan.inner],
@@ -891,12 +904,21 @@ class Compressor:
         version = state.get("version")
         if version != VERSION:
             raise CheckpointError(f"compressor state has format version {version!r}; this laconic reads {VERSION}")
+        if missing := [key for key in ("names", "settings", "unfoldings", "inner", "measured", "run") if key not in state]:
+            raise CheckpointError(
+                f"compressor state is not complete: {', '.join(missing)} missing; give what Compressor.state_dict() returned"
+            )
         names = [x.name for x in self._planned]
         if state["names"] != names:
             differing = sorted(set(names) ^ set(state["names"]))
             raise CheckpointError(
                 f"compressor state belongs to another model or other structures; differing weights: {', '.join(differing) or 'order'}"
             )
+        there = state.get("shapes", {})  # states of before have none
+        if other := [
+            f"{name} is {there[name]} there, {shape} here" for name, shape in self._shapes.items() if there.get(name, shape) != shape
+        ]:
+            raise CheckpointError(f"compressor state belongs to a model of other shapes: {'; '.join(other[:5])}")
         settings = self._settings()
         changed = [f"{k} was {v!r}, is {settings.get(k)!r}" for k, v in state["settings"].items() if settings.get(k) != v]
         if changed:

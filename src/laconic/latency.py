@@ -14,6 +14,7 @@ from torch import nn
 from .costs import Ranks, Rates, cut_costs, dense_costs, known, layer_costs, present_costs
 from .distributed import agreed
 from .errors import InvalidValueError
+from .graph import leaves
 from .matricize import Layer, Unfolding, an_input
 from .measure import input_shapes, measure_latency, relative_latency
 from .plan import Plan
@@ -127,7 +128,13 @@ def _shares_of_dense(
 def skeleton(model: nn.Module) -> Callable[[], nn.Module]:
     """A function that builds a model of the same layers when this one has been cut long since, each parameter full of one small number; until it is called they take no memory."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
-    return partial(_flesh, copy.deepcopy(model, dict(empty)), [p.device for p in model.parameters()])
+    return partial(_flesh, _copy(model, empty), [p.device for p in model.parameters()])
+
+
+def _copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Activations that the model keeps (for a plot, a loss) have a graph behind them, which cannot be copied: in the copy they are plain numbers."""
+    kept = {id(x): x.detach() for module in model.modules() for x in leaves(dict(vars(module))) if x.grad_fn is not None}
+    return copy.deepcopy(model, kept | (memo or {}))
 
 
 def _flesh(bones: nn.Module, devices: Sequence[torch.device]) -> nn.Module:
@@ -143,7 +150,7 @@ def _cut_copy(model: nn.Module, plan: Plan, kept: dict[str, list[int]], ranks: R
 
     New pairs hold a number that is quick to compute with.
     """
-    cut = copy.deepcopy(model)
+    cut = _copy(model)
     slim(cut, [g.group for g in plan.neurons], kept)
     changed: dict[str, list[nn.Module]] = {}
     for site in plan.sites:
