@@ -290,16 +290,16 @@ def memory(_: str) -> str:
 
 def structures(task: str) -> str:
     """One task at several budgets: accuracy of each method, and training time relative to dense where it was measured."""
-    recipes = (f"{task}-half", task, f"{task}-fast", f"{task}-eighth", f"{task}-tenth", f"{task}-twentieth")
-    known = {m for recipe in recipes if "laconic" in (runs := load(recipe)) for m in runs}
-    methods = [m for m in ("thin", "thin-long", "torch-pruning", "channels", "low-rank", "laconic") if m in known]
+    recipes = [r for part in ("-half", "", "-fast", "-eighth", "-tenth", "-twentieth") if "laconic" in load(r := task + part)]
+    known = {m for recipe in recipes for m in load(recipe)}
+    alike = all(are_same(r["laconic"], r["low-rank"]) for recipe in recipes if "low-rank" in (r := load(recipe)))
+    columns = ("thin", "thin-long", "torch-pruning", "channels", *(() if alike else ("low-rank",)), "laconic")
+    methods = [m for m in columns if m in known]
     lines = ["| parameters | " + " | ".join(LABELS[m] for m in methods) + " |", "|---" * (len(methods) + 1) + "|"]
     for recipe in recipes:
         runs, times = load(recipe), times_of(recipe)["train"]
-        if "laconic" not in runs:
-            continue
-        if recipe.endswith("-fast"):  # its thin networks are the same
-            runs |= {m: r for m, r in load(task).items() if m.startswith("thin")}
+        if recipe.endswith("-fast"):  # methods that save both alike: the networks of the row above
+            runs |= {m: r for m, r in load(task).items() if m in ("thin", "thin-long", "torch-pruning")}
         cells = []
         for method in methods:
             found = runs.get(method, [])
@@ -314,7 +314,10 @@ def structures(task: str) -> str:
     dense = load(task).get("dense", [])
     if len(lines) == 2:
         return "(no results yet)\n"
-    return "\n".join([*lines, *(["", f"Dense: {percent(dense)}."] if dense else [])]) + "\n"
+    notes = [f"Dense: {percent(dense)}."] if dense else []
+    if alike and "low-rank" in known:
+        notes.append("Ranks alone: the networks of the last column, wherever parameters alone are bounded.")
+    return "\n".join([*lines, *(["", " ".join(notes)] if notes else [])]) + "\n"
 
 
 def no_loss(_: str) -> str:
