@@ -93,13 +93,13 @@ def score(runs: list[dict[str, Any]], text: bool) -> str:
 
 
 def ahead(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], text: bool) -> str:
-    """Difference of the means, positive where laconic is better, and where both have several seeds the p of Welch's t-test."""
+    """Difference of the means, positive where laconic is better, and where both have three seeds or more the p of Welch's t-test."""
     if not ours or ours is theirs:
         return "-"
     metric, scale = ("bits", -1) if text else ("accuracy", 100)
     a, b = ([scale * r["metrics"][metric] for r in runs] for runs in (ours, theirs))
     difference = f"{statistics.mean(a) - statistics.mean(b):+.{3 if text else 2}f}"
-    if min(len(a), len(b)) < 2:
+    if min(len(a), len(b)) < 3:
         return difference
     p = float(ttest_ind(a, b, equal_var=False).pvalue)
     return f"{difference} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}' if p < 0.1 else f'= {p:.2f}'})"
