@@ -1331,6 +1331,7 @@ EDITS = [
         "cannot_be_compared",
     ),
     Edit("numbers made in the usual precision", "measure.py", "torch.set_default_dtype(self.dtype)", "pass", "test_measure", "one_dtype"),
+    Edit("an error of many lines", "errors.py", '" ".join(str(said).split())[:most]', "str(said)[:most]", "test_search", "one_clear_line"),
     Edit(
         "gradients of a copy not scaled",
         "compressor.py",

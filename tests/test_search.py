@@ -102,8 +102,9 @@ def test_with_training_every_trial_starts_from_the_given_weights():
 )
 def test_bad_input_is_one_clear_line(options, message):
     arguments = {"evaluate": lambda m: 0.0, "max_loss": 0.1, **options}
-    with pytest.raises(InvalidValueError, match=message):
+    with pytest.raises(InvalidValueError, match=message) as caught:
         laconic.smallest(layered(5), **arguments)
+    assert "\n" not in str(caught.value)
 
 
 def shrinks_nothing(model: nn.Module, budget: laconic.Budget) -> None:

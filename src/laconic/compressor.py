@@ -49,6 +49,7 @@ from .errors import (
     LaconicError,
     NonFiniteError,
     OptimizerError,
+    one_line,
 )
 from .graph import NOT_REACHED
 from .latency import skeleton
@@ -326,7 +327,7 @@ class Compressor:
             return
         state = self.state
         state.steps[index] += 1
-        if index == 0 and self.budget is not None and self.steps == too_many_steps(self.total_steps):
+        if index == 0 and self.budget is not None and self.total_steps is not None and self.steps == too_many_steps(self.total_steps):
             warnings.warn(f"laconic: {self._overrun()}", stacklevel=2)
         round_done = index == len(self.optimizers) - 1
         if self.cut_early and round_done and state.shapes is None:
@@ -750,7 +751,7 @@ class Compressor:
         try:
             load_whole(into, self.model)
         except RuntimeError as error:
-            raise InvalidValueError(f"into=: not of the class of the trained model: {' '.join(str(error).split())[:300]}") from None
+            raise InvalidValueError(f"into=: not of the class of the trained model: {one_line(error)}") from None
         structures = list({id(x.structure): x.structure for x in self._planned}.values())
         plan = make_plan(into, structures, self.example_inputs)
         chosen = {s.name: s.unfolding.name for s in self.plan.sites}
@@ -776,7 +777,7 @@ class Compressor:
             )
         for note in notes if self.budget is not None else ():
             warnings.warn(f"laconic: {note}", stacklevel=3)
-        overran = self.budget is not None and self.steps >= too_many_steps(self.total_steps)
+        overran = self.budget is not None and total is not None and self.steps >= too_many_steps(total)
         return [*notes, self._overrun()] if overran else notes
 
     def _overrun(self) -> str:

@@ -91,6 +91,11 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")
 
 
+def one_line(said: object, most: int = 300) -> str:
+    """All that an error (or another object) says, in one line, as far as it is not too long."""
+    return " ".join(str(said).split())[:most]
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the valid name nearest to `name`, else the list of valid names."""
     valid = sorted(valid)

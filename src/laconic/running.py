@@ -33,7 +33,7 @@ from .checks import check_module, whole_number
 from .compressor import Compressor
 from .cuts import all_or_nothing
 from .distributed import agreed, bare, gathered, is_sharded, rank, world_size
-from .errors import CheckpointError, InvalidTypeError, InvalidValueError
+from .errors import CheckpointError, InvalidTypeError, InvalidValueError, one_line
 from .plain import plain, plain_json
 
 FORMAT = 1
@@ -258,13 +258,13 @@ class RunCheckpoints:
             try:
                 self.model.load_state_dict(tensors)
             except RuntimeError as error:
-                raise CheckpointError(f"{where} does not fit the model: {_one_line(error)}") from None
+                raise CheckpointError(f"{where} does not fit the model: {one_line(error)}") from None
             for name, part in self.parts.items():
                 try:
                     part.load_state_dict(state["parts"][name])
                 except Exception as error:  # a part's own code
                     raise CheckpointError(
-                        f"{where} does not fit the part {name} ({type(part).__name__}): {type(error).__name__}: {_one_line(error)}"
+                        f"{where} does not fit the part {name} ({type(part).__name__}): {type(error).__name__}: {one_line(error)}"
                     ) from error
         random = state["random"][rank()]
         if random["cuda"] and torch.cuda.is_available():
@@ -322,7 +322,3 @@ def _check_compressor(compressor: Compressor, model: nn.Module, parts: dict[str,
             raise InvalidValueError(
                 f"an optimizer of the compressor ({type(optimizer).__name__}) is none of the parts ({', '.join(parts) or 'there are none'}), its state would be lost: pass it by name, RunCheckpoints(..., optimizer=optimizer)"
             )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

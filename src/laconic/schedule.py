@@ -29,9 +29,9 @@ class Schedule:
         return min(max((progress - self.warmup) / (self.settle - self.warmup), 0.0), 1.0)
 
 
-def too_many_steps(total_steps: int | None) -> float:
+def too_many_steps(total_steps: int) -> int:
     """From here on a run is longer than was told, by more than rounding epochs and batches explains."""
-    return math.inf if total_steps is None else total_steps + total_steps // 10 + 2
+    return total_steps + total_steps // 10 + 2
 
 
 @dataclass(slots=True)

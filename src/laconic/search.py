@@ -14,7 +14,7 @@ from .budget import Budget
 from .checks import check_module
 from .compaction import compress
 from .costs import CURRENCIES
-from .errors import InfeasibleBudgetError, InvalidValueError, nearest
+from .errors import InfeasibleBudgetError, InvalidValueError, nearest, one_line
 from .measure import count_macs, count_params, evaluating
 from .report import CompactReport
 from .structures import LowRank
@@ -126,9 +126,7 @@ def smallest(
             found = math.nan
         if not math.isfinite(found):
             what = value if value is None or isinstance(value, (int, float)) else f"{type(value).__name__} {value}"
-            raise InvalidValueError(
-                f"evaluate returned {' '.join(str(what).split())[:80]}: the score must be a finite number, larger is better"
-            )
+            raise InvalidValueError(f"evaluate returned {one_line(what, 80)}: the score must be a finite number, larger is better")
         return found
 
     def check_shrunk(candidate: nn.Module, share: float) -> None:
