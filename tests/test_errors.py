@@ -115,6 +115,9 @@ BAD = {
     "NaN matrix": (lambda: laconic.svt(torch.full((2, 2), float("nan")), 0.1), errors.NonFiniteError, V, "NaN or Inf"),
     "example inputs on the meta device": (lambda: compressor(by_strength(), example_inputs=(X.to("meta"),)), errors.InvalidValueError, V, r"example_inputs\[0\] is on the meta device"),
     "profile on inputs of another shape": (lambda: laconic.profile(mlp(), (X[:, :3],)), errors.InvalidValueError, V, r"example_inputs: Sequential does not run on \(\(\d+, 3\)"),
+    "profile of no model": (lambda: laconic.profile(None, (X,)), errors.InvalidTypeError, T, r"model: expected a torch\.nn\.Module, got NoneType"),
+    "profile for seconds in words": (lambda: laconic.profile(mlp(), (X,), seconds="1"), errors.InvalidTypeError, T, "seconds = '1': expected a number"),
+    "profile for ever": (lambda: laconic.profile(mlp(), (X,), seconds=float("inf")), errors.InvalidValueError, V, "seconds = inf: must be finite and above 0"),
     "calibration that is a number": (lambda: compressor(by_strength()).compact(calibration=3), errors.InvalidTypeError, T, "calibration: expected an iterable of batches.*got int"),
     "calibration that is one batch": (lambda: compress(energy=0.9, calibration=X), errors.InvalidTypeError, T, "calibration: expected an iterable of batches.*got Tensor"),
     "saved below a file": (lambda: laconic.save(mlp(), f"{__file__}/model"), errors.CheckpointError, V, r"model cannot be written: .*test_errors\.py is not a directory"),
@@ -130,7 +133,7 @@ BAD = {
     "budget out of reach, post hoc": (lambda: compress(budget=laconic.Budget(max_params=5)), errors.InfeasibleBudgetError, V, r"at most 5 params .* smallest feasible"),
     "budget in MACs without inputs": (lambda: budgeted(budget=laconic.Budget(macs=0.5)), errors.InvalidValueError, V, "example_inputs"),
     "budget without total_steps": (lambda: budgeted(total_steps=None), errors.InvalidValueError, V, "needs total_steps="),
-    "budget in words": (lambda: laconic.Budget(params="0.25"), errors.InvalidTypeError, T, r"params='0\.25'\): expected a number"),
+    "budget in words": (lambda: laconic.Budget(params="0.25"), errors.InvalidTypeError, T, r"Budget: params = '0\.25': expected a number"),
     "budget of another type, post hoc": (lambda: compress(budget=0.5), errors.InvalidTypeError, T, r"0\.5: expected budget=laconic\.Budget"),
     "budget in the place of structures": (lambda: laconic.compress(mlp(), laconic.Budget(params=0.5)), errors.InvalidTypeError, T, "by name"),
     "budget that an embedding breaks": (lambda: compress(model=nn.Sequential(nn.Embedding(500, 8), nn.Linear(8, 64), nn.Linear(64, 8)), budget=laconic.Budget(params=0.3)), errors.InfeasibleBudgetError, V, r"no budget reaches 0\.weight, 4,000 parameters: Embedding"),
@@ -138,6 +141,9 @@ BAD = {
     "energy beside a budget": (energy_beside_a_budget, errors.InvalidValueError, V, "the budget rules here"),
     "energy above 1": (lambda: compress(energy=1.5), errors.InvalidValueError, V, r"1\.5"),
     "energy 0": (lambda: compressor(by_strength()).compact(energy=0), errors.InvalidValueError, V, "0"),
+    "energy in words": (lambda: compressor(by_strength()).compact(energy="0.9"), errors.InvalidTypeError, T, r"energy share = '0\.9': expected a number"),
+    "energy in words, post hoc": (lambda: compress(energy="0.9"), errors.InvalidTypeError, T, r"energy share = '0\.9': expected a number"),
+    "published strength in words": (lambda: laconic.Compressor.as_published(m := mlp(), optim.SGD(m.parameters(), lr=0.1), "a", 10), errors.InvalidTypeError, T, "strength = 'a': expected a number"),
     "published energy 0": (lambda: laconic.Compressor.as_published(m := mlp(), optim.SGD(m.parameters(), lr=0.1), 0.1, 10, energy=0), errors.InvalidValueError, V, "0"),
     "neither energy nor budget, post hoc": (compress, errors.InvalidValueError, V, "exactly one of budget="),
     "both, post hoc": (lambda: compress(energy=0.9, budget=laconic.Budget(params=0.5)), errors.InvalidValueError, V, "exactly one of budget="),
@@ -146,6 +152,7 @@ BAD = {
     "strength NaN": (lambda: by_strength(float("nan")), errors.InvalidValueError, V, "strength = nan"),
     "strength Inf": (lambda: by_strength(float("inf")), errors.InvalidValueError, V, "strength = inf"),
     "neither budget nor strength": (compressor, errors.InvalidValueError, V, r"needs a budget=.*or structures=\[laconic\.LowRank\(strength="),
+    "scale a list": (lambda: laconic.LowRank(scale=["relative"]), errors.InvalidValueError, V, r"scale = \['relative'\] is unknown"),
     "scale unknown": (lambda: laconic.LowRank(scale="relativ"), errors.InvalidValueError, V, r"scale = 'relativ' is unknown; did you mean 'relative'"),
     "matricization unknown": (lambda: laconic.LowRank(matricization="out,in"), errors.InvalidValueError, V, "matricization = 'out,in' is unknown"),
     "penalty of another type": (lambda: laconic.LowRank(penalty="L1"), errors.InvalidTypeError, T, r"penalty = 'L1': expected .* such as laconic\.LogSum"),
@@ -171,6 +178,7 @@ BAD = {
     "total_steps 0": (lambda: budgeted(total_steps=0), errors.InvalidValueError, V, "total_steps = 0"),
     "cut unknown": (lambda: budgeted(cut="erly"), errors.InvalidValueError, V, "cut = 'erly' is unknown; did you mean 'early'"),
     "schedule backwards": (lambda: laconic.Schedule(warmup=0.6, settle=0.5), errors.InvalidValueError, V, "need 0 <= warmup < settle <= 1"),
+    "schedule of None": (lambda: laconic.Schedule(warmup=None), errors.InvalidTypeError, T, "Schedule: warmup = None: expected a number"),
     "schedule a number": (lambda: budgeted(schedule=0.5), errors.InvalidTypeError, T, r"schedule = 0\.5: expected laconic\.Schedule"),
     "schedule without a budget": (lambda: compressor(by_strength(), schedule=laconic.Schedule()), errors.InvalidValueError, V, "no effect without a budget"),
     "example_inputs a dict": (lambda: compressor(by_strength(), example_inputs={"x": X}), errors.InvalidTypeError, T, "must be a tuple .* got dict"),
@@ -179,6 +187,7 @@ BAD = {
     "a layer replaced after settling": (lambda: changed_after_settling(lambda m: m.append(nn.Linear(4, 4))), errors.OptimizerError, V, r"parameters changed in mid-run \(added: 5\.bias"),
     "only_faster without inputs": (lambda: compress(energy=0.5, only_faster=True), errors.InvalidValueError, V, "only_faster=True needs example_inputs"),
     "step() of a hooked optimizer": (lambda: compressor(by_strength()).step(), errors.LaconicError, Exception, r"optimizer\.step\(\) is enough"),
+    "compacted into a number": (lambda: compressor(by_strength()).compact(into=3), errors.InvalidTypeError, T, r"into: expected a torch\.nn\.Module, got int"),
     # models and optimizers
     "not a model": (lambda: compressor(by_strength(), model=lambda x: x, optimizer=other_optimizer()), errors.InvalidTypeError, T, r"expected a torch\.nn\.Module, got function"),
     "nothing to compress": (lambda: compressor(by_strength(), conv_only()), errors.NothingToCompressError, V, r"nothing to compress in Sequential \(0\.weight: Embedding is cut by"),
@@ -188,12 +197,14 @@ BAD = {
     "lazy layer": (lambda: compress(model=nn.Sequential(nn.LazyLinear(4)), energy=0.5), errors.InvalidValueError, V, r"0\.weight is not initialised yet"),
     "optimizer of another model": (lambda: compressor(by_strength(), optimizer=other_optimizer()), errors.OptimizerError, V, r"does not own any of the model's weights: build it from model\.parameters\(\)"),
     "optimizer list empty": (lambda: compressor(by_strength(), optimizer=[]), errors.OptimizerError, V, "list is empty"),
+    "the same optimizer twice": (lambda: compressor(by_strength(), m := mlp(), [o := optim.SGD(m.parameters(), lr=0.1), o]), errors.OptimizerError, V, "optimizer: the same SGD twice in the list"),
     "LBFGS": (lambda: compressor(by_strength(), m := mlp(), optim.LBFGS(m.parameters())), errors.UnsupportedOptimizerError, T, "LBFGS evaluates the loss several times per step"),
     "optimizer without groups": (lambda: compressor(by_strength(), optimizer=object()), errors.UnsupportedOptimizerError, T, "object has no param_groups"),
     # files, recipes, data
     "load: missing": (lambda: laconic.load("/nowhere/at/all", mlp()), errors.CheckpointNotFoundError, FileNotFoundError, "does not exist"),
     "load: a class": (lambda: laconic.load("/nowhere/at/all", nn.Linear), errors.InvalidTypeError, T, r"got the class Linear itself: build one first, Linear\(\.\.\.\)"),
     "load: no model": (lambda: laconic.load("/nowhere/at/all", None), errors.InvalidTypeError, T, r"expected a torch\.nn\.Module, got NoneType"),
+    "run below a file": (lambda: laconic.RunCheckpoints(__file__, mlp()), errors.CheckpointError, V, r"cannot be written: .*test_errors\.py is not a directory"),
     "save: a class": (lambda: laconic.save(nn.Linear, "/nowhere/at/all"), errors.InvalidTypeError, T, "got the class Linear itself"),
     "state None": (lambda: compressor(by_strength()).load_state_dict(None), errors.InvalidTypeError, T, r"expected the dict that Compressor\.state_dict\(\) returned, got NoneType"),
     "state of another version": (lambda: compressor(by_strength()).load_state_dict({"version": 0}), errors.CheckpointError, V, "format version 0; this laconic reads 10"),
@@ -229,12 +240,19 @@ def test_an_unknown_recipe_key_is_answered_with_the_nearest_valid_one(tmp_path):
         load_recipe(path)
 
 
-def test_a_refused_construction_leaves_no_hook_and_changes_nothing():
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda *of: laconic.Compressor(*of, budget=laconic.Budget(params=0.01), total_steps=10),
+        lambda *of: laconic.Compressor.as_published(*of, strength=0.1, steps_per_epoch=10, energy=90),
+    ],
+)
+def test_a_refused_construction_leaves_no_hook_and_changes_nothing(build):
     model = mlp()
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     before = snapshot(model, optimizer)
-    with pytest.raises(laconic.InfeasibleBudgetError):
-        laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.01), total_steps=10)
+    with pytest.raises(ValueError, match=r"out of reach|energy share = 90"):
+        build(model, optimizer)
     assert not optimizer._optimizer_step_post_hooks
     assert [str(x) for x in snapshot(model, optimizer)] == [str(x) for x in before]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import laconic
-from laconic.errors import InfeasibleBudgetError, InvalidValueError
+from laconic.errors import InfeasibleBudgetError, InvalidTypeError, InvalidValueError
 
 from .models import cnn, mlp
 
@@ -91,6 +91,13 @@ def test_with_training_every_trial_starts_from_the_given_weights():
     ("options", "message"),
     [
         ({"currency": "parms"}, r"currency = 'parms' is unknown; did you mean 'params'\?"),
+        ({"currency": None}, "currency = None is unknown; valid: "),
+        ({"evaluate": 0.5}, r"evaluate = 0\.5: expected a function of the model"),
+        ({"shrink": 3}, "shrink = 3: expected a function of the model and a budget"),
+        ({"report": 3}, "report = 3: expected a function of a trial"),
+        ({"max_loss": "0.01"}, r"max_loss = '0\.01': expected a number"),
+        ({"lowest": "a"}, "lowest = 'a': expected a number"),
+        ({"precision": None}, "precision = None: expected a number"),
         ({"max_loss": -0.1}, r"max_loss = -0\.1: must be finite and at least 0"),
         ({"max_loss": float("nan")}, r"max_loss = nan"),
         ({"lowest": 0.0}, r"lowest = 0\.0: a fraction"),
@@ -102,7 +109,7 @@ def test_with_training_every_trial_starts_from_the_given_weights():
 )
 def test_bad_input_is_one_clear_line(options, message):
     arguments = {"evaluate": lambda m: 0.0, "max_loss": 0.1, **options}
-    with pytest.raises(InvalidValueError, match=message) as caught:
+    with pytest.raises(InvalidTypeError if "expected" in message else InvalidValueError, match=message) as caught:
         laconic.smallest(layered(5), **arguments)
     assert "\n" not in str(caught.value)
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from .budget import Budget
-from .checks import whole_number
+from .checks import check_choice, check_function, whole_number
 from .distributed import world_size
-from .errors import InvalidTypeError, InvalidValueError, nearest
+from .errors import InvalidTypeError, InvalidValueError
 from .schedule import Schedule
 from .structures import Channels, Entries, Structure
 
@@ -33,8 +33,7 @@ def check_arguments(
         raise InvalidTypeError(f"schedule = {schedule!r}: expected laconic.Schedule(warmup=0.1, settle=0.35)")
     if budget is None and schedule is not None:
         raise InvalidValueError("schedule= has no effect without a budget: a strength presses from the first step to the last")
-    if cut not in ("early", "end"):
-        raise InvalidValueError(f"cut = {cut!r} is unknown{nearest(str(cut), ('early', 'end'))}")
+    check_choice("cut", cut, ("early", "end"))
     return total_steps, every
 
 
@@ -51,5 +50,5 @@ def check_processes(structures: Sequence[Structure], sharded: bool, cut_early: b
         raise InvalidValueError(
             f'{world_size()} processes: a cut in mid-run makes new parameters, so pass rebuild= (it wraps the model in a new DistributedDataParallel), or cut="end"'
         )
-    if rebuild is not None and not callable(rebuild):
-        raise InvalidTypeError(f"rebuild = {rebuild!r}: expected a function of the bare model")
+    if rebuild is not None:
+        check_function("rebuild", rebuild, "the bare model")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from numbers import Real
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from .allocate import Choice, Floats, low_rank_choice, product_rule
+from .checks import check_number
 from .costs import CURRENCIES, Ranks, cut_costs, dense_costs, fixed_costs, model_costs, named_ranks, present_costs
-from .errors import InfeasibleBudgetError, InvalidTypeError, InvalidValueError
+from .errors import InfeasibleBudgetError, InvalidValueError
 from .latency import correct_times, measure_times
 from .measure import check_inputs
 from .plan import Plan
@@ -48,8 +48,8 @@ class Budget:
     def __post_init__(self) -> None:
         for f in fields(self):
             given = getattr(self, f.name)
-            if given is not None and (isinstance(given, bool) or not isinstance(given, Real)):
-                raise InvalidTypeError(f"Budget({f.name}={given!r}): expected a number")
+            if given is not None:
+                check_number(f"Budget: {f.name}", given)
         for c in CURRENCIES.values():
             share, amount = getattr(self, c.fraction), getattr(self, c.absolute)
             if share is not None and not 0 < share <= 1:

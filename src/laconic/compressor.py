@@ -265,8 +265,9 @@ class Compressor:
     ) -> Self:
         """Alvarez & Salzmann 2017: nuclear norm, absolute threshold, one proximal step at the end of each epoch; `compact`
         keeps the share `energy` of each layer's squared singular values. `low_rank`: further options of `LowRank`."""
+        energy = check_share(energy)  # before the hooks are on
         compressor = cls(model, optimizer, [LowRank.as_published(strength, **low_rank)], every=steps_per_epoch)
-        compressor.energy = check_share(energy)
+        compressor.energy = energy
         return compressor
 
     def _controller(self) -> Controller | None:
@@ -744,6 +745,7 @@ class Compressor:
 
     def _move(self, into: nn.Module) -> None:
         """Go on with a fresh dense model that has the trained weights."""
+        check_module(into, "into")
         if any(s.rank is not None for s in self.plan.sites):
             raise InvalidValueError("into=: layers were cut in mid-run, so that the model itself is the result: compact() without into")
         reshard(self.model)

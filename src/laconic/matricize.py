@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import InvalidValueError, nearest
+from .checks import check_choice
+from .errors import InvalidValueError
 
 CHANNEL = "out,in*kh*kw"
 SPATIAL = "out*kh,in*kw"
@@ -180,8 +181,7 @@ def unfoldings(module: Layer, embeddings: bool = False) -> list[Unfolding]:
 
 
 def check_matricization(name: str) -> str:
-    if name not in MATRICIZATIONS:
-        raise InvalidValueError(f"matricization = {name!r} is unknown{nearest(name, MATRICIZATIONS)}")
+    check_choice("matricization", name, MATRICIZATIONS)
     return name
 
 

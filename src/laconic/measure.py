@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from .checks import check_module, check_number
 from .errors import InvalidTypeError, InvalidValueError, NonFiniteError, first_line
 from .matricize import an_input
 
@@ -276,8 +277,9 @@ def layer_macs(module: nn.Module, shapes: Sequence[torch.Size]) -> int:
 def measure_latency(model: nn.Module, example_inputs: Any, seconds: float = 0.3) -> Latency:
     """Time forward passes for about `seconds` after a warm-up, with the threads that torch is set to use now."""
     inputs = copied(check_inputs(example_inputs))
-    if seconds <= 0:
-        raise InvalidValueError(f"seconds = {seconds}: must be above 0")
+    check_number("seconds", seconds)
+    if not 0 < seconds < math.inf:
+        raise InvalidValueError(f"seconds = {seconds}: must be finite and above 0")
     parameter = next(model.parameters(), None)
     device = str(parameter.device) if parameter is not None else "cpu"
     with evaluating(model):
@@ -367,6 +369,7 @@ def profile(model: nn.Module, example_inputs: Any, latency: bool = True, seconds
         seconds: how long to time.
 
     Raises:
+        InvalidTypeError: no model, no number of seconds.
         InvalidValueError: the model does not run on these inputs.
 
     Example:
@@ -374,6 +377,7 @@ def profile(model: nn.Module, example_inputs: Any, latency: bool = True, seconds
         >>> laconic.profile(torch.nn.Linear(8, 4), (torch.zeros(1, 8),), latency=False).macs
         32
     """
+    check_module(model)
     inputs = check_inputs(example_inputs)
     run(model, inputs)
     holders = [(name, m) for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]

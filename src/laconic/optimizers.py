@@ -15,13 +15,13 @@ def check_optimizers(optimizer: Any) -> list[Any]:
     """One optimizer or several as a list; wrappers without hooks of their own (Accelerate's) are unwrapped.
 
     Raises:
-        OptimizerError: an empty list.
+        OptimizerError: an empty list, or the same one twice.
         UnsupportedOptimizerError: LBFGS, an object without parameter groups, or one that is told no learning rate.
     """
     optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not optimizers:
         raise OptimizerError("optimizer: the list is empty")
-    found = []
+    found: list[Any] = []
     for o in optimizers:
         if not has_hooks(o) and hasattr(o, "optimizer"):
             o = o.optimizer
@@ -35,6 +35,8 @@ def check_optimizers(optimizer: Any) -> list[Any]:
             raise UnsupportedOptimizerError(
                 f"{type(o).__name__}(lr=None) finds its steps by itself, but the pressure goes with the learning rate: give it one, such as Adafactor(lr=1e-3, relative_step=False)"
             )
+        if any(o is other for other in found):
+            raise OptimizerError(f"optimizer: the same {type(o).__name__} twice in the list, so that it would press twice: leave one out")
         found.append(o)
     return found
 

@@ -23,7 +23,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .checks import whole_number
+from .checks import check_number, whole_number
 from .errors import InvalidValueError
 
 
@@ -246,6 +246,7 @@ class KeepEnergy:
 
 
 def check_share(share: float) -> float:
+    check_number("energy share", share)
     if not 0 < share <= 1:
         raise InvalidValueError(f"energy share = {share}: must be above 0 and at most 1")
     return float(share)

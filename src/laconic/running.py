@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from . import _version
-from .checkpoint import read_tensors, save, sync_directory, write_file
+from .checkpoint import check_place, read_tensors, save, sync_directory, write_file
 from .checks import check_module, whole_number
 from .compressor import Compressor
 from .cuts import all_or_nothing
@@ -58,6 +58,7 @@ class RunCheckpoints:
 
     Raises:
         InvalidValueError, InvalidTypeError: an argument that cannot be right, such as the compressor of another model.
+        CheckpointError: nothing can be written there, such as below a file.
 
     Example:
         >>> import tempfile, torch, laconic
@@ -91,6 +92,7 @@ class RunCheckpoints:
         if compressor is not None:
             _check_compressor(compressor, model, parts)
         self.directory = Path(directory)
+        check_place(self.directory / MODEL)
         self.model = bare(model)
         self.compressor = compressor
         self.settings = plain_json(settings or {}, "settings")

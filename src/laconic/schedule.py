@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .checks import check_number
 from .errors import InvalidValueError
 
 
@@ -21,6 +22,8 @@ class Schedule:
     settle: float = 0.35
 
     def __post_init__(self) -> None:
+        for name in ("warmup", "settle"):
+            check_number(f"Schedule: {name}", getattr(self, name))
         if not 0 <= self.warmup < self.settle <= 1:
             raise InvalidValueError(f"Schedule(warmup={self.warmup}, settle={self.settle}): need 0 <= warmup < settle <= 1")
 

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from .budget import Budget
-from .checks import check_module
+from .checks import check_choice, check_function, check_module, check_number
 from .compaction import compress
 from .costs import CURRENCIES
-from .errors import InfeasibleBudgetError, InvalidValueError, nearest, one_line
+from .errors import InfeasibleBudgetError, InvalidValueError, one_line
 from .measure import count_macs, count_params, evaluating
 from .report import CompactReport
 from .structures import LowRank
@@ -91,6 +91,7 @@ def smallest(
         report: called after every trial.
 
     Raises:
+        InvalidTypeError: a number, or a function, that is none.
         InvalidValueError: an argument out of range, a score that is not a finite number, a `shrink` that leaves the model
             above the budget.
 
@@ -104,8 +105,14 @@ def smallest(
         True
     """
     check_module(model)
-    if currency not in CURRENCIES:
-        raise InvalidValueError(f"currency = {currency!r} is unknown{nearest(currency, CURRENCIES)}")
+    check_function("evaluate", evaluate, "the model")
+    check_choice("currency", currency, CURRENCIES)
+    if shrink is not None:
+        check_function("shrink", shrink, "the model and a budget")
+    if report is not None:
+        check_function("report", report, "a trial")
+    for name, value in (("max_loss", max_loss), ("lowest", lowest), ("precision", precision)):
+        check_number(name, value)
     if not (max_loss >= 0 and math.isfinite(max_loss)):
         raise InvalidValueError(f"max_loss = {max_loss}: must be finite and at least 0, in the units of the score")
     if not 0 < lowest < 1:

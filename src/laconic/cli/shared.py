@@ -13,9 +13,10 @@ from typing import Any
 from rich.console import Console
 
 from .. import checkpoint
+from ..checks import check_choice
 from ..console import console, progress_bar
 from ..data import Dataset
-from ..errors import InvalidValueError, MissingExtraError, nearest
+from ..errors import InvalidValueError, MissingExtraError
 from ..methods import METHODS, Trained, cut_after_training
 from ..recipe import Recipe
 from ..report import CompactReport, layer_table, render
@@ -26,8 +27,7 @@ RUNNING = "running"  # the folder of a run's checkpoints
 
 
 def check_method(method: str) -> None:
-    if method not in METHODS:
-        raise InvalidValueError(f"method = {method!r} is unknown{nearest(method, METHODS)}")
+    check_choice("method", method, METHODS)
 
 
 def runs(

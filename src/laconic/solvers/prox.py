@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_finite
-from ..errors import DecompositionError, InvalidTypeError, InvalidValueError, first_line, nearest
+from ..checks import check_choice, check_finite
+from ..errors import DecompositionError, InvalidTypeError, InvalidValueError, first_line
 from ..penalties import L1, Penalty, check_tau
 from ..precision import full_precision
 from .base import Shrunk, Solver
@@ -115,8 +115,7 @@ def spectral_prox(
     """
     tau = check_tau(tau)
     if isinstance(solver, str):
-        if solver not in SOLVERS:
-            raise InvalidValueError(f"solver = {solver!r} is unknown{nearest(solver, SOLVERS)}")
+        check_choice("solver", solver, SOLVERS)
         solver = SOLVERS[solver]
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__

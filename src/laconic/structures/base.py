@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import InvalidTypeError, InvalidValueError, nearest
+from ..checks import check_choice, check_number
+from ..errors import InvalidTypeError, InvalidValueError
 from ..penalties import Penalty
 
 SCALES = ("relative", "absolute")
@@ -25,10 +26,11 @@ def check_options(structure: Any) -> None:
         object.__setattr__(structure, name, (value,) if isinstance(value, str) else tuple(value))
     if not isinstance(structure.penalty, Penalty):
         raise InvalidTypeError(f"penalty = {structure.penalty!r}: expected an object with value, prox and cutoff, such as laconic.LogSum()")
-    if structure.strength is not None and not (structure.strength >= 0 and math.isfinite(structure.strength)):
-        raise InvalidValueError(f"strength = {structure.strength}: must be finite and at least 0")
-    if structure.scale not in SCALES:
-        raise InvalidValueError(f"scale = {structure.scale!r} is unknown{nearest(structure.scale, SCALES)}")
+    if structure.strength is not None:
+        check_number("strength", structure.strength)
+        if not (structure.strength >= 0 and math.isfinite(structure.strength)):
+            raise InvalidValueError(f"strength = {structure.strength}: must be finite and at least 0")
+    check_choice("scale", structure.scale, SCALES)
 
 
 def root_mean_square(values: Tensor) -> float:
