@@ -117,6 +117,23 @@ BAD = [
     (["train", "digits", "--results", "typo.toml/results"], "typo.toml is not a directory"),
     (["search", "digits", "--init", "w.pt", "--out", "typo.toml/a/b"], "typo.toml is not a directory"),
     (["demo", "--out", "typo.toml"], "typo.toml is not a directory"),
+    (["compress", "unnamed:net", "--weights", "w.pt", "--out", "x", "--params", "0.5"], "factory = 'unnamed:net': NameError: name 'nets'"),
+    (
+        ["compress", "unparsed:net", "--weights", "w.pt", "--out", "x", "--params", "0.5"],
+        "factory = 'unparsed:net': SyntaxError: .*unparsed.py",
+    ),
+    (["train", "digits", "--threads", "-1"], "threads = -1: must be a whole number, at least 0 and at most 1024"),
+    (["train", "digits", "--threads", str(2**31 - 1)], "threads = 2147483647: must be"),
+    (["train", "digits", "--seed", "9" * 23], "seed = 9+: must be a whole number, at least 0 and at most 9223372036854775807"),
+    (["search", "digits", "--init", "w.pt", "--threads", "-1"], "threads = -1: must be"),
+    (["search", "digits", "--init", "w.pt", "--seed", "9" * 23], "seed = 9+: must be"),
+    (["demo", "--seed", "9" * 23], "seed = 9+: must be"),
+    (["bench", "digits", "--seeds", "0", "9" * 23], "seed = 9+: must be"),
+    (["bench", "digits", "--threads", "-1"], "threads = -1: must be"),
+    (["bench", "digits", "--seeds"], "methods, seeds: give at least one of each"),
+    (["bench", "digits", "--methods"], "methods, seeds: give at least one of each"),
+    (["report", "own"], "own: its report is not what .* but data of your own: --json prints it"),
+    (["report", "own", "--json", "--html", "own.html"], "own: its report is not what .* but data of your own: --json prints it"),
     (["report", "nowhere"], "nowhere does not exist"),
     (["report", "."], "laconic.json is missing"),
 ]
@@ -128,6 +145,9 @@ def test_bad_input_is_one_line_and_a_status(tmp_path, monkeypatch, capsys, argum
     Path("typo.toml").write_text(RECIPE.format(epochs=2).replace("epochs", "epoch"))
     Path("wrong.toml").write_text(RECIPE.format(epochs='"two"'))
     Path("broken.toml").write_text("task = ")
+    Path("unnamed.py").write_text("net = nets")
+    Path("unparsed.py").write_text("net = (")
+    laconic.save(torch.nn.Identity(), "own", report={"acc": 0.5})
     with pytest.raises(SystemExit) as stopped:
         run(*arguments)
     assert stopped.value.code == 2
@@ -135,6 +155,12 @@ def test_bad_input_is_one_line_and_a_status(tmp_path, monkeypatch, capsys, argum
     assert error.startswith("laconic: ")
     assert error.count("\n") == 1
     assert pytest.importorskip("re").search(message, error), error
+
+
+def test_a_report_of_the_users_own_is_printed_as_it_is(tmp_path, capsys):
+    laconic.save(torch.nn.Identity(), tmp_path / "own", report={"acc": 0.5})
+    run("report", tmp_path / "own", "--json")
+    assert json.loads(capsys.readouterr().out) == {"acc": 0.5}
 
 
 def test_an_error_of_the_operating_system_is_one_line_and_a_status(recipe, capsys, monkeypatch):

@@ -302,6 +302,19 @@ def test_compacting_twice_changes_nothing_and_returns_the_same_report():
     assert_same(snapshot(model), before)
 
 
+@pytest.mark.parametrize("option", [{"calibration": [torch.zeros(2, 6)]}, {"only_faster": True}])
+def test_what_comes_too_late_for_a_settled_run_is_told(option):
+    model = mlp()
+    optimizer = sgd(model)
+    compressor = laconic.Compressor(model, optimizer, laconic.LowRank(), budget=laconic.Budget(params=0.5), total_steps=10)
+    for _ in range(10):
+        model(torch.ones(2, 6, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (name,) = option
+    assert [note for note in compressor.compact(**option).notes if note.startswith(f"{name} had no effect")]
+
+
 def test_a_compact_model_can_be_compressed_again():
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
     first, _ = compressed(model, budget=laconic.Budget(params=0.6))

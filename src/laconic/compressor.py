@@ -676,6 +676,8 @@ class Compressor:
         if self.state.settled and (self.budget is None or is_met(self.plan, self.budget)):
             if calibration is not None:
                 notes.append("calibration had no effect: the model trained on after the cut")
+            if only_faster:
+                notes.append("only_faster had no effect: the layers were cut in mid-run, and trained on")
         else:
             self._stop_watching()  # a step that was not taken
             saved, weights, unreached = copy.deepcopy(self.state), self.weights, self._unreached

@@ -11,7 +11,7 @@ from ..bench import claimed, execute, grid, self_contained, summary, trials
 from ..console import console, queue_bar
 from ..errors import InvalidValueError, LaconicError
 from ..report import comparison_table
-from .shared import check_method, show_json
+from .shared import check_method, check_seed, check_threads, show_json
 
 
 def bench(
@@ -46,6 +46,11 @@ def bench(
     """
     for method in methods:
         check_method(method)
+    for seed in seeds:
+        check_seed(seed)
+    check_threads(threads)
+    if not (methods and seeds):
+        raise InvalidValueError("methods, seeds: give at least one of each, such as --methods thin-long laconic --seeds 0 1 2")
     names = recipes or self_contained(tier)
     if not names:
         raise InvalidValueError(f"tier = {tier!r}: no recipe is of this tier, only cpu and gpu have some")

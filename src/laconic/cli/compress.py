@@ -74,8 +74,8 @@ def call_factory(factory: str) -> nn.Module:
     sys.path.insert(0, "")  # modules beside the user, as with python -m
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InvalidValueError(f"factory = {factory!r}: {error}") from None
+    except Exception as error:  # the module's own code runs
+        raise InvalidValueError(f"factory = {factory!r}: {type(error).__name__}: {first_line(error)}") from error
     finally:
         sys.path.remove("")
     try:

@@ -15,7 +15,7 @@ from ..recipe import load_recipe
 from ..report import comparison_table
 from ..results import evaluate
 from ..training import accuracy
-from .shared import context, runs, show_json, show_report, write_page
+from .shared import check_seed, context, runs, show_json, show_report, write_page
 
 
 def demo(out: Path = Path("laconic-demo"), seed: int = 0, json: bool = False) -> None:
@@ -29,6 +29,7 @@ def demo(out: Path = Path("laconic-demo"), seed: int = 0, json: bool = False) ->
         json: print JSON instead of a table.
     """
     checkpoint.check_target(out / "model")
+    check_seed(seed)
     recipe = load_recipe("digits")
     data = load_dataset(recipe.task)
     rows: list[dict[str, Any]] = []

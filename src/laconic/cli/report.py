@@ -27,7 +27,15 @@ def report(directory: Positional[Path], html: Path | None = None, json: bool = F
     manifest = checkpoint.read_manifest(directory)
     if "report" not in manifest:
         raise CheckpointError(f"{directory} was saved without a report: laconic.save(model, directory, report=report)")
-    found = CompactReport.from_json(manifest["report"])
+    try:
+        found = CompactReport.from_json(manifest["report"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        if json and html is None:
+            show_json(manifest["report"])
+            return
+        raise CheckpointError(
+            f"{directory}: its report is not what compact() or compress() returned, but data of your own: --json prints it"
+        ) from None
     if html is not None:
         checkpoint.check_place(html)
         html.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
 from torch import nn
 from tyro.conf import Positional
 
@@ -20,7 +19,7 @@ from ..report import CompactReport
 from ..results import result_path, write_json
 from ..search import Trial, smallest
 from ..training import accuracy, fit, make_optimizer
-from .shared import show_json, show_report
+from .shared import check_seed, show_json, show_report, use_threads
 
 
 def search(
@@ -60,8 +59,8 @@ def search(
     chosen = dataclasses.replace(load_recipe(recipe), init=str(init))
     checkpoint.check_place(out / chosen.name)
     chosen = dataclasses.replace(chosen, epochs=epochs or max(1, chosen.epochs // 4))
-    if threads:
-        torch.set_num_threads(threads)
+    check_seed(seed)
+    use_threads(threads)
     whole = load_dataset(chosen.task, data, chosen.train_limit or None, chosen.size)
     held = whole.validation(seed=seed)
     dense = build(held, chosen, seed)

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from .. import checkpoint
-from ..checks import check_choice
+from ..checks import check_choice, whole_number
 from ..console import console, progress_bar
 from ..data import Dataset
 from ..errors import InvalidValueError, MissingExtraError
@@ -23,11 +24,29 @@ from ..report import CompactReport, layer_table, render
 from ..results import machine, result_path, versions
 from ..training import Restart, TrainingInterrupted
 
+MOST_THREADS = 1024
+MOST_SEED = 2**63 - 1  # PyTorch's
 RUNNING = "running"  # the folder of a run's checkpoints
 
 
 def check_method(method: str) -> None:
     check_choice("method", method, METHODS)
+
+
+def check_seed(seed: int) -> None:
+    whole_number("seed", seed, 0, MOST_SEED)
+
+
+def check_threads(threads: int) -> None:
+    """0 stands for as many as there would be."""
+    whole_number("threads", threads, 0, MOST_THREADS)
+
+
+def use_threads(threads: int) -> None:
+    """So many of PyTorch; 0: as it is."""
+    check_threads(threads)
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def runs(

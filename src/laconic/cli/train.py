@@ -6,7 +6,6 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from tyro.conf import Positional
 
@@ -21,7 +20,7 @@ from ..recipe import load_recipe
 from ..report import comparison_table
 from ..results import evaluate, make_result, result_path, write_json
 from ..training import join
-from .shared import RUNNING, check_method, context, runs, show_json, show_report, write_page
+from .shared import RUNNING, check_method, check_seed, context, runs, show_json, show_report, use_threads, write_page
 
 
 def train(
@@ -84,8 +83,8 @@ def train(
     check_method(method)
     if checkpoint_every < 0:
         raise InvalidValueError(f"checkpoint_every = {checkpoint_every}: must be at least 1, or 0 for once per epoch")
-    if threads:
-        torch.set_num_threads(threads)
+    check_seed(seed)
+    use_threads(threads)
     place = join(device)
     first, times = rank() == 0, times and world_size() == 1
     console.quiet = not first
