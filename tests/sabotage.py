@@ -1381,6 +1381,14 @@ EDITS = [
         "test_neurons",
         "copied_together",
     ),
+    Edit(
+        "statistics that no batch reaches",
+        "surgery/batchnorm.py",
+        "        _restore(before, missed)\n",
+        "",
+        "test_compaction",
+        "no_batch_of",
+    ),
 ]
 
 

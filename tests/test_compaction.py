@@ -361,6 +361,31 @@ def test_calibration_batches_may_be_tuples_of_arguments():
     assert model[1].num_batches_tracked == 1
 
 
+class OneOfTwo(nn.Module):
+    """Trained on two domains, each with statistics of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.head = nn.Linear(6, 12), nn.Linear(12, 3)
+        self.norms = nn.ModuleList([nn.BatchNorm1d(12), nn.BatchNorm1d(12)])
+        for norm in self.norms:
+            norm.running_mean.fill_(5.0)
+            norm.num_batches_tracked.fill_(7)
+
+    def forward(self, x: Tensor, domain: int = 0) -> Tensor:
+        return self.head(self.norms[domain](self.fc(x)))
+
+
+def test_statistics_that_no_batch_of_the_calibration_reaches_stay_and_are_named():
+    model = OneOfTwo()
+    before = snapshot(model.norms[1])
+    report = laconic.compress(model, energy=0.5, calibration=[torch.randn(8, 6)])
+    assert_same(snapshot(model.norms[1]), before)
+    assert model.norms[0].num_batches_tracked == 1
+    assert any("norms.1: no batch of calibration reaches it" in note for note in report.notes)
+
+
 @pytest.mark.parametrize(
     ("build", "options", "note"),
     [

@@ -129,12 +129,14 @@ def _cut(
         after = outputs(model, inputs) if inputs is not None else []
         if calibration is not None:
             hint = "check that every batch of calibration is what the model takes: a tensor, or a tuple of its positional arguments"
-            batches = reestimate(model, calibration)
+            batches, missed = reestimate(model, calibration)
             notes.append(
                 f"BatchNorm statistics re-estimated on {batches} batches"
                 if batches
                 else "calibration had no effect: the model has no BatchNorm with running statistics"
             )
+            if missed:
+                notes.append(f"{', '.join(missed)}: no batch of calibration reaches it; its statistics are as they were before the cut")
             if batches and inputs is not None:
                 after = outputs(model, inputs)
     except BaseException as error:

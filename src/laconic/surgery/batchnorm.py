@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import InvalidTypeError, InvalidValueError
 from ..measure import call
+
+Saved = list[tuple[_BatchNorm, float | None, dict[str, Tensor]]]
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -32,19 +34,20 @@ def as_batches(calibration: Iterable[Any] | None) -> list[Any] | None:
     return list(calibration)
 
 
-def reestimate(model: nn.Module, calibration: Iterable[Any]) -> int:
-    """Replace running statistics by the plain average over the batches of `calibration`; returns how many batches.
+def reestimate(model: nn.Module, calibration: Iterable[Any]) -> tuple[int, list[str]]:
+    """Replace running statistics by the plain average over the batches of `calibration`; returns how many batches, and the layers that none reached.
 
-    Only BatchNorm layers are in training mode meanwhile: dropout stays off. On an error the old statistics are back.
+    Only BatchNorm layers are in training mode meanwhile: dropout stays off. On an error, and of a layer that no batch reaches, the old
+    statistics are back.
 
     Args:
         calibration: batches of inputs: tensors, or tuples of positional arguments (without labels).
     """
     layers = batch_norms(model)
     if not layers:
-        return 0
+        return 0, []
     modes = [(m, m.training) for m in model.modules()]
-    before = [(m, m.momentum, {k: b.clone() for k, b in m.named_buffers()}) for m in layers]
+    before: Saved = [(m, m.momentum, {k: b.clone() for k, b in m.named_buffers()}) for m in layers]
     batches = 0
     try:
         model.eval()
@@ -58,14 +61,20 @@ def reestimate(model: nn.Module, calibration: Iterable[Any]) -> int:
                 batches += 1
         if batches == 0:
             raise InvalidValueError("calibration holds no batch: pass an iterable of inputs, such as [x for x, _ in loader]")
+        missed = [layer for layer in layers if layer.num_batches_tracked is not None and int(layer.num_batches_tracked) == 0]
+        _restore(before, missed)
     except BaseException:
-        for layer, _, buffers in before:
-            for name, buffer in layer.named_buffers():
-                buffer.copy_(buffers[name])
+        _restore(before, layers)
         raise
     finally:
         for layer, momentum, _ in before:
             layer.momentum = momentum
         for module, training in modes:
             module.training = training
-    return batches
+    return batches, [name for name, m in model.named_modules() if m in missed]
+
+
+def _restore(before: Saved, layers: Sequence[nn.Module]) -> None:
+    for layer, _, buffers in before:
+        for name, buffer in layer.named_buffers() if layer in layers else ():
+            buffer.copy_(buffers[name])
