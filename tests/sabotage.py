@@ -1389,6 +1389,7 @@ EDITS = [
         "test_compaction",
         "no_batch_of",
     ),
+    Edit("two saved tensors in one", "checkpoint.py", "        _check_ties(model, tensors)\n", "", "test_checkpoint", "poured_into_one"),
 ]
 
 

@@ -297,6 +297,29 @@ def test_the_wrong_architecture_is_refused_with_the_names_that_differ_and_left_u
     assert_same(snapshot(other), before)
 
 
+def untied() -> Tied:
+    """Its two weights have grown apart."""
+    model = Tied()
+    model.two.weight = nn.Parameter(model.two.weight.detach() + 1)
+    return model
+
+
+def test_two_weights_in_the_file_are_not_poured_into_one(tmp_path):
+    model = untied()
+    laconic.compress(model, laconic.LowRank(include="one"), energy=0.6)
+    path = laconic.save(model, tmp_path / "one-cut")  # and no tie in the way
+    assert_same(snapshot(laconic.load(path, Tied())), snapshot(model))
+
+    model, fresh = untied(), Tied()
+    laconic.compress(model, laconic.LowRank(include="head"), energy=0.2)
+    path, before = laconic.save(model, tmp_path / "untied"), snapshot(fresh)
+    with pytest.raises(laconic.ArchitectureMismatchError, match=r"one\.weight and two\.weight are one tensor here and two in the file"):
+        laconic.load(path, fresh)
+    assert_same(snapshot(fresh), before)
+    assert fresh.one.weight is fresh.two.weight
+    assert_same(snapshot(laconic.load(path, untied())), snapshot(model))
+
+
 def test_another_width_of_an_uncut_layer_is_named_with_both_shapes(tmp_path):
     directory = laconic.save(mlp(), tmp_path / "compact")
     other = nn.Sequential(*mlp()[:4], nn.Linear(10, 4).double())

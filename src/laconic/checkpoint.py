@@ -118,6 +118,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     try:
         done = replay(model, [Cut.from_json(c) for c in manifest["cuts"]])
         _check_fit(model, tensors)
+        _check_ties(model, tensors)
     except BaseException:
         undo(model, done)
         make_wide()
@@ -279,6 +280,19 @@ def _check_fit(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     ]
     if parts:
         raise ArchitectureMismatchError(f"the saved model does not fit this {type(model).__name__}; {'; '.join(parts)}")
+
+
+def _check_ties(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Of names that are one tensor here, the last one's values would be everyone's."""
+    first: dict[int, str] = {}
+    for name, here in model.state_dict(keep_vars=True).items():
+        other = first.setdefault(id(here), name)
+        one, two = tensors[other], tensors[name]
+        if one is not two and not (one.dtype == two.dtype and torch.equal(one, two)):
+            raise ArchitectureMismatchError(
+                f"the saved model does not fit this {type(model).__name__}; {other} and {name} are one tensor here and two in the file: "
+                f"give {name} a parameter of its own before loading"
+            )
 
 
 def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
