@@ -173,6 +173,26 @@ def old_weight_norm() -> nn.Module:
     return model
 
 
+class Waves(nn.Module):
+    """Its middle is complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(7, 3)
+        self.a, self.b = nn.Linear(8, 9, dtype=torch.cfloat), nn.Linear(9, 7, dtype=torch.cfloat)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.b(self.a(self.up(x).relu().cfloat())).abs())
+
+
+def test_complex_numbers_stay_with_a_reason():
+    """A norm of their real parts alone would take live units for dead."""
+    groups, reasons = found(Waves(), torch.randn(4, 6))
+    assert groups == {}
+    assert reasons["a"] == reasons["b"] == "its numbers are complex"
+
+
 LEFT = {
     "frozen": (frozen, "frozen"),
     "hooks": (hooked, "hooks"),

@@ -135,6 +135,8 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _untouchable(path: str, module: nn.Module, holders: Mapping[int, Sequence[str]]) -> str | None:
     parameters = list(module.parameters())
+    if any(p.is_complex() for p in parameters):
+        return "its numbers are complex"
     if any(hooked(m) for m in module.modules()):
         return "it has forward or backward hooks, which may rely on its width"
     if any(has_gradient_hooks(p) for p in parameters):
