@@ -1391,6 +1391,7 @@ EDITS = [
     ),
     Edit("two saved tensors in one", "checkpoint.py", "        _check_ties(model, tensors)\n", "", "test_checkpoint", "poured_into_one"),
     Edit("complex layers", "graph/groups.py", "if any(p.is_complex() for p in parameters):", "if False:", "test_graph", "complex"),
+    Edit("infinite outputs that are the same", "graph/trial.py", "same = (a == b) | (a.isnan() & b.isnan())", "same = a.isnan() & False", "test_graph", "not_finite"),
 ]
 
 

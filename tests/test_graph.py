@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from laconic.errors import InvalidTypeError
-from laconic.graph import Group, find_groups
+from laconic.graph import Group, find_groups, gap
 from laconic.graph.trial import Trial
 from laconic.matricize import unfoldings
 from laconic.models import GPT
@@ -562,6 +562,25 @@ def test_an_exotic_model_has_no_groups_and_a_reason_for_each_layer(kind):
     assert groups == {}
     assert reasons.keys() == {"a", "b"}
     assert all(why and "\n" not in why for why in reasons.values())
+
+
+class Masked(Fails):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu()).masked_fill(torch.tensor([True, False, False]), -torch.inf)
+
+
+def test_numbers_that_are_not_finite_are_compared_by_what_they_are():
+    assert found(Masked(), torch.randn(4, 6))[0] == {"a": 8}
+
+
+def test_the_gap_of_what_is_not_finite():
+    inf, nan = torch.inf, torch.nan
+    assert gap(torch.tensor([inf, -inf, nan, 1.0]), torch.tensor([inf, -inf, nan, 3.0])) == 2
+    for a, b in ((inf, -inf), (inf, nan), (nan, 1.0), (1.0, -inf)):
+        assert gap(torch.tensor([a, 1.0]), torch.tensor([b, 1.0])) == inf
+    assert gap(torch.tensor([1 + 1j]), torch.tensor([1 - 2j])) == 3
+    assert gap(torch.tensor([True, False]), torch.tensor([True, True])) == 1
+    assert gap(torch.zeros(0, 3), torch.zeros(0, 3)) == 0
 
 
 def test_random_outputs_are_compared_with_the_same_chances():

@@ -1309,6 +1309,22 @@ def test_a_model_that_casts_between_precisions_loses_neurons(dtype):
     assert (model.a.weight.dtype, model.head.weight.dtype) == (dtype, torch.float32)
 
 
+class Masked(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).masked_fill(torch.tensor([True] + 9 * [False]), -torch.inf)
+
+
+@pytest.mark.parametrize("structures", STRUCTURES.values(), ids=STRUCTURES)
+def test_masked_outputs_are_compared_where_they_are_finite(structures):
+    torch.manual_seed(0)
+    model, x = Masked(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 10)), torch.randn(50, 8)
+    before = model(x).detach()
+    report = laconic.compress(model, structures, laconic.Budget(params=0.5), example_inputs=(x,))
+    after = model(x).detach()
+    assert report.max_abs_diff == float((before.double() - after.double())[:, 1:].abs().max()) > 0
+    assert len(report.groups) == 1
+
+
 def test_rounding_that_the_model_blows_up_is_no_reason_to_refuse():
     class Shrill(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .allocate import Floats
 from .errors import SurgeryError
-from .graph import leaves
+from .graph import gap, leaves
 from .measure import call, evaluating, seeded
 from .plan import Plan
 from .structures import Site
@@ -133,4 +133,4 @@ def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
 
 
 def largest_difference(before: list[Tensor], after: list[Tensor]) -> float:
-    return max((float((a.double() - b.double()).abs().max()) for a, b in zip(before, after, strict=True) if a.numel()), default=0.0)
+    return max((gap(a, b) for a, b in zip(before, after, strict=True)), default=0.0)

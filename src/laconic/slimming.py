@@ -16,7 +16,7 @@ from .allocate import Floats
 from .checks import has_gradient_hooks
 from .cuts import CutResult, check_in_place, hooks_lost, largest_difference, outputs
 from .errors import SurgeryError, first_line
-from .graph import unread, unsafe_convolutions
+from .graph import largest, unread, unsafe_convolutions
 from .matricize import TRANSPOSED_CONVS, Layer, is_hf_conv1d
 from .measure import OneDtype, call, cast, check_inputs, evaluating
 from .moments import FEWEST, InputMoments, Moments
@@ -107,7 +107,7 @@ def difference(model: nn.Module, groups: Sequence[Group], kept: dict[str, list[i
         wanted = outputs(model, inputs)
     with slimmed(model, groups, kept):
         got = outputs(model, inputs)
-    scale = max((float(y.abs().max()) for y in wanted if y.numel()), default=1.0) or 1.0
+    scale = max(map(largest, wanted), default=1.0) or 1.0
     return largest_difference(wanted, got) / scale
 
 

@@ -84,11 +84,14 @@ class Trial:
         self.dtypes = (torch.float32, torch.float64) if half else (None, torch.float64)
         twin = copy.deepcopy(model).eval()
         _shake(twin)
-        self.twin = (
-            twin if all(bool(torch.isfinite(y).all()) for y in self._run(twin, self.dtypes[0], inputs)) else copy.deepcopy(model).eval()
-        )
-        if not self._run(self.twin, self.dtypes[0], inputs):
+        self.twin = copy.deepcopy(model).eval()
+        unshaken, shaken = (self._run(m, self.dtypes[0], inputs) for m in (self.twin, twin))
+        if not unshaken:
             raise ValueError("its outputs hold no floating tensor")
+        if not any(bool(torch.isfinite(y).any()) for y in unshaken):
+            raise ValueError("its outputs hold no finite number")
+        if [y.isfinite().sum() for y in shaken] == [y.isfinite().sum() for y in unshaken]:  # some may be masked, with -inf
+            self.twin = twin
         self.helped: dict[tuple[str, ...], None] = {}
         self.training = next((x for x in (self.inputs, _twice(self.inputs)) if self._trains(copy.deepcopy(model), x) is None), None)
 
@@ -285,9 +288,25 @@ def _distance(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
     """Largest difference, as a part of the largest output."""
     if [y.shape for y in wanted] != [y.shape for y in got]:
         return math.inf
-    if not all(bool(torch.isfinite(y).all()) for y in (*wanted, *got)):
-        return math.inf
-    return max(float((a.double() - b.double()).abs().max()) / max(float(a.abs().max()), 1e-30) for a, b in zip(wanted, got, strict=True))
+    return max(gap(a, b) / max(largest(a), 1e-30) for a, b in zip(wanted, got, strict=True))
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two tensors of one shape. Where one is not finite the other must be the same: infinite otherwise."""
+    a, b = _wide(a), _wide(b)
+    same = (a == b) | (a.isnan() & b.isnan())
+    off = torch.where(same, 0.0, (a - b).abs())
+    return float(off.nan_to_num(nan=math.inf, posinf=math.inf).max()) if off.numel() else 0.0
+
+
+def largest(x: Tensor) -> float:
+    """Of the finite numbers in it."""
+    sizes = _wide(x).abs()
+    return float(torch.where(sizes.isfinite(), sizes, 0.0).max()) if x.numel() else 0.0
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float64))
 
 
 def _candidates(model: nn.Module, group: Group) -> Iterator[tuple[Count, ...]]:
