@@ -1391,7 +1391,30 @@ EDITS = [
     ),
     Edit("two saved tensors in one", "checkpoint.py", "        _check_ties(model, tensors)\n", "", "test_checkpoint", "poured_into_one"),
     Edit("complex layers", "graph/groups.py", "if any(p.is_complex() for p in parameters):", "if False:", "test_graph", "complex"),
-    Edit("infinite outputs that are the same", "graph/trial.py", "same = (a == b) | (a.isnan() & b.isnan())", "same = a.isnan() & False", "test_graph", "not_finite"),
+    Edit(
+        "infinite outputs that are the same",
+        "graph/trial.py",
+        "same = (a == b) | (a.isnan() & b.isnan())",
+        "same = a.isnan() & False",
+        "test_graph",
+        "not_finite",
+    ),
+    Edit(
+        "outputs of other shapes",
+        "cuts.py",
+        "if [x.shape for x in before] != [x.shape for x in after]:",
+        "if False:",
+        "test_compaction",
+        "data_end_no_run or cannot_be_compared",
+    ),
+    Edit(
+        "no outputs, no difference",
+        "cuts.py",
+        "return None, [NOTHING_TO_COMPARE]",
+        "return 0.0, []",
+        "test_compaction",
+        "cannot_be_compared",
+    ),
 ]
 
 

@@ -16,6 +16,7 @@ from laconic import compaction, timing
 from laconic.allocate import Floats
 from laconic.matricize import unfoldings
 from laconic.report import CompactReport
+from laconic.report.html import headline
 
 from .cases import LAYERS, with_spectrum
 from .models import Shared, Tied, assert_same, backward, cnn, inputs_for, low_rank, mlp, snapshot
@@ -244,6 +245,60 @@ def test_the_report_tells_the_true_change_of_the_outputs(build):
     assert report.max_abs_diff > 1e-3
     assert 0 < report.surgery_error < 1e-6 or before.dtype == torch.float64
     assert model.training
+
+
+class Detector(nn.Module):
+    """What it finds is as much as it finds; in training, a score for each place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.box, self.score = nn.Linear(8, 32), nn.Linear(32, 4), nn.Linear(32, 1)
+
+    def forward(self, x: Tensor):
+        h = self.body(x).relu()
+        scores = self.score(h).squeeze(-1)
+        if self.training:
+            return scores
+        keep = scores > 0
+        return {"boxes": self.box(h)[keep], "scores": scores[keep]}
+
+
+def test_outputs_whose_shapes_depend_on_the_data_end_no_run():
+    model, x = Detector(), torch.randn(50, 8)
+    optimizer = optim.SGD(model.parameters(), lr=0.5)
+    budget = laconic.Budget(params=0.4)
+    compressor = laconic.Compressor(model, optimizer, budget=budget, total_steps=20, example_inputs=(x,))
+    for _ in range(20):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    report = compressor.compact()
+    assert report.params_after <= 0.4 * report.params_before
+    assert any("their shapes, depend on the numbers in them" in note for note in report.notes)
+
+
+class Opaque(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor):
+        class Found:
+            value = self.net(x)
+
+        return Found()
+
+
+@pytest.mark.parametrize(("build", "note"), [(Detector, "could not be compared"), (Opaque, "no tensor was found")])
+def test_what_cannot_be_compared_is_said_and_has_no_number(build, note):
+    model = build()
+    report = laconic.compress(model, laconic.LowRank(), energy=0.3, example_inputs=(inputs_for(model, batch=50),))
+    assert report.max_abs_diff is None
+    assert any(note in n for n in report.notes)
+    assert "largest change" not in str(report)
+    assert "not compared: see the notes" in headline(report)
+    assert CompactReport.from_json(json.loads(json.dumps(report.to_json()))).max_abs_diff is None
 
 
 def test_a_report_survives_json():

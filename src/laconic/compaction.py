@@ -150,8 +150,8 @@ def _cut(
     for site, rank in to_cut:
         accept(site, rank, pairs[site.name], optimizers)
     kept = {site.name: math.exp(_shares(site, values)[rank - 1]) for site, rank in to_cut}
-    difference = largest_difference(before, after) if inputs is not None else None
-    return CutResult({site.name: rank for site, rank in to_cut}, values, kept, errors, {}, notes, difference)
+    difference, why = largest_difference(before, after) if inputs is not None else (None, [])
+    return CutResult({site.name: rank for site, rank in to_cut}, values, kept, errors, {}, notes + why, difference)
 
 
 def accept(site: Site, rank: int, pairs: Sequence[nn.Sequential], optimizers: Sequence[Any]) -> None:

@@ -29,7 +29,7 @@ class CutResult:
         energies: share of the squared singular values that a site's cuts have kept, multiplied up.
         errors: largest `surgery_error` of a site's cuts.
         timings: (dense ms, cut ms), where measured.
-        max_abs_diff: largest change of an output by a single round of cuts; None without example inputs.
+        max_abs_diff: largest change of an output by a single round of cuts; None without example inputs, or where outputs cannot be compared.
         kept: units that are left, by their numbers in the dense model, of the groups that lost some.
         shares: what the consumers still receive of such a group, multiplied up.
         prices: of sites and groups, see `laconic.widths.Walk.prices`, when the structure became final.
@@ -132,5 +132,16 @@ def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
         return [x.detach().clone() for x in leaves(call(model, inputs))]
 
 
-def largest_difference(before: list[Tensor], after: list[Tensor]) -> float:
-    return max((gap(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
+NOTHING_TO_COMPARE = "the outputs before and after a cut were not compared: no tensor was found in what the model returns"
+OTHER_SHAPES = (
+    "the outputs before and after a cut could not be compared: how many there are, or their shapes, depend on the numbers in them"
+)
+
+
+def largest_difference(before: list[Tensor], after: list[Tensor]) -> tuple[float | None, list[str]]:
+    """Of the outputs; None, and what to say of that, where they cannot be compared."""
+    if not before and not after:
+        return None, [NOTHING_TO_COMPARE]
+    if [x.shape for x in before] != [x.shape for x in after]:  # a detector finds other boxes
+        return None, [OTHER_SHAPES]
+    return max(map(gap, before, after)), []

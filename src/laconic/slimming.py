@@ -87,28 +87,29 @@ def slim_neurons(
     unsafe_before = set(unsafe_convolutions(model))
     slim(model, tied, kept, optimizers)
     took_out(model, plan, kept)
-    after = outputs(model, inputs)
+    change, why = largest_difference(before, outputs(model, inputs))
     unsafe = ", ".join(path for path in unsafe_convolutions(model) if path not in unsafe_before)
     if unsafe:  # said at once: a crash would lose the report
         notes.append(f"{unsafe}: {UNSAFE}")
         warnings.warn(f"laconic: {notes[-1]}", stacklevel=2)
     return CutResult(
         errors={g.name: off for g in groups},
-        max_abs_diff=largest_difference(before, after),
+        max_abs_diff=change,
         kept={g.name: kept[g.name] for g in groups},
         shares=shares,
-        notes=notes,
+        notes=notes + why,
     )
 
 
 def difference(model: nn.Module, groups: Sequence[Group], kept: dict[str, list[int]], inputs: tuple[Any, ...]) -> float:
-    """Of the outputs without the units from those with nothing that reads them, as a part of the largest."""
+    """Of the outputs without the units from those with nothing that reads them, as a part of the largest; infinite where it cannot be told."""
     with unread(model, groups, kept):
         wanted = outputs(model, inputs)
     with slimmed(model, groups, kept):
         got = outputs(model, inputs)
     scale = max(map(largest, wanted), default=1.0) or 1.0
-    return largest_difference(wanted, got) / scale
+    off, _ = largest_difference(wanted, got)
+    return math.inf if off is None else off / scale
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ class CompactReport:
         params_before, params_after: parameters of the whole model.
         macs_before, macs_after: MACs on the example inputs; None without.
         latency_before, latency_after: measured ms of a forward pass on the example inputs, where the budget is in ms.
-        max_abs_diff: largest change of an output on the example inputs, in eval mode; None without.
+        max_abs_diff: largest change of an output on the example inputs, in eval mode; None without, or where outputs cannot be compared (see the notes).
         surgery_error: largest relative difference between a cut layer and the dense layer with the truncated weight;
             rounding, or the cut would have been refused.
         layers: one entry for each weight of two or more dimensions.

@@ -75,7 +75,7 @@ def headline(report: CompactReport) -> str:
     tiles = [
         before_after("Parameters", report.params_before, report.params_after),
         before_after("MACs", report.macs_before, report.macs_after, "not counted: no example inputs"),
-        tile("Largest output change", scientific(report.max_abs_diff, 3), "by the cut, on the example inputs" if report.max_abs_diff is not None else "not checked: no example inputs"),
+        tile("Largest output change", scientific(report.max_abs_diff, 3), "by the cut, on the example inputs" if report.max_abs_diff is not None else "not checked: no example inputs" if report.macs_before is None else "not compared: see the notes"),
         tile("Surgery error", scientific(report.surgery_error), "cut layers against truncated dense ones, relative"),
     ]  # fmt: skip
     return f'<dl class="tiles">{"".join(tiles)}</dl>'
