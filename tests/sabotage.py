@@ -1415,6 +1415,15 @@ EDITS = [
         "test_compaction",
         "cannot_be_compared",
     ),
+    Edit("numbers of a sparse input", "measure.py", "torch.isfinite(_numbers(x))", "torch.isfinite(x)", "test_neurons", "may_be_sparse"),
+    Edit(
+        "memory of a sparse input",
+        "measure.py",
+        "isinstance(x, Tensor) and x.layout is torch.strided",
+        "isinstance(x, Tensor)",
+        "test_measure",
+        "sparse",
+    ),
 ]
 
 

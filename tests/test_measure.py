@@ -215,6 +215,18 @@ def test_a_noisy_clock_is_asked_more_often(monkeypatch):
     assert len(Wandering.turns) == 2 + 2 * laconic.measure.TURNS
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_inputs_are_profiled(layout):
+    class Neighbours(nn.Linear):
+        def forward(self, x, neighbours):
+            return neighbours @ super().forward(x)
+
+    found = laconic.profile(Neighbours(8, 4), (torch.randn(6, 8), torch.eye(6).to_sparse(layout=layout)), latency=False)
+    assert found.macs == 6 * 8 * 4 + 6 * 6 * 4
+    assert found.peak_memory >= 4 * (8 * 4 + 4 + 2 * 6 * 4)
+
+
 def test_peak_memory_counts_parameters_buffers_and_the_activations_alive_at_once():
     """A chain of layers: input of one and output of the other are alive together, not all of them."""
     wide, narrow = 4 * 64 * 1000, 4 * 64 * 10

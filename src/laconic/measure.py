@@ -99,12 +99,19 @@ def check_run(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     if meta := [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.is_meta]:
         raise InvalidValueError(f"example_inputs[{meta[0]}] is on the meta device, without numbers: give inputs as the model will get them")
     for i, x in enumerate(inputs):
-        if isinstance(x, Tensor) and x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        if isinstance(x, Tensor) and x.is_floating_point() and not bool(torch.isfinite(_numbers(x)).all()):
             raise NonFiniteError(f"example_inputs[{i}] holds NaN or Inf: give inputs as the model will get them")
     for name, buffer in model.named_buffers():
         if name.rpartition(".")[2] in ("running_mean", "running_var") and not bool(torch.isfinite(buffer).all()):
             raise NonFiniteError(f"{name} holds NaN or Inf: run batches through the model in training mode again, or load it again")
     run(model, inputs)
+
+
+def _numbers(x: Tensor) -> Tensor:
+    """Those that a tensor stores: of a sparse one without its zeros."""
+    if x.layout is torch.sparse_coo:
+        return x._values()
+    return x if x.layout is torch.strided else x.values()
 
 
 def run(model: nn.Module, inputs: Inputs) -> None:
@@ -321,6 +328,11 @@ def _warm_timer(model: nn.Module, inputs: tuple[Any, ...]) -> Timer:
     return Timer(f"model(*{fresh})", globals=named, num_threads=torch.get_num_threads())
 
 
+def _stored(x: Any) -> bool:
+    """In one piece: a sparse tensor is not, but its parts are."""
+    return isinstance(x, Tensor) and x.layout is torch.strided
+
+
 class _LiveBytes(TorchDispatchMode):
     """Bytes of tensor storage that the operations inside have created and not yet released: now, and at the peak."""
 
@@ -334,10 +346,10 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
+        inputs = {x.untyped_storage()._cdata for x in args if _stored(x)}
         result = func(*args, **(kwargs or {}))
         for out in result if isinstance(result, (tuple, list)) else (result,):
-            if not isinstance(out, Tensor):
+            if not _stored(out):
                 continue
             storage = out.untyped_storage()
             key = storage._cdata

@@ -281,7 +281,7 @@ def _other_shapes(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
 
 def _twice(inputs: Sequence[Any]) -> list[Any]:
     """Each example twice: BatchNorm does not train on one."""
-    return [torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim else x for x in inputs]
+    return [torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim and x.layout is torch.strided else x for x in inputs]
 
 
 def _distance(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
