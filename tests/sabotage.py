@@ -1424,6 +1424,29 @@ EDITS = [
         "test_measure",
         "sparse",
     ),
+    Edit(
+        "energy that chooses no neurons", "compaction.py", "if energy is not None and all(", "if False and all(", "test_errors", "bad_input"
+    ),
+    Edit(
+        "neurons beside an energy", "compaction.py", "if budget is None and plan.neurons:", "if False:", "test_neurons", "beside_an_energy"
+    ),
+    Edit("post hoc without a model", "compaction.py", "    check_module(model)\n", "", "test_errors", "bad_input"),
+    Edit(
+        "calibration that chose",
+        "compaction.py",
+        "choosing and batches and not batch_norms(model)",
+        "False",
+        "test_neurons",
+        "said_to_have_had",
+    ),
+    Edit(
+        "calibration that chose, at the end",
+        "compressor.py",
+        "            calibration = None  # it has",
+        "            pass  # it has",
+        "test_neurons",
+        "said_to_have_had",
+    ),
 ]
 
 

@@ -147,6 +147,7 @@ BAD = {
     "published energy 0": (lambda: laconic.Compressor.as_published(m := mlp(), optim.SGD(m.parameters(), lr=0.1), 0.1, 10, energy=0), errors.InvalidValueError, V, "0"),
     "neither energy nor budget, post hoc": (compress, errors.InvalidValueError, V, "exactly one of budget="),
     "both, post hoc": (lambda: compress(energy=0.9, budget=laconic.Budget(params=0.5)), errors.InvalidValueError, V, "exactly one of budget="),
+    "energy for neurons, post hoc": (lambda: compress(structures=laconic.Channels(), energy=0.9, example_inputs=(X,)), errors.InvalidValueError, V, "Channels and energy=0.9: neurons are chosen by a budget"),
     # strength and the other options of a structure
     "strength below 0": (lambda: by_strength(-1.0), errors.InvalidValueError, V, r"strength = -1\.0: must be finite and at least 0"),
     "strength NaN": (lambda: by_strength(float("nan")), errors.InvalidValueError, V, "strength = nan"),
@@ -190,6 +191,8 @@ BAD = {
     "compacted into a number": (lambda: compressor(by_strength()).compact(into=3), errors.InvalidTypeError, T, r"into: expected a torch\.nn\.Module, got int"),
     # models and optimizers
     "not a model": (lambda: compressor(by_strength(), model=lambda x: x, optimizer=other_optimizer()), errors.InvalidTypeError, T, r"expected a torch\.nn\.Module, got function"),
+    "the class of a model, post hoc": (lambda: laconic.compress(nn.Linear, energy=0.9), errors.InvalidTypeError, T, "got the class Linear itself"),
+    "no model, post hoc": (lambda: laconic.compress(None, energy=0.9), errors.InvalidTypeError, T, r"expected a torch\.nn\.Module, got NoneType"),
     "nothing to compress": (lambda: compressor(by_strength(), conv_only()), errors.NothingToCompressError, V, r"nothing to compress in Sequential \(0\.weight: Embedding is cut by"),
     "no weights at all": (lambda: compress(model=nn.Sequential(nn.ReLU()), energy=0.5), errors.NothingToCompressError, V, "no weight of two or more dimensions"),
     "the model is the layer": (lambda: compress(model=nn.Linear(8, 8), energy=0.5), errors.NothingToCompressError, V, r"wrap it in nn\.Sequential"),

@@ -403,6 +403,54 @@ def test_a_trained_model_is_cut_without_training_too():
     assert report.macs_after > 0.49 * report.macs_before
 
 
+class Graph(nn.Module):
+    """A graph network: neighbours are added up by a sparse matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor, neighbours: torch.Tensor) -> torch.Tensor:
+        return neighbours @ self.b((neighbours @ self.a(x)).relu())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+@pytest.mark.parametrize("structures", STRUCTURES.values(), ids=STRUCTURES)
+def test_example_inputs_may_be_sparse(layout, structures):
+    made = (torch.eye(50) + torch.eye(50).roll(1, 0)).to_sparse()
+    inputs = torch.randn(50, 8), made if layout == "coo" else made.to_sparse_csr()
+    model = Graph()
+    report = laconic.compress(model, structures, laconic.Budget(params=0.5), example_inputs=inputs)
+    assert report.params_after <= 0.5 * report.params_before
+    assert report.max_abs_diff > 0
+    with pytest.raises(laconic.NonFiniteError, match=r"example_inputs\[1\] holds NaN or Inf"):
+        laconic.compress(Graph(), structures, laconic.Budget(params=0.5), example_inputs=(inputs[0], inputs[1] * torch.inf))
+
+
+def test_beside_an_energy_neurons_stay_and_that_is_said():
+    x = torch.randn(IMAGE)
+    report = laconic.compress(Residual(32), BOTH, energy=0.5, example_inputs=(x,))
+    assert all(group.kept == group.units for group in report.groups)
+    assert any("Channels has no effect beside energy=" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("post_hoc", [True, False])
+def test_calibration_that_chooses_neurons_is_not_said_to_have_had_no_effect(post_hoc):
+    model, budget, calibration = mlp(torch.float32), laconic.Budget(params=0.5), [torch.randn(64, 6)]
+    options = {"budget": budget, "example_inputs": (calibration[0][:1],)}
+    if post_hoc:
+        report = laconic.compress(model, laconic.Channels(), calibration=calibration, **options)
+    else:
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+        compressor = laconic.Compressor(model, optimizer, laconic.Channels(), cut="end", total_steps=10, **options)
+        with pytest.warns(UserWarning, match="no step of SGD was seen"):
+            report = compressor.compact(calibration=calibration)
+    assert any(group.kept < group.units for group in report.groups)
+    assert not any("calibration had no effect" in note for note in report.notes)
+
+
 def test_a_slim_model_can_be_slimmed_again():
     model = Residual(32)
     x = torch.randn(IMAGE)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .allocate import Floats, energy_rule, log_shares
 from .budget import Budget, needless, no_options, prepare, ranks_for_budget
-from .checks import has_gradient_hooks, hooked
+from .checks import check_module, has_gradient_hooks, hooked
 from .costs import Ranks
 from .cuts import CutResult, all_or_nothing, check_in_place, hooks_lost, largest_difference, outputs
 from .errors import InfeasibleBudgetError, InvalidTypeError, InvalidValueError, NonFiniteError, SurgeryError, first_line
@@ -29,7 +29,7 @@ from .plan import Plan, check_structures, make_plan
 from .report import CompactReport
 from .slimming import importances_of, slim_neurons, took_out, unseen, watch_inputs
 from .solvers.gram import COLUMNS
-from .structures import Entries, Site, Structure
+from .structures import Channels, Entries, Site, Structure
 from .surgery.batchnorm import as_batches, batch_norms, reestimate
 from .surgery.channels import slim
 from .surgery.factorize import pair_matrices, pair_weights
@@ -337,6 +337,7 @@ def compress(
     Raises:
         InfeasibleBudgetError, InvalidValueError, NothingToCompressError, PatternError, SurgeryError.
     """
+    check_module(model)
     if isinstance(structures, Budget) or (budget is not None and not isinstance(budget, Budget)):
         given = structures if isinstance(structures, Budget) else budget
         raise InvalidTypeError(f"compress: {given!r}: expected budget=laconic.Budget(params=0.5), by name")
@@ -346,15 +347,22 @@ def compress(
     structures, unasked = check_structures(structures, example_inputs, trains_on=False, multiple=multiple)
     if any(isinstance(s, Entries) for s in structures):
         raise InvalidValueError("Entries acts in training only: leave it out of compress")
+    if energy is not None and all(isinstance(s, Channels) for s in structures):
+        raise InvalidValueError(
+            f"Channels and energy={energy}: neurons are chosen by a budget, so give budget=laconic.Budget(params=0.5); energy is for ranks"
+        )
     plan = make_plan(model, structures, example_inputs)
     values = spectra(plan)
     batches = as_batches(calibration)
-    moments = watch_inputs(model, plan, batches or [example_inputs]) if plan.neurons else {}
+    choosing = bool(plan.neurons) and budget is not None
+    moments = watch_inputs(model, plan, batches or [example_inputs]) if choosing else {}
     importances = importances_of(plan, moments)
     if budget is not None:
         prepare(model, plan, values, importances, budget, example_inputs)
     dense = skeleton(model) if budget is not None and "latency" in budget.currencies else None
     unasked += no_options(plan, budget)
+    if budget is None and plan.neurons:
+        unasked.append("Channels has no effect beside energy=: neurons are chosen by a budget")
 
     def choose(keep_dense: frozenset[str]) -> Ranks:
         if budget is not None:
@@ -373,7 +381,8 @@ def compress(
             result.prices = walk.prices()
             values = spectra(plan)
         ranks, times, notes = choose_ranks(model, plan, values, choose, only_faster, example_inputs)
-        result.add(cut_sites(model, plan, values, ranks, example_inputs=example_inputs, calibration=batches))
+        left = None if choosing and batches and not batch_norms(model) else batches  # it has had its effect
+        result.add(cut_sites(model, plan, values, ranks, example_inputs=example_inputs, calibration=left))
     result.timings = times
     result.notes[:0] = [*unasked, *notes, *(unseen(plan, moments) if budget is not None else [])]
     return make_report(model, plan, result, example_inputs, budget, dense)

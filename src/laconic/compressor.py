@@ -78,7 +78,7 @@ from .schedule import Controller, Schedule, too_many_steps
 from .slimming import consumers, importances_of, slim_neurons, unseen, watch_inputs
 from .state import VERSION, RunState
 from .structures import LowRank, Neurons, Site, Structure, Weight, shrink
-from .surgery.batchnorm import as_batches
+from .surgery.batchnorm import as_batches, batch_norms
 from .surgery.constants import dead_constants, fold, unread_units
 from .timing import RankTimes, ShapeWatch, layer_times
 from .watch import Watch, drop_dead
@@ -689,6 +689,8 @@ class Compressor:
                     if self.plan.neurons:
                         self._slim_at_the_end(values, calibration)
                         values = spectra(self.plan)
+                        if calibration and self.budget is not None and not batch_norms(self.model):
+                            calibration = None  # it has had its effect
                     choose = partial(self._choose, values, energy, frozenset(kept))
                     ranks, times, more = choose_ranks(self.model, self.plan, values, choose, only_faster, self.example_inputs)
                     notes += [
