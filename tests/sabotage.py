@@ -1447,6 +1447,14 @@ EDITS = [
         "test_neurons",
         "said_to_have_had",
     ),
+    Edit(
+        "the working directory moved aside",
+        "checkpoint.py",
+        "if target.resolve() in (here, *here.parents):",
+        "if False:",
+        "test_checkpoint",
+        "working_directory",
+    ),
 ]
 
 

@@ -356,6 +356,17 @@ def test_an_empty_directory_and_an_earlier_save_are_replaced(tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["compact"]
 
 
+@pytest.mark.parametrize("where", [".", "{}", ".."])
+def test_the_working_directory_is_not_replaced(where, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(laconic.CheckpointError, match="is the working directory, or above it: nothing was written; give one within it"):
+        laconic.save(mlp(), where.format(here))
+    assert list(here.iterdir()) == []
+    assert here.samefile(".")
+
+
 def test_state_that_is_not_a_tensor_is_refused(tmp_path):
     class Extra(nn.Linear):
         def get_extra_state(self):

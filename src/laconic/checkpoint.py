@@ -310,6 +310,9 @@ def check_target(target: Path) -> None:
     Raises:
         CheckpointError: something else is there, or nothing can be written beside it.
     """
+    here = Path.cwd()
+    if target.resolve() in (here, *here.parents):  # it would be moved aside, with us in it
+        raise CheckpointError(f"{target} is the working directory, or above it: nothing was written; give one within it, such as 'compact'")
     if target.exists() and not (target.is_dir() and ((target / RECORD).exists() or not any(target.iterdir()))):
         raise CheckpointError(f"{target} exists and is not a saved model: nothing was written; choose another directory")
     check_place(target, beside=True)
