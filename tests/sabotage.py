@@ -1455,6 +1455,14 @@ EDITS = [
         "test_checkpoint",
         "working_directory",
     ),
+    Edit(
+        "layers run by their forward",
+        "measure.py",
+        'vars(module)["forward"] = noting(module, module.forward)',
+        "module.register_forward_pre_hook(lambda m, x: shapes[m].append(x[0].shape))",
+        "test_plan",
+        "call_of_its_forward",
+    ),
 ]
 
 

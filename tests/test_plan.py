@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as old_spectral_norm
 
 import laconic
-from laconic.measure import profile
+from laconic.measure import count_macs, profile
 from laconic.plan import make_plan
 
 from .cases import LAYERS
@@ -330,6 +330,22 @@ class ReadsThroughOtherNames(nn.Module):
         first, second = self.layers
         x = second(first(x).relu()) if self.how == "as it should be" else READ[self.how](second, first(x).relu())
         return self.last(x.relu())
+
+
+class CallsForward(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer.forward(x)
+        return x
+
+
+def test_a_layer_that_runs_by_a_call_of_its_forward_is_counted():
+    model, x = CallsForward(*mlp(torch.float32)), torch.randn(5, 6)
+    plan, usual = (make_plan(m, [laconic.LowRank()], (x,)) for m in (model, nn.Sequential(*model)))
+    assert [s.positions for s in plan.sites] == [s.positions for s in usual.sites]
+    assert not any("forward" in vars(m) for m in model.modules())
+    report = laconic.compress(model, budget=laconic.Budget(macs=0.6), example_inputs=(x,))
+    assert count_macs(model, (x,)) == report.macs_after <= 0.6 * report.macs_before
 
 
 READ = {

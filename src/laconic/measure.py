@@ -255,21 +255,28 @@ def macs_of_batches(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
 
 
 def input_shapes(model: nn.Module, modules: Sequence[nn.Module], example_inputs: Any) -> dict[nn.Module, list[torch.Size]]:
-    """Shapes of the first input of each module, one per call, in one forward pass."""
+    """Shapes of the first input of each module, one per call, in one forward pass. A hook would not see `layer.forward(x)`."""
     shapes: dict[nn.Module, list[torch.Size]] = {m: [] for m in modules}
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        if given:
-            shapes[module].append(given[0].shape)
+    def noting(module: nn.Module, forward: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            if given:
+                shapes[module].append(given[0].shape)
+            return forward(*args, **kwargs)
 
-    handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in shapes]
+        return noted
+
+    before = {m: vars(m).get("forward") for m in shapes}
     try:
+        for module in shapes:
+            vars(module)["forward"] = noting(module, module.forward)
         with evaluating(model), _countable_attention():
             call(model, check_inputs(example_inputs))
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, forward in before.items():
+            vars(module).pop("forward", None)
+            vars(module).update({"forward": forward} if forward is not None else {})
     return shapes
 
 
