@@ -822,6 +822,14 @@ EDITS = [
         "unknown_optimizer_state",
     ),
     Edit("kept activations are copied", "latency.py", "if x.grad_fn is not None", "if False", "test_shrinking", "keeps_its_activations"),
+    Edit(
+        "a cast model ends in the model's own error",
+        "cuts.py",
+        '        return outputs(model, inputs)\n    except Exception as error:\n        raise SurgeryError(\n            f"the model no longer runs on the',
+        '        return outputs(model, inputs)\n    except ZeroDivisionError as error:\n        raise SurgeryError(\n            f"the model no longer runs on the',
+        "test_shrinking",
+        "cast_after",
+    ),
     Edit("hooks that compiled code does not see", "watch.py", "if not self._watches and", "if False and", "test_neurons", "watched_as"),
     Edit(
         "compiled code never comes back",

@@ -479,6 +479,24 @@ def test_a_run_that_is_interrupted_while_it_settles_settles_at_the_next_step(mac
     assert laconic.measure.count_params(model) <= 0.3 * whole
 
 
+@pytest.mark.parametrize("structures", [laconic.LowRank(), (laconic.LowRank(), laconic.Channels())], ids=["ranks", "both"])
+def test_a_model_that_was_cast_after_the_compressor_was_built_is_told_in_one_line_and_left_whole(machine, structures):
+    model = wide_mlp()
+    compressor = compressor_for(model, (8, 64), structures=structures, budget=laconic.Budget(params=0.3), total_steps=20)
+    model.bfloat16()
+    whole, before = laconic.measure.count_params(model), [*model.parameters()]
+
+    def go_on() -> None:
+        for t in range(20):
+            model(noise(model, (8, 64), t).bfloat16()).square().mean().backward()
+            compressor.optimizers[0].step()
+
+    with pytest.raises(laconic.SurgeryError, match=r"no longer runs on the example inputs \(RuntimeError: .*dtype.*after \.to\(\)"):
+        go_on()
+    assert laconic.measure.count_params(model) == whole
+    assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+
+
 def test_a_model_that_keeps_its_activations_is_timed_as_well(machine, monkeypatch):
     """They have a graph behind them in mid-run, which `copy.deepcopy` refuses."""
 

@@ -18,7 +18,7 @@ from .allocate import Floats, energy_rule, log_shares
 from .budget import Budget, needless, no_options, prepare, ranks_for_budget
 from .checks import check_module, has_gradient_hooks, hooked
 from .costs import Ranks
-from .cuts import CutResult, all_or_nothing, check_in_place, hooks_lost, largest_difference, outputs
+from .cuts import CutResult, all_or_nothing, check_in_place, hooks_lost, largest_difference, outputs, outputs_uncut
 from .errors import InfeasibleBudgetError, InvalidTypeError, InvalidValueError, NonFiniteError, SurgeryError, first_line
 from .latency import skeleton
 from .matricize import Layer, an_input, takes_entries
@@ -105,7 +105,7 @@ def _cut(
     calibration: Iterable[Any] | None,
 ) -> CutResult:
     inputs = check_inputs(example_inputs) if example_inputs is not None else None
-    before = outputs(model, inputs) if inputs is not None else []
+    before = outputs_uncut(model, inputs) if inputs is not None else []
 
     to_cut = [(site, rank) for site in sites if (rank := ranks.get(site.name)) is not None and rank != site.rank]
     for site, _ in to_cut:

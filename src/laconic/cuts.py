@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .allocate import Floats
-from .errors import SurgeryError
+from .errors import SurgeryError, first_line
 from .graph import gap, leaves
 from .measure import call, evaluating, seeded
 from .plan import Plan
@@ -130,6 +130,21 @@ def hooks_lost(names: Sequence[str]) -> list[str]:
 def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     with evaluating(model), seeded():  # what is random in eval mode, too, is the same before and after a cut
         return [x.detach().clone() for x in leaves(call(model, inputs))]
+
+
+def outputs_uncut(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """Before anything is changed.
+
+    Raises:
+        SurgeryError: the model ran on the example inputs when it was planned, and does not any more.
+    """
+    try:
+        return outputs(model, inputs)
+    except Exception as error:
+        raise SurgeryError(
+            f"the model no longer runs on the example inputs ({type(error).__name__}: {first_line(error)}); it was left as it was; "
+            "build the Compressor after .to(), .half() and the like"
+        ) from error
 
 
 NOTHING_TO_COMPARE = "the outputs before and after a cut were not compared: no tensor was found in what the model returns"

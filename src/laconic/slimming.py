@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .allocate import Floats
 from .checks import has_gradient_hooks
-from .cuts import CutResult, check_in_place, hooks_lost, largest_difference, outputs
+from .cuts import CutResult, check_in_place, hooks_lost, largest_difference, outputs, outputs_uncut
 from .errors import SurgeryError, first_line
 from .graph import largest, unread, unsafe_convolutions
 from .matricize import TRANSPOSED_CONVS, Layer, is_hf_conv1d
@@ -54,7 +54,7 @@ def slim_neurons(
         return CutResult()
     kept = {g.name: list(kept[g.name]) for g in groups}
     tied, inputs = [g.group for g in groups], check_inputs(example_inputs)
-    before = outputs(model, inputs)
+    before = outputs_uncut(model, inputs)
     for site in plan.sites:
         check_in_place(model, site)
     try:
