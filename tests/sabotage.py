@@ -1471,6 +1471,22 @@ EDITS = [
         "test_plan",
         "call_of_its_forward",
     ),
+    Edit(
+        "a forward set on a layer",
+        "plan.py",
+        'if attribute == "weight" and has_own_forward(module):',
+        "if False:",
+        "test_plan",
+        "set_on_the_object",
+    ),
+    Edit(
+        "neurons of a layer with a forward set on it",
+        "graph/groups.py",
+        "if has_own_forward(module):",
+        "if False:",
+        "test_plan",
+        "set_on_the_object",
+    ),
 ]
 
 

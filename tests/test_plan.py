@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import MethodType
 
 import pytest
 import torch
@@ -330,6 +331,51 @@ class ReadsThroughOtherNames(nn.Module):
         first, second = self.layers
         x = second(first(x).relu()) if self.how == "as it should be" else READ[self.how](second, first(x).relu())
         return self.last(x.relu())
+
+
+class LoRA(nn.Module):
+    """Beside a layer, whose forward it takes over."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(layer.in_features, 2), nn.Linear(2, layer.out_features)
+        self.before = [layer.forward]  # not a module of its own
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.before[0](x) + self.up(self.down(x))
+
+
+def beside(model: nn.Sequential) -> None:
+    lora = LoRA(model[2])
+    model.append(nn.Module())
+    model[-1].lora, model[-1].forward = lora, MethodType(lambda self, x: x, model[-1])
+    model[2].forward = lora.forward
+
+
+FORWARDS = {
+    "bound to the layer": lambda m: setattr(
+        m[2], "forward", MethodType(lambda self, x: nn.functional.linear(x, 0.1 * self.weight, self.bias), m[2])
+    ),
+    "a function": lambda m: setattr(m[2], "forward", lambda x: nn.functional.linear(x, 0.1 * m[2].weight, m[2].bias)),
+    "another module's": beside,
+}
+
+
+@pytest.mark.parametrize("change", FORWARDS.values(), ids=FORWARDS)
+@pytest.mark.parametrize("structures", [[laconic.LowRank()], [laconic.LowRank(), laconic.Channels()]], ids=["ranks", "both"])
+def test_a_layer_with_a_forward_set_on_the_object_stays_as_it_is(change, structures):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(32, 32), nn.ReLU())), nn.Linear(32, 32)), torch.randn(50, 32)
+    change(model)
+    layer, weight = model[2], model[2].weight.detach().clone()
+    report = laconic.compress(model, structures, laconic.Budget(params=0.8), example_inputs=(x,))
+    assert model[2] is layer
+    assert torch.equal(layer.weight, weight)
+    (note,) = (of.note for of in report.layers if of.name == "2")
+    assert "forward of its own" in note
+    assert report.params_after <= 0.8 * report.params_before  # others were cut
+    if len(structures) == 2:
+        assert any(re.search(r"neurons of .*\b2\b.* all stay: .*forward of its own", n) for n in report.notes)
 
 
 class CallsForward(nn.Sequential):

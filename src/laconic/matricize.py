@@ -137,6 +137,11 @@ def is_hf_conv1d(module: Layer) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and type(module).__module__.startswith("transformers")
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Set on the object (LoRA, offloading, by hand): what it computes is not what its class says, and nothing in its place would have it."""
+    return not isinstance(module, torch.jit.ScriptModule) and not vars(module).keys().isdisjoint(("forward", "_conv_forward"))
+
+
 def takes_entries(module: Layer) -> bool:
     """A table, or the pair that one became: its input is whole numbers."""
     return isinstance(module[0] if isinstance(module, nn.Sequential) and len(module) else module, nn.Embedding)

@@ -22,7 +22,7 @@ from .checks import has_gradient_hooks, hooked
 from .distributed import full, is_sharded, own_class
 from .errors import InvalidTypeError, InvalidValueError, NothingToCompressError, PatternError
 from .graph import find_groups
-from .matricize import choose_unfolding, unfoldings
+from .matricize import choose_unfolding, has_own_forward, unfoldings
 from .measure import check_inputs, check_run, count_params, input_shapes, layer_macs, macs_of_batches
 from .readers import not_replaceable, weight_readers
 from .structures import Channels, Entries, LowRank, Neurons, Site, Structure, Weight, WideLayer, inner_site
@@ -465,6 +465,8 @@ def _why_not(
             return "parametrized (weight_norm, spectral_norm, ...): its weight is computed anew on every forward"
         if isinstance(module, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads its weights directly: laconic.unfuse(model) is the way out"
+        if attribute == "weight" and has_own_forward(module):
+            return f"{kind} has a forward of its own, set on the object, which a cut would lose"
         here = unfoldings(module, embeddings) if attribute == "weight" else []
         if len(held) > 1 and any(isinstance(m, nn.Embedding) != isinstance(module, nn.Embedding) for m, _ in held):
             return "tied between an embedding and a layer"

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..attention import Attention
 from ..checks import has_gradient_hooks, hooked
-from ..matricize import takes_entries, unfoldings
+from ..matricize import has_own_forward, takes_entries, unfoldings
 from ..measure import _countable_attention, call, check_inputs, seeded
 from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, SIDES, End, Group, Ints, channels_kept, groups_of, per_channel
 from ..surgery.factorize import MARK
@@ -135,6 +135,8 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _untouchable(path: str, module: nn.Module, holders: Mapping[int, Sequence[str]]) -> str | None:
     parameters = list(module.parameters())
+    if has_own_forward(module):
+        return "it has a forward of its own, set on the object, which may rely on its width"
     if any(p.is_complex() for p in parameters):
         return "its numbers are complex"
     if any(hooked(m) for m in module.modules()):
