@@ -457,7 +457,7 @@ def test_a_setting_without_effect_and_statistics_that_are_stale_are_said(build, 
 
 
 class Sneaky(nn.Module):
-    """Reads a child's weight under a name that no scan of the source can see, and from nothing that stands in its place in a run."""
+    """Reads a child's weight under a name that no scan of the source can see."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -469,8 +469,17 @@ class Sneaky(nn.Module):
         return self.head(self.norm(nn.functional.linear(x, layer.weight) if known else layer(x)))
 
 
-def sneaky(monkeypatch) -> tuple[nn.Module, dict]:
-    return Sneaky(), {}
+def refuses_a_pair(monkeypatch) -> tuple[nn.Module, dict]:
+    """And nothing else, so that no trial before the cut can see it."""
+    model = Sneaky()
+
+    def forward(x: Tensor) -> Tensor:
+        if isinstance(model.fc, nn.Sequential):
+            raise TypeError("no pairs here")
+        return model.head(model.norm(model.fc(x)))
+
+    model.forward = forward
+    return model, {}
 
 
 def factors_that_are_wrong(monkeypatch) -> tuple[nn.Module, dict]:
@@ -500,7 +509,7 @@ def calibration_that_is_empty(monkeypatch) -> tuple[nn.Module, dict]:
 
 
 REFUSALS = {
-    "a parent reads the weight": (sneaky, laconic.SurgeryError, r"no longer runs after the cut .* LowRank\(exclude="),
+    "the model takes no pair": (refuses_a_pair, laconic.SurgeryError, r"no longer runs after the cut .* LowRank\(exclude="),
     "the factors are wrong": (factors_that_are_wrong, laconic.SurgeryError, r"head: the factors differ .* more than rounding"),
     "calibration fails": (calibration_that_fails, laconic.SurgeryError, "no longer runs"),
     "calibration is empty": (calibration_that_is_empty, laconic.InvalidValueError, "calibration holds no batch"),

@@ -922,7 +922,7 @@ class Conditional(nn.Module):
         return self.b((hidden if condition is None else hidden + self.condition(condition)).relu())
 
 
-@pytest.mark.parametrize("reached_in", [(), (0,), (1,), (0, 2), (30,)], ids=str)
+@pytest.mark.parametrize("reached_in", [(), (0,), (1,), (0, 2), (20,)], ids=str)  # the first neurons go soon after
 def test_a_layer_that_runs_in_training_and_not_on_the_example_inputs_is_told(reached_in):
     model = Conditional()
     optimizer = optim.AdamW(model.parameters(), lr=1e-3)
@@ -948,14 +948,13 @@ def test_the_watch_for_unreached_layers_stays_out_of_compiled_code():
     laconic.Compressor(model, optimizer, BOTH, budget=laconic.Budget(params=0.5), total_steps=100, example_inputs=x[:1])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
 
-    def step() -> None:
-        compiled(*x).square().mean().backward()
-        optimizer.step()
+    def train() -> None:
+        for _ in range(3):
+            compiled(*x).square().mean().backward()
+            optimizer.step()
 
-    step()
-    with pytest.warns(UserWarning, match="condition: runs in training, but not on the example inputs"):
-        step()  # the one that is not compiled
-    step()
+    with pytest.warns(UserWarning, match="condition: runs in training, but not on the example inputs"):  # by the step that is not compiled
+        train()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports

@@ -622,7 +622,7 @@ def test_an_optimizer_of_other_parameters_is_refused():
     with pytest.raises(laconic.OptimizerError, match=r"no longer holds 0\.weight"):
         compressor.move_to(torch.optim.SGD(net().parameters(), lr=0.1))
     with pytest.raises(laconic.OptimizerError, match="2 optimizers in the place of 1"):
-        compressor.move_to([torch.optim.SGD(model.parameters(), lr=0.1)] * 2)
+        compressor.move_to([torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     other = laconic.Compressor(model, optimizer, laconic.LowRank(strength=0.1))
     with pytest.raises(laconic.OptimizerError, match="another Compressor is on this model and optimizer already"):
