@@ -460,6 +460,18 @@ class ToASize(nn.Module):
         return self.last(self.up(self.down(x).relu(), output_size=x.shape[-2:]).relu())
 
 
+class ToASizeByAnotherName(nn.Module):
+    """As the source does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up, self.last = nn.Conv2d(3, 32, 3, 2, 1), nn.ConvTranspose2d(32, 32, 3, 2, 1), nn.Conv2d(32, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, up, last = self.children()
+        return last(up(down(x).relu(), output_size=x.shape[-2:]).relu())
+
+
 FLAT, IMAGE = torch.randn(8, 20), torch.randn(2, 3, 8, 8)
 
 
@@ -470,6 +482,7 @@ FLAT, IMAGE = torch.randn(8, 20), torch.randn(2, 3, 8, 8)
         (LooksAtTheClass, (FLAT,), {"layers.0.weight", "layers.1.weight"}, {"last.weight"}, "looks at its class"),
         (FailsByTheClass, (FLAT,), {"layers.0.weight"}, {"layers.1.weight", "last.weight"}, "looks at its class"),
         (ToASize, (IMAGE,), {"up.weight"}, {"down.weight", "last.weight"}, "output_size"),
+        (ToASizeByAnotherName, (IMAGE,), {"up.weight"}, {"down.weight", "last.weight"}, "calls it with output_size"),
         (ToASize, None, {"up.weight"}, {"down.weight", "last.weight"}, "output_size"),
     ],
 )
