@@ -2,6 +2,7 @@
 
 Counting is left to PyTorch (`FlopCounterMode`, `benchmark.Timer`); this module makes the two see everything. Fused
 attention is invisible to the counter on CPU, so attention is sent through its mathematical form while counting.
+One file, though long: all of it is a forward pass that is looked at, and leaves no trace.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ def importances_of(plan: Plan, moments: dict[str, Moments]) -> dict[str, Floats]
 def unseen(plan: Plan, moments: dict[str, Moments]) -> list[str]:
     """What to say where importances come from the weights alone."""
     blind = [g.name for g in plan.neurons if not all(end.path in moments for end in g.group.consumers)]
-    why = f"too few inputs were seen (fewer than {FEWEST}) of a step of training in train mode; calibration= takes batches of them"
+    why = f"too few inputs were seen (fewer than {FEWEST}; in mid-run those of a step in train mode count); calibration= takes batches of them"
     return [f"neurons of {', '.join(blind)} were chosen by the weights alone: {why}"] if blind else []
 
 
