@@ -402,7 +402,7 @@ EDITS = [
     ),
     Edit(
         "other noise after a cut",
-        "cuts.py",
+        "graph/labels.py",
         "with evaluating(model), seeded():",
         "with evaluating(model):",
         "test_neurons",
@@ -1158,7 +1158,7 @@ EDITS = [
     ),
     Edit(
         "max diff in train mode",
-        "cuts.py",
+        "graph/labels.py",
         "    with evaluating(model), seeded():",
         "    with torch.no_grad(), seeded():",
         "test_compaction",

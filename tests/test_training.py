@@ -16,7 +16,7 @@ from laconic.cli import main
 from laconic.data import load_dataset
 from laconic.errors import RecipeError
 from laconic.measure import count_params
-from laconic.methods import METHODS, build
+from laconic.methods import METHODS, at_own_rate, build
 from laconic.recipe import CHOICES, Recipe, load_recipe, shipped_recipes
 from laconic.training import OPTIMIZERS, SCHEDULES, accuracy, fit, learning_rate_factor, make_optimizer
 
@@ -105,6 +105,9 @@ BAD = {
     "milestones of words": ({"milestones": ["half"]}, r"milestones = \['half'\] should be a tuple\[float, \.\.\.\]"),
     "milestones no list": ({"milestones": 0.5}, "milestones = 0.5 should be a tuple"),
     "tier": ({"tier": "tpu"}, "tier = 'tpu' is unknown"),
+    "a rate of words": ({"rates": {"thin": "high"}}, r"rates = \{'thin': 'high'\} should be a dict\[str, float\]"),
+    "rates no table": ({"rates": 8e-3}, "rates = 0.008 should be a dict"),
+    "a rate of zero": ({"rates": {"thin": 0}}, "rates.thin = 0 must be above 0"),
 }
 
 
@@ -114,6 +117,28 @@ def test_a_bad_value_gets_one_clear_line(case):
     with pytest.raises(RecipeError, match=f"^recipe: {message}") as caught:
         dataclasses.replace(RECIPE, **changes)
     assert "\n" not in str(caught.value)
+
+
+def test_a_method_trains_at_its_own_rate(tmp_path, monkeypatch, capsys):
+    """So that a recipe can compare each at its best."""
+    monkeypatch.chdir(tmp_path)
+    text = re.sub(r"(?m)^epochs = .*$", "epochs = 1", shipped_recipes()["digits"].read_text())
+    texts = {"own": f"{text}\n[rates]\nthin = 8e-3\n", "all": re.sub(r"(?m)^lr = .*$", "lr = 8e-3", text)}
+    losses = {}
+    for name, content in texts.items():
+        Path(f"{name}.toml").write_text(content)
+        for method in ("thin", "dense"):
+            main(["train", f"{name}.toml", "--method", method, "--no-times", "--json", "--threads", "1"])
+            result = json.loads(capsys.readouterr().out)
+            losses[name, method], rate = result["curve"]["loss"], result["recipe"]["lr"]
+            assert rate == (load_recipe("digits").lr if (name, method) == ("own", "dense") else 8e-3)
+    assert losses["own", "thin"] == losses["all", "thin"]
+    assert losses["own", "dense"] != losses["all", "dense"]
+
+
+def test_a_rate_for_no_method_is_refused():
+    with pytest.raises(RecipeError, match=r"^recipe: rates\.thin-lon: no such method; did you mean 'thin-long'"):
+        at_own_rate(dataclasses.replace(RECIPE, rates={"thin-lon": 8e-3}), "laconic")
 
 
 def test_laconic_meets_its_budget_with_sgd_and_steps():

@@ -18,8 +18,9 @@ from .allocate import Floats, energy_rule, log_shares
 from .budget import Budget, needless, no_options, prepare, ranks_for_budget
 from .checks import check_module, has_gradient_hooks, hooked
 from .costs import Ranks
-from .cuts import CutResult, all_or_nothing, check_in_place, hooks_lost, largest_difference, outputs, outputs_uncut
+from .cuts import CutResult, all_or_nothing, check_in_place, hooks_lost, largest_difference, outputs_uncut
 from .errors import InfeasibleBudgetError, InvalidTypeError, InvalidValueError, NonFiniteError, SurgeryError, first_line
+from .graph import outputs
 from .latency import skeleton
 from .matricize import Layer, an_input, takes_entries
 from .measure import check_inputs, input_shapes, measure_latency

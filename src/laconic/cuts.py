@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from .allocate import Floats
 from .errors import SurgeryError, first_line
-from .graph import gap, leaves
-from .measure import call, evaluating, seeded
+from .graph import gap, outputs
 from .plan import Plan
 from .structures import Site
 
@@ -125,11 +124,6 @@ def hooks_lost(names: Sequence[str]) -> list[str]:
     )
     warnings.warn(f"laconic: {note}", stacklevel=2)
     return [note]
-
-
-def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    with evaluating(model), seeded():  # what is random in eval mode, too, is the same before and after a cut
-        return [x.detach().clone() for x in leaves(call(model, inputs))]
 
 
 def outputs_uncut(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:

@@ -193,6 +193,7 @@ def make_plan(
         InvalidValueError: two structures of the same kind claim one weight.
         NothingToCompressError: no weight is left to work on.
     """
+    inputs = check_inputs(example_inputs) if example_inputs is not None else None
     modules: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         modules.setdefault(module, []).append(path)
@@ -240,20 +241,20 @@ def make_plan(
             sites.append(site)
         else:
             left.append(LeftAlone(names[0], tuple(parameter.shape), reason))
-    if example_inputs is not None:
-        check_run(model, check_inputs(example_inputs))
-    if example_inputs is not None and sites and not any(is_sharded(p) for p in holders):
+    if inputs is not None:
+        check_run(model, inputs)
+    if inputs is not None and sites and not any(is_sharded(p) for p in holders):
         layers = {module: modules[module] for site in sites for module in site.modules}
-        reasons = not_replaceable(model, layers, check_inputs(example_inputs))
+        reasons = not_replaceable(model, layers, inputs)
         for site in [s for s in sites if not reasons.keys().isdisjoint(s.modules)]:
             sites.remove(site)
             left.append(LeftAlone(site.name, tuple(site.weights[0].shape), next(reasons[m] for m in site.modules if m in reasons)))
     acting |= {id(weight.structure) for weight in entries}
     plan = Plan(sites, left, count_params(model), None, entries=entries)
-    if example_inputs is None:
+    if inputs is None:
         plan.notes.append("whole neurons stay: it takes example_inputs=(...) to see what is tied to them")
     if any(isinstance(s, Channels) for s in structures):
-        acting |= _add_neurons(model, plan, structures, modules, example_inputs, trained)
+        acting |= _add_neurons(model, plan, structures, modules, inputs, trained)
     if not sites and not plan.neurons and not entries:
         whys = [f"{x.name}: {x.reason}" for x in left] + [f"{path}: {reason}" for path, reason in plan.whole.items()]
         why = "; ".join(whys[:5]) or "it has no weight of two or more dimensions"
@@ -264,8 +265,8 @@ def make_plan(
             raise PatternError(
                 f"{kind}(include={structure.include}, exclude={structure.exclude}): nothing that {kind} could act on is left; correct or leave out"
             )
-    if example_inputs is not None:
-        _count(model, plan, check_inputs(example_inputs))
+    if inputs is not None:
+        _count(model, plan, inputs)
     return plan
 
 
@@ -274,14 +275,14 @@ def _add_neurons(
     plan: Plan,
     structures: Sequence[Structure],
     modules: dict[nn.Module, list[str]],
-    example_inputs: Any,
+    inputs: tuple[Any, ...] | None,
     trained: set[Tensor] | None,
 ) -> set[int]:
     """Fill in the groups of neurons, the layers that they widen, and why the neurons of other layers all stay; which structures select any."""
     acting: set[int] = set()
-    if example_inputs is None:
+    if inputs is None:
         raise InvalidValueError("Channels needs example_inputs=(...), to see which layers are tied to which")
-    groups, plan.whole = find_groups(model, check_inputs(example_inputs))
+    groups, plan.whole = find_groups(model, inputs)
     of_site = {path: site for site in plan.sites for paths in site.paths for path in paths}
     for group in groups:
         ends = [(end, model.get_submodule(end.path)) for end in group.ends]

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attention
-from .graph import leaves
-from .measure import call, evaluating, seeded
+from .graph import outputs
 
 Layers = dict[nn.Module, list[str]]  # with their paths
 
@@ -64,8 +63,8 @@ def not_replaceable(model: nn.Module, layers: Layers, inputs: tuple[Any, ...]) -
 def _results(model: nn.Module, by_path: Mapping[str, nn.Module], inputs: tuple[Any, ...]) -> list[Tensor] | None:
     """Outputs with these modules at these paths; None where it does not run."""
     try:
-        with _replaced(model, by_path), evaluating(model), seeded():
-            return [x.detach().clone() for x in leaves(call(model, inputs))]
+        with _replaced(model, by_path):
+            return outputs(model, inputs)
     except Exception:
         return None
 

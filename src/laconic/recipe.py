@@ -27,6 +27,7 @@ class Recipe:
     train_limit: use only a prefix of the training images; 0: all.
     model: one of `laconic.models.MODELS`; widths, pools, depth, kernel, heads: of it, as far as it has them.
     epochs, batch_size, lr, weight_decay, label_smoothing: of the training.
+    rates: learning rates of single methods in place of `lr`, by the name of the method.
     optimizer: "adamw", or "sgd" with `momentum` (Nesterov's if `nesterov`).
     lr_warmup, schedule: the learning rate rises over the share `lr_warmup` of the steps; then it falls to zero as a "cosine", or in
         "steps": it is multiplied by `gamma` at each of the `milestones`, shares of the run.
@@ -59,6 +60,7 @@ class Recipe:
     epochs: int
     batch_size: int = 64
     lr: float = 2e-3
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)
     weight_decay: float = 0.01
     label_smoothing: float = 0.0
     lr_warmup: float = 0.2
@@ -92,7 +94,9 @@ class Recipe:
                 fine = isinstance(value, (list, tuple)) and all(isinstance(v, ITEMS[kind]) and not isinstance(v, bool) for v in value)
                 object.__setattr__(self, field.name, tuple(value) if fine else value)
             elif kind == "float":
-                fine = isinstance(value, (int, float)) and not isinstance(value, bool)
+                fine = is_number(value)
+            elif kind == "dict[str, float]":
+                fine = isinstance(value, dict) and all(map(is_number, value.values()))
             else:
                 fine = type(value).__name__ == kind
             if not fine:
@@ -103,8 +107,9 @@ class Recipe:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"recipe: {name} = {getattr(self, name)} must be at least 1")
-        if not self.lr > 0:
-            raise RecipeError(f"recipe: lr = {self.lr} must be above 0")
+        for name, rate in {"lr": self.lr, **{f"rates.{method}": rate for method, rate in self.rates.items()}}.items():
+            if not rate > 0:
+                raise RecipeError(f"recipe: {name} = {rate} must be above 0")
         if not 0 <= self.momentum < 1:
             raise RecipeError(f"recipe: momentum = {self.momentum} must be at least 0 and below 1")
         if self.nesterov and not self.momentum:
@@ -116,6 +121,10 @@ class Recipe:
             raise RecipeError(
                 f"recipe: milestones = {list(self.milestones)} must be rising shares of the run, after lr_warmup = {self.lr_warmup} and below 1"
             )
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -143,7 +152,7 @@ def load_recipe(source: str | Path) -> Recipe:
         if key not in fields:
             raise RecipeError(f"recipe {path}: unknown key {key!r}{nearest(key, fields)}")
     data.setdefault("name", path.stem)
-    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in data]
+    missing = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING and n not in data]
     if missing:
         raise RecipeError(f"recipe {path}: missing {', '.join(missing)}")
     return Recipe(**data)

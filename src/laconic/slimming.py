@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from .allocate import Floats
 from .checks import has_gradient_hooks
-from .cuts import CutResult, check_in_place, hooks_lost, largest_difference, outputs, outputs_uncut
+from .cuts import CutResult, check_in_place, hooks_lost, largest_difference, outputs_uncut
 from .errors import SurgeryError, first_line
-from .graph import largest, unread, unsafe_convolutions
-from .matricize import TRANSPOSED_CONVS, Layer, is_hf_conv1d
+from .graph import largest, outputs, unread, unsafe_convolutions
+from .matricize import TRANSPOSED_CONVS, Layer
 from .measure import OneDtype, call, cast, check_inputs, evaluating
 from .moments import FEWEST, InputMoments, Moments
 from .plan import Plan
 from .surgery.channels import Group, channels_kept, parameters_at, slim, slimmed, width
-from .surgery.factorize import MARK
+from .surgery.constants import response
+from .surgery.factorize import plain_layers
 
 UNSAFE = (
     "a strided 1x1 convolution with fewer than 8 inputs, in channels_last on the CPU, where oneDNN's backward pass may crash or "
@@ -122,16 +123,11 @@ def fold_means(model: nn.Module, groups: Sequence[Group], kept: dict[str, list[i
     for group in groups:
         for end in group.consumers:
             module: Layer = model.get_submodule(end.path)
-            pair = hasattr(module, MARK)
-            last = module[1] if pair else module
+            last = plain_layers(module)[-1]
             if last.bias is None or end.path not in means or isinstance(last, TRANSPOSED_CONVS) or getattr(last, "groups", 1) > 1:
                 continue
             gone = np.isin(channels_kept(module, "in"), np.delete(end.index, kept[group.name], axis=0).ravel())
-            flow = torch.where(torch.from_numpy(gone), means[end.path], 0.0)
-            for layer in module if pair else (module,):
-                matrix = layer.weight.T if is_hf_conv1d(layer) else layer.weight
-                matrix = matrix.double().cpu().flatten(2).sum(2) if matrix.ndim > 2 else matrix.double().cpu()
-                flow = matrix @ flow
+            flow = response(module, torch.where(torch.from_numpy(gone), means[end.path], 0.0))
             last.bias.add_(flow.to(last.bias.device, last.bias.dtype))
 
 

@@ -13,7 +13,7 @@ from ..budget import Budget
 from ..console import console, progress_bar
 from ..data import load_dataset
 from ..measure import count_params
-from ..methods import build, compressor_for, example
+from ..methods import at_own_rate, build, compressor_for, example
 from ..recipe import load_recipe
 from ..report import CompactReport
 from ..results import result_path, write_json
@@ -56,7 +56,7 @@ def search(
         threads: of PyTorch; 0: as it is.
         json: print the result as JSON.
     """
-    chosen = dataclasses.replace(load_recipe(recipe), init=str(init))
+    chosen = dataclasses.replace(at_own_rate(load_recipe(recipe), "laconic"), init=str(init))
     checkpoint.check_place(out / chosen.name)
     chosen = dataclasses.replace(chosen, epochs=epochs or max(1, chosen.epochs // 4))
     check_seed(seed)

@@ -15,7 +15,7 @@ from ..console import console
 from ..data import load_dataset
 from ..distributed import rank, world_size
 from ..errors import InvalidValueError
-from ..methods import METHODS
+from ..methods import METHODS, at_own_rate
 from ..recipe import load_recipe
 from ..report import comparison_table
 from ..results import evaluate, make_result, result_path, write_json
@@ -81,6 +81,7 @@ def train(
     if setting:
         chosen = dataclasses.replace(chosen, setting=setting)
     check_method(method)
+    chosen = at_own_rate(chosen, method)
     if checkpoint_every < 0:
         raise InvalidValueError(f"checkpoint_every = {checkpoint_every}: must be at least 1, or 0 for once per epoch")
     check_seed(seed)

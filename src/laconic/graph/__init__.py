@@ -17,7 +17,7 @@ times: the model without some units must give what the model gives when nothing 
 
 from ..surgery.channels import Count, End, Group
 from .groups import NOT_REACHED, find_groups
-from .labels import leaves
+from .labels import leaves, outputs
 from .trial import gap, largest, unread, unsafe_convolutions
 
-__all__ = ["NOT_REACHED", "Count", "End", "Group", "find_groups", "gap", "largest", "leaves", "unread", "unsafe_convolutions"]
+__all__ = ["NOT_REACHED", "Count", "End", "Group", "find_groups", "gap", "largest", "leaves", "outputs", "unread", "unsafe_convolutions"]

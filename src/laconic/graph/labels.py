@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..measure import call, evaluating, seeded
 from ..surgery.channels import Ints
 
 
@@ -87,3 +88,9 @@ def leaves(values: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(values) and not isinstance(values, type):
         for field in dataclasses.fields(values):
             yield from leaves(getattr(values, field.name))
+
+
+def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """Copies of the tensors that a model returns in eval mode; what is random there, too, is the same each time."""
+    with evaluating(model), seeded():
+        return [x.detach().clone() for x in leaves(call(model, inputs))]

@@ -5,6 +5,10 @@ To add a method: write a function of (data, recipe, seed, report) that returns a
 `laconic bench RECIPES --methods NAMES` takes it into a grid.
 """
 
+import dataclasses
+
+from ..errors import RecipeError, nearest
+from ..recipe import Recipe
 from .activation_aware import SVD_ACTIVATION, SVD_ACTIVATION_TUNED
 from .as_published import AS_PUBLISHED
 from .base import Method, Trained, build, calibration, example, thin_network
@@ -66,10 +70,24 @@ METHODS: dict[str, Method] = {
     "laconic": LACONIC,
 }
 
+
+def at_own_rate(recipe: Recipe, method: str) -> Recipe:
+    """The recipe with the learning rate that it has for this method.
+
+    Raises:
+        RecipeError: it has one for a method that there is not.
+    """
+    for name in recipe.rates:
+        if name not in METHODS:
+            raise RecipeError(f"recipe: rates.{name}: no such method{nearest(name, METHODS)}")
+    return dataclasses.replace(recipe, lr=recipe.rates.get(method, recipe.lr))
+
+
 __all__ = [
     "METHODS",
     "Method",
     "Trained",
+    "at_own_rate",
     "build",
     "calibration",
     "compressor_for",

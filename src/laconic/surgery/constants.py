@@ -73,7 +73,7 @@ def fold(model: nn.Module, groups: Sequence[Group], dead: dict[str, Constants]) 
             module: Layer = model.get_submodule(end.path)
             here = channels_kept(module, "in")
             positions = np.searchsorted(here, end.index[list(found.units)].ravel())
-            shift = _response(module, positions, torch.from_numpy(found.values[end.path].ravel()))
+            shift = response(module, torch.from_numpy(found.values[end.path].ravel()), positions)
             if bool(shift.any()):
                 if end.path in found.norms:
                     norm: Layer = model.get_submodule(found.norms[end.path])
@@ -247,10 +247,10 @@ def _columns(layer: Layer) -> Tensor:
     return layer.weight if isinstance(layer, TRANSPOSED_CONVS) or is_hf_conv1d(layer) else layer.weight.transpose(0, 1)
 
 
-def _response(module: Layer, positions: Ints | None, values: Tensor) -> Tensor:
-    """What a layer without its bias puts out for a constant in these input channels, in float64."""
+def response(module: Layer, values: Tensor, positions: Ints | None = None) -> Tensor:
+    """What a layer without its bias puts out for a constant in its input channels, or in these of them, in float64."""
     if hasattr(module, MARK):
-        return _response(module[1], None, _response(module[0], positions, values))
+        return response(module[1], response(module[0], values, positions))
     columns = _columns(module).detach().cpu().double()
     columns = columns.flatten(2).sum(2) if columns.ndim > 2 else columns
     return (columns if positions is None else columns[torch.from_numpy(positions)]).T @ values
