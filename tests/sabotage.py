@@ -471,6 +471,7 @@ EDITS = [
         "test_errors",
         "nothing or neurons",
     ),
+    Edit("neighbours held out apart", "data/sets.py", ") // self.alike", ")", "test_data", "neighbours"),
     Edit(
         "calibration images in the order of the set",
         "methods/base.py",

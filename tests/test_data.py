@@ -12,7 +12,7 @@ import torch
 
 import laconic.errors as errors
 from laconic.cli import main
-from laconic.data import load_dataset
+from laconic.data import Dataset, load_dataset
 from laconic.data.files import LazyImages, listed
 
 Image = pytest.importorskip("PIL.Image")
@@ -332,3 +332,17 @@ def test_a_text_that_is_too_short_is_refused(tmp_path):
     (tmp_path / "text" / "tinyshakespeare.txt").write_text("abc" * 30)
     with pytest.raises(errors.InvalidValueError, match="90 characters are too few for ten windows of 32"):
         load_dataset("tiny-shakespeare", tmp_path)
+
+
+@pytest.mark.parametrize("alike", [1, 4])
+def test_neighbours_from_one_source_are_held_out_together(alike):
+    x = torch.arange(42.0).view(-1, 1, 1, 1)
+    data = Dataset("own", x, x.flatten().long(), x, x.flatten().long(), 42, alike=alike)
+    held = data.validation(0.3)
+    test, train = held.test_y.tolist(), held.train_y.tolist()
+    assert sorted(test + train) == list(range(42))
+    assert {i // alike for i in test}.isdisjoint(i // alike for i in train)
+    assert len(test) == pytest.approx(0.3 * 42, abs=alike)
+    assert held.test_x.flatten().tolist() == test
+    assert sorted(test) != test  # at random
+    assert data.validation(0.3, seed=1).test_y.tolist() != test

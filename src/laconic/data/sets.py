@@ -21,12 +21,14 @@ from .files import CHARACTERS, LazyImages, character_set, folder_set, idx_set, l
 
 Images = Tensor | LazyImages
 CPU = torch.device("cpu")
+SIGN = 16  # letters of a class from one photograph are neighbours: the likeness ends after about eight
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
     """Images as float32 `[n, c, h, w]`, channels last in memory, normalised with mean and deviation of the training images;
-    in memory, or (folders of images) decoded when they are asked for. Texts as windows of tokens `[n, t]`, labels `[n, t]`."""
+    in memory, or (folders of images) decoded when they are asked for. Texts as windows of tokens `[n, t]`, labels `[n, t]`.
+    `alike`: so many neighbours in the training set may come from one source (letters of one shop sign), and are held out together."""
 
     name: str
     train_x: Images
@@ -37,12 +39,16 @@ class Dataset:
     augment: Callable[[Tensor, torch.Generator], Tensor] = keep
     device: torch.device = CPU  # of the model; the images wait in the CPU's memory
     notes: tuple[str, ...] = ()  # what was left out
+    alike: int = 1
 
     def validation(self, share: float = 0.15, seed: int = 0) -> Dataset:
         """The same with a part of the training set in place of the test set: for tuning."""
-        order = torch.randperm(len(self.train_x), generator=torch.Generator().manual_seed(seed))
-        held = int(share * len(order))
-        test, train = order[:held], order[held:]
+        of = torch.arange(len(self.train_x)) // self.alike
+        order = torch.randperm(int(of[-1]) + 1, generator=torch.Generator().manual_seed(seed))
+        place = order.argsort()[of]  # where each image's block stands in it
+        inside = place < int(share * len(order))
+        by_place = place.argsort(stable=True)
+        test, train = by_place[inside[by_place]], by_place[~inside[by_place]]
         return dataclasses.replace(
             self,
             train_x=taken(self.train_x, train),
@@ -58,7 +64,7 @@ def taken(x: Images, index: Any) -> Images:
 
 
 def _prepared(
-    name: str, train_x: Any, train_y: Any, test_x: Any, test_y: Any, augment: Callable[[Tensor, torch.Generator], Tensor]
+    name: str, train_x: Any, train_y: Any, test_x: Any, test_y: Any, augment: Callable[[Tensor, torch.Generator], Tensor], alike: int = 1
 ) -> Dataset:
     train, test = (torch.as_tensor(np.asarray(x), dtype=torch.float32) for x in (train_x, test_x))
     dims = (0, 2, 3)
@@ -66,7 +72,7 @@ def _prepared(
     std = torch.where(std > 0, std, 1.0)  # a channel that is the same everywhere
     labels = [torch.as_tensor(np.asarray(y), dtype=torch.int64) for y in (train_y, test_y)]
     train, test = (((x - mean) / std).contiguous(memory_format=torch.channels_last) for x in (train, test))
-    return Dataset(name, train, labels[0], test, labels[1], int(labels[0].max()) + 1, augment)
+    return Dataset(name, train, labels[0], test, labels[1], int(labels[0].max()) + 1, augment, alike=alike)
 
 
 def digits(root: Path | None, size: int) -> Dataset:
@@ -90,7 +96,7 @@ def scene(root: Path | None, _: int) -> Dataset:
     """36 classes of characters cut from photographs (Chars74K), grey, 32 x 32, with the given split."""
     z = np.load(_file("chars74k_scene36.npz", root))
     x, y, test = z["x32"][:, None], z["y"], z["split"] == 1
-    return _prepared("scene", x[~test], y[~test], x[test], y[test], crop)
+    return _prepared("scene", x[~test], y[~test], x[test], y[test], crop, SIGN)
 
 
 def characters(root: Path | None, _: int) -> Dataset:
@@ -100,7 +106,7 @@ def characters(root: Path | None, _: int) -> Dataset:
     added = np.flatnonzero(glyphs["split"] == 0)[::4]
     drawn = np.pad(glyphs["x28"][added][:, None], ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
     return _prepared(
-        "characters", np.concatenate([x[~test], drawn]), np.concatenate([y[~test], glyphs["y"][added]]), x[test], y[test], crop
+        "characters", np.concatenate([x[~test], drawn]), np.concatenate([y[~test], glyphs["y"][added]]), x[test], y[test], crop, SIGN
     )
 
 
