@@ -367,6 +367,24 @@ def both(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def rates(_: str) -> str:
+    """laconic and the thin network for longer, each at a learning rate of its own."""
+    lines = [
+        "| task | parameters | thin dense, for longer | **laconic** | ahead by | in bits of cross-entropy | seeds |",
+        "|---" * 7 + "|",
+    ]
+    for base, name in TASKS.items():
+        runs = load(f"{base}-rate")
+        if not {"laconic", "thin-long"} <= runs.keys():
+            continue
+        ours, thin = runs["laconic"], runs["thin-long"]
+        cells = [f"{percent(r)} (rate {r[0]['recipe']['lr']:g})" for r in (thin, ours)]
+        cells += [paired(ours, thin, "accuracy", 100, 2), paired(ours, thin, "bits", -1, 3)]
+        count = len({r["seed"] for r in ours} & {r["seed"] for r in thin})
+        lines.append(f"| {name} | {ours[0]['budget']['params']:g} | {' | '.join(cells)} | {count} |")
+    return "\n".join(lines) + "\n"
+
+
 def paired(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], metric: str, scale: float, digits: int) -> str:
     """Mean of the differences seed by seed, on those that both have, with its standard error."""
     of_seed = {r["seed"]: r["metrics"].get(metric) for r in theirs}
@@ -453,6 +471,7 @@ TABLES = {
     "structures-scene": lambda _: structures("scene"),
     "no-loss": no_loss,
     "both": both,
+    "rates": rates,
     "milliseconds-scene": lambda _: milliseconds("scene"),
     "inference": inference,
     "attention": attention,
