@@ -215,8 +215,11 @@ def test_shipped_recipes_are_valid(name):
 def test_search_finds_a_smaller_model_from_trained_weights(recipe, capsys):
     run("train", recipe, "--method", "dense", "--no-times", "--json")
     assert json.loads(capsys.readouterr().out)["method"] == "dense"
+    with recipe.open("a") as file:
+        file.write("\n[rates]\nlaconic = 5e-3\n")
     run("search", recipe, "--init", "runs/small/dense-seed0/model", "--max-loss", "1", "--epochs", "1", "--json")
     found = json.loads(capsys.readouterr().out)
+    assert found["recipe"]["lr"] == 5e-3
     assert found["params"]["found"] < found["params"]["dense"]
     assert [t["good"] for t in found["trials"]] == [True]  # everything may be lost: the smallest is tried first, and taken
     data = load_dataset("digits")

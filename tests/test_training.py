@@ -136,9 +136,17 @@ def test_a_method_trains_at_its_own_rate(tmp_path, monkeypatch, capsys):
     assert losses["own", "dense"] != losses["all", "dense"]
 
 
-def test_a_rate_for_no_method_is_refused():
-    with pytest.raises(RecipeError, match=r"^recipe: rates\.thin-lon: no such method; did you mean 'thin-long'"):
-        at_own_rate(dataclasses.replace(RECIPE, rates={"thin-lon": 8e-3}), "laconic")
+def test_a_rate_for_what_trains_nothing_is_refused():
+    for name, message in {
+        "thin-lon": "no such method; did you mean 'thin-long'",
+        "svd": "svd cuts the network that dense has trained",
+    }.items():
+        with pytest.raises(RecipeError, match=rf"^recipe: rates\.{name}: {message}"):
+            at_own_rate(dataclasses.replace(RECIPE, rates={name: 8e-3}), "laconic")
+
+
+def test_svd_has_the_rate_of_the_network_that_it_cuts():
+    assert at_own_rate(dataclasses.replace(RECIPE, rates={"dense": 8e-3}), "svd").lr == 8e-3
 
 
 def test_laconic_meets_its_budget_with_sgd_and_steps():

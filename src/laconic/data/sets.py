@@ -21,7 +21,7 @@ from .files import CHARACTERS, LazyImages, character_set, folder_set, idx_set, l
 
 Images = Tensor | LazyImages
 CPU = torch.device("cpu")
-SIGN = 16  # letters of a class from one photograph are neighbours: the likeness ends after about eight
+NEIGHBOURS = 16  # letters of a class from one photograph are neighbours: the likeness ends after about eight
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,10 @@ class Dataset:
 
     def validation(self, share: float = 0.15, seed: int = 0) -> Dataset:
         """The same with a part of the training set in place of the test set: for tuning."""
-        of = torch.arange(len(self.train_x)) // self.alike
-        order = torch.randperm(int(of[-1]) + 1, generator=torch.Generator().manual_seed(seed))
-        place = order.argsort()[of]  # where each image's block stands in it
-        inside = place < int(share * len(order))
-        by_place = place.argsort(stable=True)
-        test, train = by_place[inside[by_place]], by_place[~inside[by_place]]
+        count = len(self.train_x)
+        order = torch.randperm(-(-count // self.alike), generator=torch.Generator().manual_seed(seed))  # of blocks of neighbours
+        images = (order[:, None] * self.alike + torch.arange(self.alike)).split([held := int(share * len(order)), len(order) - held])
+        test, train = (part[part < count] for part in images)
         return dataclasses.replace(
             self,
             train_x=taken(self.train_x, train),
@@ -96,7 +94,7 @@ def scene(root: Path | None, _: int) -> Dataset:
     """36 classes of characters cut from photographs (Chars74K), grey, 32 x 32, with the given split."""
     z = np.load(_file("chars74k_scene36.npz", root))
     x, y, test = z["x32"][:, None], z["y"], z["split"] == 1
-    return _prepared("scene", x[~test], y[~test], x[test], y[test], crop, SIGN)
+    return _prepared("scene", x[~test], y[~test], x[test], y[test], crop, NEIGHBOURS)
 
 
 def characters(root: Path | None, _: int) -> Dataset:
@@ -106,7 +104,7 @@ def characters(root: Path | None, _: int) -> Dataset:
     added = np.flatnonzero(glyphs["split"] == 0)[::4]
     drawn = np.pad(glyphs["x28"][added][:, None], ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
     return _prepared(
-        "characters", np.concatenate([x[~test], drawn]), np.concatenate([y[~test], glyphs["y"][added]]), x[test], y[test], crop, SIGN
+        "characters", np.concatenate([x[~test], drawn]), np.concatenate([y[~test], glyphs["y"][added]]), x[test], y[test], crop, NEIGHBOURS
     )
 
 

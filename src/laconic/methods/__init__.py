@@ -72,15 +72,17 @@ METHODS: dict[str, Method] = {
 
 
 def at_own_rate(recipe: Recipe, method: str) -> Recipe:
-    """The recipe with the learning rate that it has for this method.
+    """The recipe with the learning rate that it has for this method; all that a method trains (a teacher, too) is trained at it.
 
     Raises:
-        RecipeError: it has one for a method that there is not.
+        RecipeError: it has one for a method that there is not, or that trains nothing.
     """
     for name in recipe.rates:
         if name not in METHODS:
             raise RecipeError(f"recipe: rates.{name}: no such method{nearest(name, METHODS)}")
-    return dataclasses.replace(recipe, lr=recipe.rates.get(method, recipe.lr))
+        if name == "svd":
+            raise RecipeError("recipe: rates.svd: svd cuts the network that dense has trained: give dense a rate")
+    return dataclasses.replace(recipe, lr=recipe.rates.get("dense" if method == "svd" else method, recipe.lr))
 
 
 __all__ = [
