@@ -32,6 +32,14 @@ class Edit(NamedTuple):
 
 EDITS = [
     Edit(
+        "a Ctrl-C between the model's new layers and the optimizer's",
+        "compressor.py",
+        "with uninterrupted():",
+        "if True:",
+        "test_shrinking",
+        "ctrl_c",
+    ),
+    Edit(
         "no watch after a failed end",
         "compressor.py",
         "                self._unreached = unreached\n                self._watch_unreached()",

@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import math
+import signal
+import sys
 from functools import cache, partial
 
 import numpy as np
@@ -15,6 +17,7 @@ import laconic
 from laconic import timing
 from laconic.budget import useful_ranks
 from laconic.costs import present_costs
+from laconic.cuts import uninterrupted
 from laconic.latency import measure_times
 from laconic.models import GPT
 from laconic.models.convnet import ConvNet
@@ -477,6 +480,52 @@ def test_a_run_that_is_interrupted_while_it_settles_settles_at_the_next_step(mac
     train(model, compressor.optimizers[0], (8, 64), range(20, 21))
     assert compressor.state.settled
     assert laconic.measure.count_params(model) <= 0.3 * whole
+
+
+@pytest.mark.parametrize(
+    ("structures", "hand_over"),
+    [(laconic.LowRank(), "laconic.compaction.carry"), (laconic.Channels(), "laconic.surgery.channels.replace")],
+    ids=["ranks", "neurons"],
+)
+def test_a_ctrl_c_during_a_cut_is_heard_when_model_and_optimizer_agree_again(machine, monkeypatch, structures, hand_over):
+    """Bit for bit the run in which nobody pressed it."""
+    models, optimizers = [wide_mlp(), wide_mlp()], []
+    models[1].load_state_dict(models[0].state_dict())
+    module, name = hand_over.rsplit(".", 1)
+    whole = getattr(sys.modules[module], name)
+
+    def pressed(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(hand_over, whole)
+        whole(*arguments)
+
+    for model, in_between in zip(models, (None, pressed), strict=True):
+        compressor = compressor_for(model, (8, 64), structures=structures, budget=laconic.Budget(params=0.3), total_steps=40)
+        optimizers += compressor.optimizers
+        if in_between is not None:
+            monkeypatch.setattr(hand_over, in_between)
+            with pytest.raises(KeyboardInterrupt):
+                train(model, compressor.optimizers[0], (8, 64), 40)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            optimizers[1].zero_grad()
+        train(model, compressor.optimizers[0], (8, 64), range(compressor.steps, 40))
+    assert_same(snapshot(models[0], optimizers[0]), snapshot(models[1], optimizers[1]))
+
+
+def test_a_second_ctrl_c_is_heard_at_once():
+    lines = []
+
+    def pressed_twice():
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            lines.append("went on")
+            signal.raise_signal(signal.SIGINT)
+            lines.append("went on again")
+
+    with pytest.raises(KeyboardInterrupt):
+        pressed_twice()
+    assert lines == ["went on"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("structures", [laconic.LowRank(), (laconic.LowRank(), laconic.Channels())], ids=["ranks", "both"])

@@ -39,7 +39,7 @@ from .budget import (
 from .checks import check_module
 from .compaction import choose_ranks, cut_sites, energy_ranks, guarded, not_carried, replay_cuts, spectra, values_of
 from .costs import Ranks, present_costs
-from .cuts import all_or_nothing
+from .cuts import all_or_nothing, uninterrupted
 from .distributed import agreed, bare, is_compiled, is_sharded, load_whole, reshard
 from .errors import (
     CheckpointError,
@@ -331,12 +331,13 @@ class Compressor:
         if index == 0 and self.budget is not None and self.total_steps is not None and self.steps == too_many_steps(self.total_steps):
             warnings.warn(f"laconic: {self._overrun()}", stacklevel=2)
         round_done = index == len(self.optimizers) - 1
-        if self.cut_early and round_done and state.shapes is None:
-            self._watch_shapes()
-        if not (state.settled or (self.budget is not None and self.progress < self.schedule.warmup)):
-            self._press(index, optimizer, round_done)
-        if round_done:
-            self._watch_inputs()
+        with uninterrupted():
+            if self.cut_early and round_done and state.shapes is None:
+                self._watch_shapes()
+            if not (state.settled or (self.budget is not None and self.progress < self.schedule.warmup)):
+                self._press(index, optimizer, round_done)
+            if round_done:
+                self._watch_inputs()
 
     def _press(self, index: int, optimizer: Any, round_done: bool) -> None:
         """After a step in the phase of pressure: note the rate; every so often a proximal step, and cuts."""

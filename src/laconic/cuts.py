@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -98,6 +100,29 @@ def all_or_nothing(model: nn.Module, plan: Plan | None, optimizers: Sequence[Any
                     entries.update(content)
                     optimizer.state[parameter] = entries
         raise
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A Ctrl-C inside is heard at the end: in between, the model may have new layers and the optimizers still the old ones. A second one is heard at once."""
+    heard = signal.getsignal(signal.SIGINT)
+    if not callable(heard) or threading.current_thread() is not threading.main_thread():  # not ours to replace
+        yield
+        return
+    pressed: list[int] = []
+
+    def wait(number: int, frame: Any) -> None:
+        pressed.append(number)
+        if len(pressed) > 1:
+            heard(number, frame)
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, heard)
+        if len(pressed) == 1:
+            signal.raise_signal(signal.SIGINT)
 
 
 def check_in_place(model: nn.Module, site: Site) -> None:
