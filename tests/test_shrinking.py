@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn, optim
 
 import laconic
-from laconic import timing
+from laconic import cuts, timing
 from laconic.budget import useful_ranks
 from laconic.costs import present_costs
-from laconic.cuts import uninterrupted
 from laconic.latency import measure_times
 from laconic.models import GPT
 from laconic.models.convnet import ConvNet
@@ -516,7 +515,7 @@ def test_a_second_ctrl_c_is_heard_at_once():
     lines = []
 
     def pressed_twice():
-        with uninterrupted():
+        with cuts.uninterrupted():
             signal.raise_signal(signal.SIGINT)
             lines.append("went on")
             signal.raise_signal(signal.SIGINT)
@@ -584,6 +583,18 @@ def test_a_layer_that_is_not_trained_does_not_switch_the_controller_off():
     train(model, compressor.optimizers[0], (8, 64), 20)
     assert math.isfinite(compressor.gap())
     assert compressor.state.controller.strength != strength
+
+
+def test_a_layer_that_is_frozen_in_mid_run_and_cut_is_named(machine):
+    model = wide_mlp()
+    compressor = compressor_for(model, (8, 64), budget=laconic.Budget(params=0.3), total_steps=40)
+    train(model, compressor.optimizers[0], (8, 64), 1)
+    model[0].weight.requires_grad_(False)
+    train(model, compressor.optimizers[0], (8, 64), range(1, 40))
+    assert not any(p.requires_grad for name, p in model[0].named_parameters() if name.endswith("weight"))
+    report = compressor.compact()
+    assert sum("frozen in mid-run" in note for note in report.notes) == 1
+    assert "0.weight: frozen in mid-run; cut for the budget, and not trained after it" in report.notes
 
 
 def test_a_layer_is_cut_only_once_the_pair_is_faster(monkeypatch, empty_table):

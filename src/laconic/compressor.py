@@ -608,7 +608,8 @@ class Compressor:
             correct(self.model, self.plan, self.example_inputs, shapes, self._dense)
 
     def _cut_in_mid_run(self, values: dict[str, Floats], ranks: Ranks) -> None:
-        self._cut(values, ranks)
+        frozen = ", ".join(s.name for s in self.plan.sites if ranks[s.name] not in (None, s.rank) and not s.weights[0].requires_grad)
+        self._cut(values, ranks, notes=[f"{frozen}: frozen in mid-run; cut for the budget, and not trained after it"] if frozen else [])
         self._scale(gradient_scales(self.plan.sites, values, self.optimizers))
         self._changed = True
 
