@@ -137,6 +137,21 @@ def is_hf_conv1d(module: Layer) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and type(module).__module__.startswith("transformers")
 
 
+def inputs_first(layer: Layer) -> bool:
+    """Is the first axis of the layer's weight what it takes in, and the second what it puts out? Of most it is the other way round."""
+    return isinstance(layer, (*TRANSPOSED_CONVS, nn.Embedding)) or is_hf_conv1d(layer)
+
+
+def by_outputs(layer: Layer) -> Tensor:
+    """A view of the weight with its outputs first."""
+    return layer.weight.transpose(0, 1) if inputs_first(layer) else layer.weight
+
+
+def by_inputs(layer: Layer) -> Tensor:
+    """A view of the weight with its inputs first."""
+    return layer.weight if inputs_first(layer) else layer.weight.transpose(0, 1)
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Set on the object (LoRA, offloading, by hand): what it computes is not what its class says, and nothing in its place would have it."""
     return not isinstance(module, torch.jit.ScriptModule) and not vars(module).keys().isdisjoint(("forward", "_conv_forward"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import first_line
-from ..matricize import CONVS, TRANSPOSED_CONVS, Layer
+from ..matricize import Layer, by_inputs
 from ..measure import OneDtype, as_it_was, call, cast, seeded
 from ..surgery.channels import Count, Group, channels_kept, per_channel, slim, slimmed
 from ..surgery.factorize import plain_layers
@@ -250,11 +250,9 @@ def unread(model: nn.Module, groups: Sequence[Group], kept: Kept) -> Iterator[No
                     module: Layer = model.get_submodule(end.path)
                     here = channels_kept(module, "in")
                     module = plain_layers(module)[0]
-                    rows = isinstance(module, TRANSPOSED_CONVS) or not isinstance(module, (nn.Linear, *CONVS))
-                    columns = module.weight if rows else module.weight.transpose(0, 1)
                     gone = np.delete(end.index, kept[group.name], axis=0).ravel()
                     before.append((module.weight, module.weight.clone()))
-                    columns[torch.from_numpy(np.flatnonzero(np.isin(here, gone)))] = 0
+                    by_inputs(module)[torch.from_numpy(np.flatnonzero(np.isin(here, gone)))] = 0
         yield
     finally:
         with torch.no_grad():

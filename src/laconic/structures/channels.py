@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checks import check_finite, whole_number
 from ..errors import InvalidTypeError
-from ..matricize import INPUTS_FIRST, Layer, Unfolding, unfolding_named, unfoldings
+from ..matricize import INPUTS_FIRST, Layer, Unfolding, inputs_first, unfolding_named, unfoldings
 from ..penalties import L1, LogSum, Penalty
 from ..surgery.channels import NORMS, SIDES, End, Group, channels_kept, width
 from ..surgery.factorize import MARK, plain_layers, product
@@ -202,7 +202,7 @@ class Channels:
             index = site.channels(end)
             scale = torch.ones(width(last, "out"), dtype=torch.float64, device="cpu")
             scale[index] = factors[:, None].expand(index.shape)
-            axis = 1 if present_unfolding(last).name in INPUTS_FIRST else 0
+            axis = 1 if inputs_first(last) else 0
             shape = [-1 if d == axis else 1 for d in range(last.weight.ndim)]
             last.weight.mul_(scale.to(last.weight.device, last.weight.dtype).reshape(shape))
             if last.bias is not None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import InvalidValueError, SurgeryError
-from ..matricize import INPUTS_FIRST, TRANSPOSED_CONVS, Layer, is_hf_conv1d
+from ..matricize import INPUTS_FIRST, Layer, inputs_first, is_hf_conv1d
 from .factorize import MARK, SLIM, stored_as
 from .optimizer import Replacement, replace, states_to_slice
 
@@ -336,12 +336,11 @@ def _sliced(path: str, module: Layer, out: Ints | None, into: Ints | None) -> li
     if isinstance(module, (*NORMS, nn.PReLU)):
         assert out is not None
         return [_edit(module, [(name, ((0, out),)) for name in ("weight", "bias", "running_mean", "running_var")], attributes)]
-    transposed = isinstance(module, TRANSPOSED_CONVS) or is_hf_conv1d(module)
-    out_axis, in_axis = (1, 0) if transposed else (0, 1)
+    out_axis, in_axis = (1, 0) if inputs_first(module) else (0, 1)
     if groups > 1:
         assert out is not None
         _, into = whole_groups(path, out, module.out_channels // groups, module.in_channels // groups)
-        chosen = [(0, into if transposed else out)]
+        chosen = [(0, into if in_axis == 0 else out)]
     else:
         chosen = [(axis, p) for axis, p in ((out_axis, out), (in_axis, into)) if p is not None]
     tensors = [("weight", tuple(chosen))] + ([("bias", ((0, out),))] if out is not None else [])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..matricize import CONVS, TRANSPOSED_CONVS, Layer, is_hf_conv1d
+from ..matricize import CONVS, TRANSPOSED_CONVS, Layer, by_inputs, by_outputs
 from ..measure import call, check_inputs, evaluating, varied
 from .channels import NORMS, End, Group, Ints, channels_kept, units_kept
 from .factorize import MARK, plain_layers
@@ -81,7 +81,7 @@ def fold(model: nn.Module, groups: Sequence[Group], dead: dict[str, Constants]) 
                 else:
                     bias = plain_layers(module)[-1].bias
                     bias.add_(shift.to(bias))
-            _columns(plain_layers(module)[0])[torch.from_numpy(positions)] = 0
+            by_inputs(plain_layers(module)[0])[torch.from_numpy(positions)] = 0
 
 
 def unread_units(model: nn.Module, group: Group) -> list[int]:
@@ -90,7 +90,7 @@ def unread_units(model: nn.Module, group: Group) -> list[int]:
     read = np.zeros(len(here), dtype=bool)
     for end in group.consumers:
         module: Layer = model.get_submodule(end.path)
-        columns = _columns(plain_layers(module)[0]).detach().flatten(1).ne(0).any(1).cpu().numpy()
+        columns = by_inputs(plain_layers(module)[0]).detach().flatten(1).ne(0).any(1).cpu().numpy()
         read |= columns[np.searchsorted(channels_kept(module, "in"), end.index[here])].any(1)
     return [unit for unit, r in zip(here, read, strict=True) if not r]
 
@@ -101,7 +101,7 @@ def _silent(model: nn.Module, group: Group) -> list[int]:
     zero = np.ones(len(here), dtype=bool)
     for end in group.producers:
         module: Layer = model.get_submodule(end.path)
-        dead = ~_rows(plain_layers(module)[-1]).detach().flatten(1).any(1).cpu().numpy()
+        dead = ~by_outputs(plain_layers(module)[-1]).detach().flatten(1).any(1).cpu().numpy()
         zero &= dead[np.searchsorted(channels_kept(module, "out"), end.index[here])].all(1)
     silent = [unit for unit, z in zip(here, zero, strict=True) if z]
     return silent[1:] if len(silent) == len(here) else silent
@@ -237,20 +237,10 @@ class _Watch:
         self.seen[path] = low, high
 
 
-def _rows(layer: Layer) -> Tensor:
-    """The weight with its outputs first."""
-    return layer.weight.transpose(0, 1) if isinstance(layer, TRANSPOSED_CONVS) or is_hf_conv1d(layer) else layer.weight
-
-
-def _columns(layer: Layer) -> Tensor:
-    """The weight with its inputs first."""
-    return layer.weight if isinstance(layer, TRANSPOSED_CONVS) or is_hf_conv1d(layer) else layer.weight.transpose(0, 1)
-
-
 def response(module: Layer, values: Tensor, positions: Ints | None = None) -> Tensor:
     """What a layer without its bias puts out for a constant in its input channels, or in these of them, in float64."""
     if hasattr(module, MARK):
         return response(module[1], response(module[0], values, positions))
-    columns = _columns(module).detach().cpu().double()
+    columns = by_inputs(module).detach().cpu().double()
     columns = columns.flatten(2).sum(2) if columns.ndim > 2 else columns
     return (columns if positions is None else columns[torch.from_numpy(positions)]).T @ values
