@@ -27,8 +27,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# ALL=1: those that take long, too.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "$(if $(ALL),,not slow)"
 
 docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict --quiet

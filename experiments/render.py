@@ -24,11 +24,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
 LABELS = {name: f"**{method.label}**" if name == "laconic" else method.label for name, method in METHODS.items()}
 SET_TO = " = "
-DENSE_OF = {
-    f"{task}-{part}": task
+SHARED = {
+    f"{task}-{part}": (task, "dense")
     for task in ("cifar10", "cifar10-full", "cifar10-finetune", "scene", "lenet-5", "lenet-300-100")
     for part in ("half", "quarter", "eighth", "tenth", "twentieth", "latency", "latency-quarter")
-}  # recipes that differ in their budget alone share the dense runs
+} | {  # recipes that differ in what does not concern a method share its runs
+    "scene-twentieth-rate": ("scene-tenth-rate", "dense"),
+    "cifar10-tenth-short-rate": ("cifar10-tenth-rate", "thin-long"),
+}
 SAME_NETWORK = {"thin-long": "thin", "distilled": "thin"}  # not timed twice
 TIMES_OF = {f"cifar10-full{part}": f"cifar10{part}" for part in ("", "-tenth")}  # the same network, in the same shares of a run
 
@@ -50,7 +53,8 @@ COSTS = {"params": "parameters", "macs": "MACs", "latency": "milliseconds"}
 def load(recipe: str) -> dict[str, list[dict[str, Any]]]:
     """Results of one recipe by method (and by its setting, where that is not its default), in the order of LABELS, each sorted by seed."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted([*(RESULTS / recipe).glob("*-seed*.json"), *(RESULTS / DENSE_OF.get(recipe, "-")).glob("dense-seed*.json")]):
+    shared, of = SHARED.get(recipe, ("-", "-"))
+    for path in sorted([*(RESULTS / recipe).glob("*-seed*.json"), *(RESULTS / shared).glob(f"{of}-seed*.json")]):
         result = json.loads(path.read_text())
         if result.get("validation"):
             continue  # a trial, not a result
@@ -368,20 +372,21 @@ def both(_: str) -> str:
 
 
 def rates(_: str) -> str:
-    """laconic and the thin network for longer, each at a learning rate of its own."""
+    """laconic and the thin network for longer, each at a learning rate of its own; and laconic as it is set for a short run."""
     lines = [
-        "| task | parameters | thin dense, for longer | **laconic** | ahead by | in bits of cross-entropy | seeds |",
+        "| task | of the parameters | thin dense, for longer | **laconic** | ahead by | in bits of cross-entropy | seeds |",
         "|---" * 7 + "|",
     ]
-    for base, name in TASKS.items():
-        runs = load(f"{base}-rate")
+    for recipe, name in ((f"{base}{part}-rate", name) for base, name in TASKS.items() for part in ("", "-short")):
+        runs = load(recipe)
         if not {"laconic", "thin-long"} <= runs.keys():
             continue
         ours, thin = runs["laconic"], runs["thin-long"]
         cells = [f"{percent(r)} (rate {r[0]['recipe']['lr']:g})" for r in (thin, ours)]
         cells += [paired(ours, thin, "accuracy", 100, 2), paired(ours, thin, "bits", -1, 3)]
         count = len({r["seed"] for r in ours} & {r["seed"] for r in thin})
-        lines.append(f"| {name} | {ours[0]['budget']['params']:g} | {' | '.join(cells)} | {count} |")
+        also = f", {macs:g} of the MACs" if (macs := ours[0]["budget"].get("macs")) else ""
+        lines.append(f"| {name} | {ours[0]['budget']['params']:g}{also} | {' | '.join(cells)} | {count} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,10 @@
 """Small networks, optimizers and training steps that the tests of the training side share."""
 
 import copy
+from collections.abc import Collection, Iterable
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -76,6 +79,11 @@ def low_rank(module: nn.Module, ranks: dict[str, int]) -> nn.Module:
             u, s, vh = torch.linalg.svd(weight.double().flatten(1), full_matrices=False)
             weight.copy_(((u[:, :rank] * s[:rank]) @ vh[:rank]).reshape(weight.shape))
     return module
+
+
+def slow_but_for(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:
+    """Parameters of a test that says the same of many: these few stand for all where time is short."""
+    return [v if v in quick else pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in values]
 
 
 def snapshot(*holders) -> list:

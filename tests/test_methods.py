@@ -38,6 +38,8 @@ from laconic.surgery.factorize import MARK, pair_matrices
 from laconic.surgery.factorize import weights as pair_parameters
 from laconic.training import Curve, accuracy
 
+from .models import slow_but_for
+
 RECIPE = Recipe(name="small", task="digits", widths=(8, 16, 16), pools=(0,), epochs=4, params=0.5, lr=4e-3)
 FREE = {"dense"}  # of the budget
 
@@ -52,7 +54,7 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("LACONIC_CACHE", str(tmp_path))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but_for(("dense", "thin-long", "svd-tuned", "tucker", "laconic"), METHODS))
 def test_every_method_learns_within_its_budget(name, data):
     trained = METHODS[name].run(data, RECIPE, 0)
     whole = count_params(build(data, RECIPE, 0))

@@ -31,7 +31,7 @@ from laconic.timing import RankTimes
 from laconic.widths import Walk, choose_shapes, most_important
 
 from .architectures import CASES, Basic, Net, conv
-from .models import assert_same, cnn, inputs_for, mlp, set_clock, snapshot
+from .models import assert_same, cnn, inputs_for, mlp, set_clock, slow_but_for, snapshot
 from .test_graph import HalfTrunk
 from .test_shrinking import IMAGE, NETWORKS, Residual, noise, train, wide_mlp
 
@@ -252,7 +252,10 @@ def test_the_cheaper_of_two_equally_important_units_goes():
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("share", "currency"), [(0.8, "params"), (0.5, "macs"), (0.25, "params"), (0.1, "macs"), (0.05, "params")])
+@pytest.mark.parametrize(
+    ("share", "currency"),
+    slow_but_for([(0.25, "params"), (0.1, "macs")], [(0.8, "params"), (0.5, "macs"), (0.25, "params"), (0.1, "macs"), (0.05, "params")]),
+)
 @pytest.mark.parametrize("structures", STRUCTURES.values(), ids=STRUCTURES)
 @pytest.mark.parametrize(("build", "shape"), NETWORKS.values(), ids=NETWORKS)
 def test_every_budget_is_met_from_below_within_one_percent(build, shape, structures, share, currency):
@@ -328,7 +331,7 @@ def uninterrupted() -> tuple[list, dict]:
     return [*states, snapshot(whole, whole.model, whole.optimizers[0])], whole.compact().to_json()
 
 
-@pytest.mark.parametrize("at", range(1, 24))
+@pytest.mark.parametrize("at", slow_but_for((1, 6, 12, 20), range(1, 24)))
 def test_a_run_resumed_at_any_step_ends_bit_identical(at):
     states, report = uninterrupted()
     resumed = to_be_resumed(at)
@@ -1033,7 +1036,7 @@ OPTIMIZERS = {"sgd": lambda p: optim.SGD(p, lr=0.05, momentum=0.9), "adamw": lam
         ("pickle", "sgd", laconic.Budget(latency=0.4)),
     ],
 )
-@pytest.mark.parametrize("at", [0, 1, 5, 12, 30])
+@pytest.mark.parametrize("at", slow_but_for((5, 12), [0, 1, 5, 12, 30]))
 def test_model_optimizer_and_compressor_copied_together_train_on_as_they_would(monkeypatch, at, how, build, budget):
     set_clock(monkeypatch, lambda model: count_params(model) / 1000)
     model = wide_mlp()
