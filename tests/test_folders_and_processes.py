@@ -51,6 +51,7 @@ def smaller(name: str, at: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["laconic", "thin-long"])
 @pytest.mark.parametrize("name", WIDTHS)
 def test_the_recipes_run_on_a_folder(name, method, folder, tmp_path, monkeypatch):

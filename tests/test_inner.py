@@ -300,6 +300,7 @@ def uninterrupted(name: str, neurons: bool) -> tuple[list[bytes], laconic.report
     return files, compressor.compact(), snapshot(model, optimizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [3, 8, 14])
 @pytest.mark.parametrize("neurons", [False, True])
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])

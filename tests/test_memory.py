@@ -29,6 +29,7 @@ def batches():
     return [(torch.randn(32, WIDTH, generator=g), torch.randint(10, (32,), generator=g)) for _ in range(STEPS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 2.0], ids=["pairs are fast", "pairs are slow"])
 def test_compression_needs_at_most_three_matrices_more_than_the_plain_loop_and_less_when_settled(share, batches, tmp_path, monkeypatch):
     """The worst case: a network of nothing but large square matrices, whose activations are small. Layers are timed, too, but what is cut

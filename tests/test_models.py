@@ -221,6 +221,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_network_trains_and_shrinks_to_half_with_both_structures(name, tmp_path, monkeypatch):
     monkeypatch.setenv("LACONIC_CACHE", str(tmp_path))

@@ -1064,6 +1064,7 @@ class Held(nn.Sequential):
     compressor = None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup", [0.0, 0.1])
 @pytest.mark.parametrize("at", [0, 1, 5, 11, 20])
 def test_a_copy_of_a_model_that_holds_its_compressor_trains_on_as_the_model(at, warmup):

@@ -673,6 +673,7 @@ def noisy_regression(optimizer_for, cut: str) -> tuple[list[float], laconic.Comp
 SCHEDULE = laconic.Schedule(warmup=0.3, settle=0.6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer_for",
     [partial(optim.SGD, lr=0.2, momentum=0.9), partial(optim.Adam, lr=1e-3), partial(optim.AdamW, lr=1e-3), partial(optim.Adagrad, lr=0.01), partial(optim.RMSprop, lr=5e-4)],

@@ -167,6 +167,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALLER)
 def test_the_recipes_with_published_schedules_run(name, tmp_path, monkeypatch, capsys):
     """On images of their classes' brightness, with smaller networks and batches: all else is what they say."""
