@@ -485,12 +485,20 @@ def test_a_run_that_is_interrupted_while_it_settles_settles_at_the_next_step(mac
     assert laconic.measure.count_params(model) <= 0.3 * whole
 
 
+@pytest.fixture
+def ctrl_c():
+    """Heard as in a terminal: what runs in the background may have been started deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("structures", "hand_over"),
     [(laconic.LowRank(), "laconic.compaction.carry"), (laconic.Channels(), "laconic.surgery.channels.replace")],
     ids=["ranks", "neurons"],
 )
-def test_a_ctrl_c_during_a_cut_is_heard_when_model_and_optimizer_agree_again(machine, monkeypatch, structures, hand_over):
+def test_a_ctrl_c_during_a_cut_is_heard_when_model_and_optimizer_agree_again(machine, monkeypatch, ctrl_c, structures, hand_over):
     """Bit for bit the run in which nobody pressed it."""
     models, optimizers = [wide_mlp(), wide_mlp()], []
     models[1].load_state_dict(models[0].state_dict())
@@ -515,7 +523,7 @@ def test_a_ctrl_c_during_a_cut_is_heard_when_model_and_optimizer_agree_again(mac
     assert_same(snapshot(models[0], optimizers[0]), snapshot(models[1], optimizers[1]))
 
 
-def test_a_second_ctrl_c_is_heard_at_once():
+def test_a_second_ctrl_c_is_heard_at_once(ctrl_c):
     lines = []
 
     def pressed_twice():
