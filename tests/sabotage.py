@@ -1122,6 +1122,22 @@ EDITS = [
         "test_measure",
         "scripted or modes",
     ),
+    Edit(
+        "the backward pass is hooked while counting",
+        "measure.py",
+        "    counter.mod_tracker = _Forward()\n",
+        "",
+        "test_measure",
+        "differentiates",
+    ),
+    Edit(
+        "who computes gradients is not told so",
+        "measure.py",
+        "if _needs_gradients(model, inputs):",
+        "if False:",
+        "test_measure",
+        "recorded_outside",
+    ),
     Edit("calls counted by looking", "measure.py", "            module.__dict__.update(attributes)\n", "", "test_measure", "counts"),
     Edit(
         "a scripted layer asked for its forward",

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import laconic
+from laconic.errors import InvalidValueError
 from laconic.measure import OneDtype, count_macs, input_shapes, measure_latency, peak_memory, relative_latency
 
 from .models import Shared, Tied
@@ -326,3 +327,38 @@ def test_fixed_chances_are_the_same_every_time_and_no_device_is_told_that_is_not
     assert torch.equal(*drawn)
     assert torch.equal(torch.get_rng_state(), before)
     assert told == []
+
+
+class Forces(nn.Module):
+    """The gradient of an energy, computed in the forward pass; `own`: where gradients are recorded whatever goes on outside."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+        self.own = own
+
+    def forward(self, x):
+        with torch.enable_grad() if self.own else contextlib.nullcontext():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.energy(x).sum(), x, create_graph=self.training)[0]
+
+
+def test_a_model_that_differentiates_in_its_forward_is_counted_and_cut():
+    model, x = Forces(own=True), torch.randn(4, 6)
+    products = 6 * 16 + 16 * 16 + 16
+    assert count_macs(model, x) == 4 * 2 * products  # forwards, and back to the inputs
+    assert laconic.profile(model, x, latency=False).layers[0].macs == 4 * 6 * 16
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    compressor = laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.7), total_steps=20, example_inputs=(x,))
+    for _ in range(20):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    report = compressor.compact()
+    assert report.params_after <= 0.7 * report.params_before
+    assert count_macs(model, x) < 4 * 2 * products
+
+
+def test_one_that_needs_gradients_recorded_outside_is_told_what_to_do():
+    with pytest.raises(InvalidValueError, match=r"Forces computes gradients in its forward, .*put `with torch.enable_grad\(\):`"):
+        laconic.profile(Forces(own=False), torch.randn(4, 6))

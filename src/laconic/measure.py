@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from .checks import check_module, check_number
 from .errors import InvalidTypeError, InvalidValueError, NonFiniteError, first_line
@@ -122,10 +123,25 @@ def run(model: nn.Module, inputs: Inputs) -> None:
             call(model, inputs)
     except Exception as error:
         reason = first_line(error)
+        if _needs_gradients(model, inputs):
+            raise InvalidValueError(
+                f"{type(model).__name__} computes gradients in its forward, and does not under torch.no_grad(), as every model is looked at "
+                f"({type(error).__name__}: {reason}): put `with torch.enable_grad():` around them there"
+            ) from error
         given = ", ".join(f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
         raise InvalidValueError(
             f"example_inputs: {type(model).__name__} does not run on ({given}): {type(error).__name__}: {reason}; pass a tuple of its positional arguments"
         ) from error
+
+
+def _needs_gradients(model: nn.Module, inputs: Inputs) -> bool:
+    """Does it run only where gradients are recorded?"""
+    try:
+        with evaluating(model), seeded(), torch.enable_grad():
+            call(model, inputs)
+    except Exception:
+        return False
+    return True
 
 
 def count_params(model: nn.Module) -> int:
@@ -241,6 +257,26 @@ def _countable_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+class _Forward(ModuleTracker):
+    """Which modules are running. Of a forward pass alone: PyTorch's own also hooks the backward pass, and then a model that differentiates in its
+    `forward` (forces are gradients of an energy) would fail."""
+
+    def _fw_pre_hook(self, mod: nn.Module, input: Any) -> None:
+        self.parents.add(self._get_mod_name(mod))
+
+    def _fw_post_hook(self, mod: nn.Module, input: Any, output: Any) -> None:
+        self.parents.discard(self._get_mod_name(mod))
+
+
+@contextlib.contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
+    """Everything that a forward pass computes, module by module."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _Forward()
+    with _countable_attention(), counter:
+        yield counter
+
+
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
     """Multiply-accumulates of one forward pass: matrix products, convolutions and attention, as PyTorch counts them."""
     return macs_of_batches(model, example_inputs)[0]
@@ -249,7 +285,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 def macs_of_batches(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
     """`count_macs`, and how many of them are in batches of products: between activations, as attention's."""
     inputs = check_inputs(example_inputs)
-    with evaluating(model), _countable_attention(), FlopCounterMode(display=False) as counter:
+    with evaluating(model), _counting() as counter:
         call(model, inputs)
     batches = [n for kind, n in counter.get_flop_counts()["Global"].items() if kind.__name__ in ("bmm", "baddbmm")]
     return int(counter.get_total_flops()) // 2, int(sum(batches)) // 2
@@ -283,7 +319,7 @@ def input_shapes(model: nn.Module, modules: Sequence[nn.Module], example_inputs:
 
 def layer_macs(module: nn.Module, shapes: Sequence[torch.Size]) -> int:
     """MACs of one layer for inputs of these shapes; the layer must live on the meta device (nothing is computed)."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), _counting() as counter:
         for shape in shapes:
             module(an_input(module, shape, device="meta"))
     return int(counter.get_total_flops()) // 2
@@ -401,7 +437,7 @@ def profile(model: nn.Module, example_inputs: Any, latency: bool = True, seconds
     inputs = check_inputs(example_inputs)
     run(model, inputs)
     holders = [(name, m) for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
-    with evaluating(model), _countable_attention(), FlopCounterMode(display=False) as counter:
+    with evaluating(model), _counting() as counter:
         call(model, inputs)
     by_module = {key.partition(".")[2]: sum(ops.values()) // 2 for key, ops in counter.get_flop_counts().items() if key != "Global"}
     timed = measure_latency(model, inputs, seconds) if latency else None
