@@ -339,6 +339,14 @@ EDITS = [
         "compiled_on_the_object",
     ),
     Edit("a resume that cannot be", "cli/shared.py", "if resume and not resumes:", "if False:", "test_running", "resuming_nothing"),
+    Edit(
+        "rates of what is not pressed count",
+        "optimizers.py",
+        'if any(id(p) in these for p in g["params"])]',
+        "]",
+        "test_compressor",
+        "not_pressed",
+    ),
     Edit("a rate that is set later forgotten", "schedule.py", "if peak > self.peak:", "if False:", "test_compressor", "built_with"),
     Edit("the user's inputs given away", "measure.py", "return model(*copied(inputs))", "return model(*inputs)", "test_measure", "users"),
     Edit(

@@ -622,6 +622,26 @@ def test_nor_on_the_learning_rate_that_the_optimizer_was_built_with(schedule, lr
     torch.testing.assert_close(weights(lr), weights(0.1), rtol=1e-5, atol=1e-5)
 
 
+def test_nor_on_the_rates_of_what_is_not_pressed():
+    """An embedding, or biases, at a hundred times the rate: the pressure on the weights was a hundredth of what was meant."""
+
+    def weights(lr: float) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = mlp()
+        biases = [p for p in model.parameters() if p.ndim == 1]
+        groups = [{"params": [p for p in model.parameters() if p.ndim > 1]}, {"params": biases, "lr": lr}]
+        optimizer = optim.SGD(groups, lr=0.1)
+        laconic.Compressor(model, optimizer, laconic.LowRank(), budget=laconic.Budget(params=0.6), total_steps=100)
+        for step in range(30):
+            backward(model, step)
+            for bias in biases:
+                bias.grad = torch.zeros_like(bias)  # its rate must not move the rest of the network
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    torch.testing.assert_close(weights(10.0), weights(0.1))
+
+
 def test_an_optimizer_without_a_learning_rate_of_its_own_is_refused():
     model = mlp()
     optimizer = optim.SGD(model.parameters(), lr=0.1)

@@ -276,7 +276,7 @@ class Compressor:
             return None
         # Half of the unit of the spectra over the whole phase of pressure, were the learning rate at its peak throughout.
         span = (self.settle - self.schedule.warmup) * self.total_steps
-        peak = max(peak_learning_rate(self.optimizers), TINY)  # what the loop or a scheduler sets later is seen later
+        peak = max(peak_learning_rate(self.optimizers, [x.weights[0] for x in self._pressed]), TINY)  # what is set later is seen later
         return Controller(strength=0.5 / (span * peak), peak=peak)
 
     def _interval(self) -> int:
@@ -388,7 +388,7 @@ class Compressor:
         state = self.state
         check_parameters(self.model, self._parameters, self.optimizers, [w for x in self._pressed for w in x.weights])
         if state.controller is not None:
-            state.controller.see(peak_learning_rate(self.optimizers))
+            state.controller.see(peak_learning_rate(self.optimizers, [x.weights[0] for x in self._pressed]))
         if self._inputs is not None:
             state.moments, self._inputs = self._inputs.finish(), None
         if state.forgone is None and all(s.finite for s in self.plan.sites):  # else the steps below say it better

@@ -66,10 +66,11 @@ def learning_rate(optimizer: Any, weight: Tensor) -> float:
     return sum(float(g["lr"]) for g in optimizer.param_groups if any(p is weight for p in g["params"]))
 
 
-def peak_learning_rate(optimizers: Sequence[Any]) -> float:
-    """The largest rate that is set or announced: schedulers note where they started from, or where they go, in the groups."""
-    groups = [g for o in optimizers for g in o.param_groups]
-    return max(float(g.get(key, 0.0)) for g in groups for key in ("lr", "initial_lr", "max_lr"))
+def peak_learning_rate(optimizers: Sequence[Any], weights: Sequence[Tensor]) -> float:
+    """The largest rate of these weights that is set or announced: schedulers note where they started from, or where they go, in the groups."""
+    these = {id(w) for w in weights}
+    groups = [g for o in optimizers for g in o.param_groups if any(id(p) in these for p in g["params"])]
+    return max((float(g.get(key, 0.0)) for g in groups for key in ("lr", "initial_lr", "max_lr")), default=0.0)
 
 
 def named_by_identity(model: nn.Module) -> dict[int, str]:
