@@ -96,17 +96,38 @@ def score(runs: list[dict[str, Any]], text: bool) -> str:
     return f"{mean(runs, 'bits') or 0:.3f}" + (f" ± {spread(runs, 'bits'):.3f}" if len(runs) > 1 else "") if text else percent(runs)
 
 
-def ahead(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], text: bool) -> str:
-    """Difference of the means, positive where laconic is better, and where both have three seeds or more the p of Welch's t-test."""
+def ahead(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], text: bool, p: float | None = None) -> str:
+    """Difference of the means, positive where laconic is better, and how likely chance alone would make it as large."""
     if not ours or ours is theirs:
         return "-"
-    metric, scale = ("bits", -1) if text else ("accuracy", 100)
-    a, b = ([scale * r["metrics"][metric] for r in runs] for runs in (ours, theirs))
-    difference = f"{statistics.mean(a) - statistics.mean(b):+.{3 if text else 2}f}"
-    if min(len(a), len(b)) < 3:
-        return difference
-    p = float(ttest_ind(a, b, equal_var=False).pvalue)
-    return f"{difference} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}' if p < 0.1 else f'= {p:.2f}'})"
+    ours_mean, theirs_mean = (statistics.mean(scores(runs, text)) for runs in (ours, theirs))
+    chance = "" if p is None else f" (p {'< 0.001' if p < 0.001 else f'= {p:.3f}' if p < 0.1 else f'= {p:.2f}'})"
+    return f"{ours_mean - theirs_mean:+.{3 if text else 2}f}{chance}"
+
+
+def scores(runs: list[dict[str, Any]], text: bool) -> list[float]:
+    """What is better is larger."""
+    return [-r["metrics"]["bits"] if text else 100 * r["metrics"]["accuracy"] for r in runs]
+
+
+def chances(ours: list[dict[str, Any]], rows: dict[Any, list[dict[str, Any]]], text: bool) -> dict[Any, float]:
+    """p of Welch's t-test of each row against ours, where both have three seeds or more and other networks; corrected for their number."""
+    return holm(
+        {
+            name: float(ttest_ind(scores(ours, text), scores(runs, text), equal_var=False).pvalue)
+            for name, runs in rows.items()
+            if min(len(ours), len(runs)) >= 3 and not are_same(ours, runs)
+        }
+    )
+
+
+def holm(single: dict[Any, float]) -> dict[Any, float]:
+    """Each p times the number of hypotheses that are left when it is its turn, the smallest first: among all that stay below a level, the chance
+    of a single mistake is below it, too (Holm 1979)."""
+    corrected, most = {}, 0.0
+    for done, (name, p) in enumerate(sorted(single.items(), key=lambda item: item[1])):
+        corrected[name] = most = max(most, min(1.0, p * (len(single) - done)))
+    return corrected
 
 
 def times_of(recipe: str) -> dict[str, dict[str, float]]:
@@ -154,6 +175,7 @@ def comparison(recipe: str) -> str:
     head = "bits per character" if text else "test accuracy, %"
     lines = [f"| method | {head} | laconic ahead by | parameters | MACs | training time | batch of 64 | seeds |", "|---" * 8 + "|"]
     base = results.get("dense", [])  # without it there are no shares
+    p = chances(results.get("laconic", []), results, text)
     for method, runs in results.items():
         relative = f"{times['train'][method]:.2f}" if method in times["train"] else "-"
         network = SAME_NETWORK.get(method, method)
@@ -165,7 +187,7 @@ def comparison(recipe: str) -> str:
         params, macs = mean(runs, "params") or 0, mean(runs, "macs") or 0
         shares = [f" ({x / y:.2f})" if (y := mean(base, name)) else "" for name, x in (("params", params), ("macs", macs))]
         lines.append(
-            f"| {label(method)} | {score(runs, text)} | {ahead(results.get('laconic', []), runs, text)} | {params:,.0f}{shares[0]} "
+            f"| {label(method)} | {score(runs, text)} | {ahead(results.get('laconic', []), runs, text, p.get(method))} | {params:,.0f}{shares[0]} "
             f"| {macs / 1e6:.2f} M{shares[1]} | {relative} | {latency} | {len(runs)} |"
         )
     return "\n".join(lines) + "\n"
@@ -418,15 +440,16 @@ def ablations(recipe: str) -> str:
     """One factor after the other: accuracy of its variants, the default first among them where it stands."""
     lines = ["| | | test accuracy, % | against the default | seeds |", "|---|---|---|---|---|"]
     default = variant_runs(recipe, "default")
+    found = {(f, v): variant_runs(recipe, f"{f}-{v}") for f, variants in FACTORS.items() for v in variants if v != DEFAULTS[f]}
+    p = chances(default, found, False)
     for factor, variants in FACTORS.items():
         for variant in variants:
             is_default = variant == DEFAULTS[factor]
-            runs = default if is_default else variant_runs(recipe, f"{factor}-{variant}")
+            runs = default if is_default else found[factor, variant]
             if runs:
                 name = f"**{variant}**" if is_default else variant
-                lines.append(
-                    f"| {factor} | {name} | {percent(runs)} | {'-' if is_default else ahead(runs, default, False)} | {len(runs)} |"
-                )
+                against = "-" if is_default else ahead(runs, default, False, p.get((factor, variant)))
+                lines.append(f"| {factor} | {name} | {percent(runs)} | {against} | {len(runs)} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else "(no results yet)\n"
 
 

@@ -94,6 +94,12 @@ def test_drawn_pictures_are_up_to_date(tmp_path, experiment):
         assert numbers[0] == pytest.approx(numbers[1], abs=1e-3), name
 
 
+def test_the_p_of_a_table_are_corrected_for_their_number(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    holm = runpy.run_path(str(ROOT / "experiments" / "render.py"))["holm"]
+    assert holm({"a": 0.02, "b": 0.9, "c": 0.001, "d": 0.025}) == pytest.approx({"c": 0.004, "a": 0.06, "d": 0.06, "b": 0.9})
+
+
 def test_rendered_tables_are_up_to_date(experiment):
     assert experiment("render.py", "--check") == 0
 
