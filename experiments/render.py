@@ -394,21 +394,23 @@ def both(_: str) -> str:
 
 
 def rates(_: str) -> str:
-    """laconic and the thin network for longer, each at a learning rate of its own; and laconic as it is set for a short run."""
+    """laconic and the thin network for as long, each at a learning rate of its own: also for other lengths of a run, and as laconic is set for a short one."""
     lines = [
-        "| task | of the parameters | thin dense, for longer | **laconic** | ahead by | in bits of cross-entropy | seeds |",
-        "|---" * 7 + "|",
+        "| task | of the parameters | epochs: thin, laconic | thin dense, for longer | **laconic** | ahead by | in bits of cross-entropy | seeds |",
+        "|---" * 8 + "|",
     ]
-    for recipe, name in ((f"{base}{part}-rate", name) for base, name in TASKS.items() for part in ("", "-short")):
+    for recipe, name in ((f"{base}{part}-rate", name) for base, name in TASKS.items() for part in ("", "-10", "-40", "-short")):
         runs = load(recipe)
         if not {"laconic", "thin-long"} <= runs.keys():
             continue
         ours, thin = runs["laconic"], runs["thin-long"]
-        cells = [f"{percent(r)} (rate {r[0]['recipe']['lr']:g})" for r in (thin, ours)]
-        cells += [paired(ours, thin, "accuracy", 100, 2), paired(ours, thin, "bits", -1, 3)]
+        text = is_text(runs)
+        cells = [f"{score(r, text)} (rate {r[0]['recipe']['lr']:g})" for r in (thin, ours)]
+        cells += ["-" if text else paired(ours, thin, "accuracy", 100, 2), paired(ours, thin, "bits", -1, 3)]
         count = len({r["seed"] for r in ours} & {r["seed"] for r in thin})
         also = f", {macs:g} of the MACs" if (macs := ours[0]["budget"].get("macs")) else ""
-        lines.append(f"| {name} | {ours[0]['budget']['params']:g}{also} | {' | '.join(cells)} | {count} |")
+        epochs = ", ".join(f"{r[0]['metrics']['epochs']}" for r in (thin, ours))
+        lines.append(f"| {name} | {ours[0]['budget']['params']:g}{also} | {epochs} | {' | '.join(cells)} | {count} |")
     return "\n".join(lines) + "\n"
 
 
