@@ -1131,6 +1131,23 @@ EDITS = [
         "scripted or modes",
     ),
     Edit(
+        "operations are free in training",
+        "compressor.py",
+        "trains_on=self.cut_early)",
+        "trains_on=False)",
+        "test_shrinking",
+        "computes_much",
+    ),
+    Edit(
+        "operations are priced where nothing trains",
+        "budget.py",
+        "    if trains_on and budget",
+        "    if budget",
+        "test_shrinking",
+        "computes_much",
+    ),
+    Edit("prices are as the limits", "allocate.py", " if prices is None else prices", "", "test_allocate", "priced_alone"),
+    Edit(
         "the backward pass is hooked while counting",
         "measure.py",
         "    counter.mod_tracker = _Forward()\n",

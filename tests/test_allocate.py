@@ -243,3 +243,18 @@ def test_numerical_rank_sees_through_rounding(dtype, shape, rank, scale):
 
 def test_numerical_rank_is_at_least_one():
     assert numerical_rank(np.zeros(4), 1e-7, 10) == 1
+
+
+def test_of_equals_what_is_cheaper_in_a_cost_that_is_priced_alone_is_kept():
+    """Two weights as large and as strong as each other, one of which computes ten times as much: nothing bounds that."""
+    values, params = np.linspace(1, 0.1, 10), np.array([1.0, 0.0])
+    choices = [
+        ranked("wide", values, params + np.array([0.0, 10.0]), np.array([20.0, 200.0]), 10),
+        ranked("narrow", values, params + np.array([0.0, 1.0]), np.array([20.0, 20.0]), 10),
+    ]
+    limits = np.array([10.0, math.inf])
+    alone = product_rule(choices, np.zeros(2), limits, np.array([0.1, 0.0]))
+    priced = product_rule(choices, np.zeros(2), limits, np.array([0.1, 0.01]))
+    assert alone == [5, 5]
+    assert priced[0] < 5 < priced[1]
+    assert sum(priced) == 10

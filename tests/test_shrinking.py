@@ -15,9 +15,11 @@ from torch import Tensor, nn, optim
 
 import laconic
 from laconic import cuts, timing
-from laconic.budget import useful_ranks
+from laconic.budget import ranks_for_budget, useful_ranks
+from laconic.compaction import spectra
 from laconic.costs import present_costs
 from laconic.latency import measure_times
+from laconic.measure import count_macs
 from laconic.models import GPT
 from laconic.models.convnet import ConvNet
 from laconic.plan import make_plan
@@ -925,3 +927,41 @@ def test_ranks_that_are_cheaper_in_no_bound_are_not_useful(machine):
         site.times = RankTimes(1.0, (1, 2), (1.1, 1.2))
         assert useful_ranks(site, ("latency",)) == []
         assert max(useful_ranks(site, ("latency", "macs"))) == max(ranks)
+
+
+def early(width: int = 24) -> nn.Sequential:
+    """Two convolutions as large as each other; the first has sixteen times the positions."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, width, 1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.AvgPool2d(4)]
+    return nn.Sequential(*layers, nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * width, 4))
+
+
+def test_what_computes_much_is_cut_deeper_in_training_and_not_where_nothing_trains_afterwards(machine):
+    """A budget in parameters: it is met as closely, with fewer operations than where they cannot be counted."""
+    shape, budget = (8, 3, 8, 8), laconic.Budget(params=0.4)
+    inputs = (torch.zeros(shape),)
+
+    def trained(example_inputs: tuple[Tensor] | None) -> tuple[int, int]:
+        model = early()
+        optimizer = optim.AdamW(model.parameters(), lr=1e-3)
+        compressor = laconic.Compressor(model, optimizer, budget=budget, example_inputs=example_inputs, total_steps=40, **RANKS)
+        train(model, optimizer, shape, 40)
+        return compressor.compact().params_after, count_macs(model, inputs)
+
+    def compressed(example_inputs: tuple[Tensor] | None) -> tuple[int, int]:
+        model = early()
+        return laconic.compress(model, laconic.LowRank(), budget, example_inputs=example_inputs).params_after, count_macs(model, inputs)
+
+    (params, macs), (params_blind, macs_blind) = trained(inputs), trained(None)
+    assert 0.98 * params_blind <= params <= 0.4 * sum(p.numel() for p in early().parameters())
+    assert macs < 0.8 * macs_blind
+    assert compressed(inputs) == compressed(None)
+
+
+def test_the_smallest_budget_is_met_whatever_operations_cost():
+    plan = make_plan(early(), [laconic.LowRank()], (torch.zeros(1, 3, 8, 8),))
+    values = spectra(plan)
+    with pytest.raises(laconic.InfeasibleBudgetError) as caught:
+        ranks_for_budget(plan, values, laconic.Budget(params=0.001), trains_on=True)
+    ranks = ranks_for_budget(plan, values, laconic.Budget(params=caught.value.smallest), trains_on=True)
+    assert set(ranks.values()) <= {1, None}

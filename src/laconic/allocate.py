@@ -58,20 +58,21 @@ def low_rank_choice(name: str, values: Floats, ranks: Sequence[int], costs: Floa
     return Choice(name, tuple(options), np.array(gains), np.array(rows, dtype=np.float64).reshape(len(gains), -1))
 
 
-def product_rule(choices: Sequence[Choice], fixed: Floats, limits: Floats) -> list[Option]:
+def product_rule(choices: Sequence[Choice], fixed: Floats, limits: Floats, prices: Floats | None = None) -> list[Option]:
     """The rank of every choice (None: dense): the largest sum of gains within all `limits`.
 
     Args:
         fixed: what the rest of the model costs, one number per limit.
-        limits: upper bounds on the whole cost.
+        limits: upper bounds on the whole cost; infinite where a cost is priced alone.
+        prices: of a unit of each cost; None: the costs relative to their limits.
 
-    Several limits are one in the sum of the costs, each relative to its limit; a limit that the cheapest choices break
-    counts for more, until they hold all of them (Lagrangian relaxation).
+    The costs are one in the sum of what they are worth; a limit that the cheapest choices break counts for more, until
+    they hold all of them (Lagrangian relaxation).
 
     Raises:
         InfeasibleBudgetError: even the cheapest choices cost more than a limit.
     """
-    weights = 1 / np.maximum(limits, 1e-300)
+    weights = 1 / np.maximum(limits, 1e-300) if prices is None else prices
     for _ in range(REWEIGHTINGS if len(limits) > 1 else 1):
         scalar = [c.costs @ weights for c in choices]
         now = [int(np.lexsort((-c.gains, s))[0]) for c, s in zip(choices, scalar, strict=True)]  # the best of the cheapest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .allocate import Choice, Floats, low_rank_choice, product_rule
+from .allocate import Choice, Floats, Option, low_rank_choice, product_rule
 from .checks import check_number
 from .costs import CURRENCIES, Ranks, cut_costs, dense_costs, fixed_costs, model_costs, named_ranks, present_costs
 from .errors import InfeasibleBudgetError, InvalidValueError
@@ -273,9 +274,18 @@ def cost_weights(plan: Plan, budget: Budget | None) -> dict[str, float]:
 
 
 def ranks_for_budget(
-    plan: Plan, values: dict[str, Floats], budget: Budget, keep_dense: frozenset[str] = frozenset(), way: float = 1.0
+    plan: Plan,
+    values: dict[str, Floats],
+    budget: Budget,
+    keep_dense: frozenset[str] = frozenset(),
+    way: float = 1.0,
+    trains_on: bool = False,
 ) -> Ranks:
-    """Global rank choice by the product rule; None: stays dense. `way`: see `Budget.limits`.
+    """Global rank choice by the product rule; None: stays dense.
+
+    Args:
+        way: see `Budget.limits`.
+        trains_on: the network trains on afterwards. What a cut loses comes back then, and what a step costs counts: see `with_macs`.
 
     Raises:
         InfeasibleBudgetError: with the smallest feasible fraction in the message.
@@ -286,8 +296,24 @@ def ranks_for_budget(
         chosen = product_rule(choices, fixed_costs(plan, budget.currencies), limits)
     except InfeasibleBudgetError:
         raise infeasible(plan, budget, choices, limits) from None
+    if trains_on and budget.currencies == ("params",) and plan.macs is not None:
+        with contextlib.suppress(InfeasibleBudgetError):  # where the bound leaves no choice
+            choices, chosen = with_macs(plan, values, limits, keep_dense)
     pairs = {c.name: option if isinstance(option, tuple) else (option, 0) for c, option in zip(choices, chosen, strict=True)}
     return named_ranks(plan, {name: rank for name, (rank, _) in pairs.items()}, {name: inner for name, (_, inner) in pairs.items()})
+
+
+def with_macs(plan: Plan, values: dict[str, Floats], limits: Floats, keep_dense: frozenset[str]) -> tuple[list[Choice], list[Option]]:
+    """Where parameters alone are bounded, MACs are priced beside them, as a bound to the same share of them would, which need not hold.
+
+    A layer that has few parameters and computes much (the early convolutions) else stays as it is: a budget in parameters does not see what it
+    costs in training and in use (decision 0017).
+    """
+    names = ("params", "macs")
+    choices = choices_for(plan, values, names, keep_dense)
+    dense = model_costs(plan, names)
+    prices = dense[0] / limits[0] / dense
+    return choices, product_rule(choices, fixed_costs(plan, names), np.append(limits, math.inf), prices)
 
 
 def infeasible(plan: Plan, budget: Budget, choices: list[Choice], limits: Floats) -> InfeasibleBudgetError:

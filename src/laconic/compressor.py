@@ -457,8 +457,8 @@ class Compressor:
                 self.plan, self.state.values, self.state.importances, self.budget.currencies, self.budget.limits(self.plan)
             )
             return -walk.gain() / len(self._pressed)
-        ranks = ranks_for_budget(self.plan, self.state.values, self.budget)
         values = self.state.values
+        ranks = self._ranks(values)
         cut = [(s, rank) for s in self.plan.sites if (rank := ranks[s.name]) is not None]
         kept = [log_shares(values[s.name])[rank - 1] for s, rank in cut]
         kept += [values[s.inner.name][rank - 1, inner - 1] for s, rank in cut if s.inner is not None and (inner := ranks[s.inner.name])]
@@ -477,7 +477,7 @@ class Compressor:
         try:
             if self.plan.neurons:
                 self._slim(way, dense, NEXT_SLIM)
-            ranks = ranks_for_budget(self.plan, self.state.values, self.budget, dense, way)
+            ranks = self._ranks(self.state.values, dense, way)
         except InfeasibleBudgetError:  # only without the layers whose state cannot be carried: wait for the end
             return
         due = {s.name: rank if (rank := ranks[s.name]) is not None and self._pays(s, rank) else s.rank for s in self.plan.sites}
@@ -595,11 +595,15 @@ class Compressor:
         return frozenset(found)
 
     def _last_ranks(self, values: dict[str, Floats], dense: frozenset[str]) -> Ranks:
-        assert self.budget is not None
         try:
-            return ranks_for_budget(self.plan, values, self.budget, dense)
+            return self._ranks(values, dense)
         except InfeasibleBudgetError:  # what must wait for the end is cut deep there; the rest as planned for all
-            return {n: None if n in dense else r for n, r in ranks_for_budget(self.plan, values, self.budget).items()}
+            return {n: None if n in dense else r for n, r in self._ranks(values).items()}
+
+    def _ranks(self, values: dict[str, Floats], dense: frozenset[str] = frozenset(), way: float = 1.0) -> Ranks:
+        """By the budget, for a network that trains on."""
+        assert self.budget is not None
+        return ranks_for_budget(self.plan, values, self.budget, dense, way, trains_on=self.cut_early)
 
     def _correct(self, shapes: Callable[[], Shapes]) -> None:
         """Where milliseconds count: measure what is to come of the network, before the last cuts, and correct the tables."""
