@@ -488,6 +488,7 @@ EDITS = [
         "nothing or neurons",
     ),
     Edit("neighbours held out apart", "data/sets.py", "order[:, None] * self.alike", "order[:, None]", "test_data", "neighbours"),
+    Edit("windows held out apart", "data/sets.py", ", alike=passage)", ")", "test_data", "passages"),
     Edit("all methods at one rate", "cli/train.py", "    chosen = at_own_rate(chosen, method)\n", "", "test_training", "own_rate"),
     Edit(
         "a search at the rate of all",

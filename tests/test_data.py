@@ -346,3 +346,11 @@ def test_neighbours_from_one_source_are_held_out_together(alike):
     assert held.test_x.flatten().tolist() == test
     assert sorted(test) != test  # at random
     assert data.validation(0.3, seed=1).test_y.tolist() != test
+
+
+def test_passages_of_a_text_are_held_out_whole(tmp_path):
+    text = "".join(chr(0x4E00 + i) for i in range(4001))  # each character once: they say where they stood
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    starts = load_dataset(str(tmp_path / "text.txt"), size=8).validation(0.15).test_x[:, 0].sort().values
+    assert len(starts) == pytest.approx(0.15 * 450, abs=22)
+    assert int((starts.diff() > 8).sum()) < 3  # of 66 windows

@@ -28,7 +28,7 @@ NEIGHBOURS = 16  # letters of a class from one photograph are neighbours: the li
 class Dataset:
     """Images as float32 `[n, c, h, w]`, channels last in memory, normalised with mean and deviation of the training images;
     in memory, or (folders of images) decoded when they are asked for. Texts as windows of tokens `[n, t]`, labels `[n, t]`.
-    `alike`: so many neighbours in the training set may come from one source (letters of one shop sign), and are held out together."""
+    `alike`: so many neighbours in the training set may come from one source (letters of one shop sign, windows of one scene of a play), and are held out together."""
 
     name: str
     train_x: Images
@@ -164,7 +164,8 @@ def text_set(name: str, path: Path, size: int) -> Dataset:
         raise InvalidValueError(f"{path}: {len(tokens)} characters are too few for ten windows of {size}")
     x, y = (tokens[start : start + count * size].reshape(count, size) for start in (0, 1))
     test = count - count // 10
-    return Dataset(name, x[:test], y[:test], x[test:], y[test:], len(letters))
+    passage = max(1, test // 20)  # held out whole, as the test text is: windows beside one another share their speakers and words
+    return Dataset(name, x[:test], y[:test], x[test:], y[test:], len(letters), alike=passage)
 
 
 def folders(name: str, path: Path, size: int) -> Dataset:
