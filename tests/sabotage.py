@@ -237,7 +237,9 @@ EDITS = [
         "test_optional",
         "compress",
     ),
-    Edit("a whole head for a little", "widths.py", "return max(saved / needed, 1.0) if", "return 1.0 if", "test_attention", "a_head_goes"),
+    Edit("a whole head for a little", "widths.py", "return [*ends, self]", "return ends or [self]", "test_attention", "a_head_goes"),
+    Edit("units in a head's place", "compressor.py", "max(count, end.units[name])", "count", "test_attention", "although_heads"),
+    Edit("no head for a little", "widths.py", "return max(ends, key=Walk.gain)", "return ends[-1]", "test_attention", "a_head_goes"),
     Edit(
         "attention's operations stay", "plan.py", "    if in_batches and plan.neurons:", "    if False:", "test_attention", "operations_of"
     ),

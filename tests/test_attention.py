@@ -254,8 +254,8 @@ def test_shared_frozen_and_in_other_precision() -> None:
     assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.bfloat16, False)}
 
 
-def encoders(width: int = 32, hidden: int = 32) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(width, 8, hidden, batch_first=True, norm_first=True, dropout=0.0)
+def encoders(width: int = 32, hidden: int = 32, heads: int = 8) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(width, heads, hidden, batch_first=True, norm_first=True, dropout=0.0)
     return laconic.unfuse(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
 
 
@@ -280,6 +280,23 @@ def test_a_head_goes_where_it_loses_less_than_what_is_needed_would(loss: float, 
     units = [walk.units[group.name] for group in plan.neurons]
     assert units[0::2] == heads
     assert sum(units[1::2]) == (256 if heads[0] < 8 else 253)
+
+
+@pytest.mark.parametrize(("hidden", "share"), [(96, 0.3), (96, 0.4)])
+def test_a_budget_is_used_although_heads_go_whole(hidden: int, share: float) -> None:
+    """A head is a tenth of what is left here: hidden units that went before it, in its place, would leave that unused."""
+    torch.manual_seed(0)
+    model, x = encoders(48, hidden, 3), torch.randn(8, 5, 48)
+    y = torch.randn_like(model(x))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    budget = laconic.Budget(params=share)
+    compressor = laconic.Compressor(model, optimizer, [laconic.Channels()], budget=budget, total_steps=40, example_inputs=(x,))
+    for _ in range(20):
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    report = compressor.compact()
+    assert 0.98 * share < report.params_after / report.params_before <= share
 
 
 @pytest.mark.parametrize("options", [{}, {"need_weights": False}, {"average_attn_weights": False}], ids=str)

@@ -492,6 +492,13 @@ class Compressor:
         walk = choose_shapes(self.plan, state.values, state.importances, self.budget.currencies, limits, dense)
         if way == 1:
             state.cuts.prices = walk.prices()
+        elif walk.has_heads:
+            # Not below what the whole way leaves: units that went in a head's place would be missed once the head goes after all.
+            with contextlib.suppress(InfeasibleBudgetError):
+                end = choose_shapes(
+                    self.plan, state.values, state.importances, self.budget.currencies, self.budget.limits(self.plan), dense
+                )
+                walk.units = {name: max(count, end.units[name]) for name, count in walk.units.items()}
         kept = walk.kept()
         kept = {g.name: kept[g.name] for g in self.plan.neurons if len(kept[g.name]) <= pays * len(g.kept)}
         before = {s.name: s.unfolding for s in self.plan.sites}

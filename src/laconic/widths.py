@@ -15,6 +15,7 @@ loses least per cost that it saves. The widths are kept, and the ranks are then 
 
 from __future__ import annotations
 
+import copy
 import functools
 import heapq
 import math
@@ -58,10 +59,10 @@ def choose_shapes(
     Raises:
         InfeasibleBudgetError: one unit of each group and rank 1 of each weight still cost too much.
     """
-    walk = Walk(plan, values, importances, tuple(currencies), limits, keep_dense)
-    walk.down()
-    walk.fill()
-    return walk
+    ends = Walk(plan, values, importances, tuple(currencies), limits, keep_dense).down()
+    for walk in ends:
+        walk.fill()
+    return max(ends, key=Walk.gain)
 
 
 def unit_costs(plan: Plan, group: Neurons, currencies: Sequence[str]) -> Floats:
@@ -100,6 +101,11 @@ def _break_even(unfolding: Unfolding, out: int, taken: int) -> int:
 def _step_down(count: int, multiple: int = 1) -> int:
     """A few less, in multiples; 0 where that leaves none."""
     return (count - max(1, count // STEP)) // multiple * multiple
+
+
+def _of_heads(group: Neurons) -> bool:
+    """A unit is several channels."""
+    return group.group.producers[0].index.shape[1] > 1
 
 
 @dataclass(slots=True)
@@ -163,6 +169,10 @@ class Walk:
             self.touching[site.layer].add(site.name)
         for group in plan.neurons:
             self.bury(group)
+
+    @property
+    def has_heads(self) -> bool:
+        return any(_of_heads(group) for group in self.plan.neurons)
 
     def priced(self, group: Neurons) -> list[End]:
         """Without buffers, which cost nothing."""
@@ -278,29 +288,35 @@ class Walk:
         self.weights = before
         return {name: 0.01 * float(step[0]) for name, step in steps.items() if step is not None}
 
-    def down(self) -> None:
-        """The walk: until the limits hold."""
+    def down(self) -> list[Walk]:
+        """The walk, until the limits hold. Returns where it may end: a head that saves more than is still needed may be the last step, or stay
+        while smaller ones go instead; which of them keeps more is seen at the end."""
         items: dict[str, Neurons | Site] = {g.name: g for g in self.plan.neurons} | {s.name: s for s in self.plan.sites}
         version = dict.fromkeys(items, 0)
-        heap: list[tuple[float, str, tuple[int, int], int, float]] = []  # the last: the price without regard to what is needed
+        heap: list[tuple[float, str, tuple[int, int], int]] = []
+        stay: set[str] = set()
+        ends: list[Walk] = []
 
         def push(name: str) -> None:
             version[name] += 1
-            step = self.best(items[name])
+            step = self.best(items[name]) if name not in stay else None
             if step is not None:
-                heapq.heappush(heap, (step[0], name, step[1], version[name], step[0]))
+                heapq.heappush(heap, (step[0], name, step[1], version[name]))
 
         for name in items:
             push(name)
         while np.any(self.spent > self.limits):
             if not heap:
+                if ends:
+                    return ends
                 raise InfeasibleBudgetError(*self.smallest())
-            shown, name, to, stamp, price = heapq.heappop(heap)
+            _, name, to, stamp = heapq.heappop(heap)
             if stamp != version[name]:
                 continue
-            needed = price * self.excess(items[name], to)
-            if heap and needed > shown and needed > heap[0][0]:  # what is cheaper for the rest of the way goes first
-                heapq.heappush(heap, (needed, name, to, stamp, price))
+            if self.is_too_much(items[name], to):
+                stay.add(name)
+                ends.append(self.copy())
+                ends[-1].go(items[name], to)
                 continue
             changed = self.go(items[name], to)
             weights = self.currency_weights()
@@ -310,15 +326,21 @@ class Walk:
                 affected = {n for path in changed for n in self.touching[path]} | {name}
             for n in affected:
                 push(n)
+        return [*ends, self]
 
-    def excess(self, item: Neurons | Site, to: tuple[int, int]) -> float:
-        """How many times what is still needed a head saves, at least 1: a whole one is dear where little is needed. (Of a single channel, of several
-        units that go in one step, and of ranks, what is left over is little, or comes back in the end.)"""
-        if isinstance(item, Site) or item.group.producers[0].index.shape[1] == 1 or self.units[item.name] - to[0] > item.multiple:
-            return 1.0
-        saved = -float(self.change(self.resized(item, to[0])) @ self.weights)
-        needed = float(np.maximum(self.spent - self.limits, 0.0) @ self.weights)
-        return max(saved / needed, 1.0) if needed > 0 else 1.0
+    def copy(self) -> Walk:
+        """Goes on by itself."""
+        other = copy.copy(self)
+        other.units, other.ranks, other.inner, other.again = dict(self.units), dict(self.ranks), dict(self.inner), set(self.again)
+        other.sizes, other.costs = dict(self.sizes), dict(self.costs)
+        return other
+
+    def is_too_much(self, item: Neurons | Site, to: tuple[int, int]) -> bool:
+        """Is this a head, and does it save more than is needed? (Of a single channel, of several units that go in one step, and of ranks, what is
+        left over is little, or comes back in the end.)"""
+        if isinstance(item, Site) or not _of_heads(item) or self.units[item.name] - to[0] > item.multiple:
+            return False
+        return bool(np.all(self.spent + self.change(self.resized(item, to[0])) < self.limits))
 
     def smallest(self) -> tuple[str, float]:
         """What to say, and the smallest feasible fraction, where the walk has come to its end."""
