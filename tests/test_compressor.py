@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn, optim
+from torch.testing._internal.two_tensor import TwoTensor
 
 import laconic
 from laconic import reference
 from laconic.schedule import Controller
+from laconic.surgery.optimizer import Replacement, states_to_slice, unknown_state
 
 from .models import Shared, Tied, assert_same, backward, inputs_for, mlp, snapshot
 
@@ -760,3 +762,201 @@ def test_scaled_gradients_of_a_pair_that_is_cut_again_are_not_taken_for_the_user
     assert compressor.state.gradient_scales
     assert not any("put there after" in note for note in compressor.compact().notes)
     assert not any("put there after" in str(w.message) for w in recwarn.list)
+
+
+# ---- loops of users: what they hand over, and what must hold when something fails ------------------------------------------
+
+
+def wide(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+
+
+def normed() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Linear(20, 96), nn.BatchNorm1d(96), nn.ReLU(), nn.Linear(96, 96), nn.BatchNorm1d(96), nn.ReLU(), nn.Linear(96, 3))
+    )
+
+
+X, Y = torch.randn(32, 20, generator=torch.Generator().manual_seed(1)), torch.arange(32) % 3
+THIRD = laconic.Budget(params=0.3)
+BOTH = [laconic.LowRank(), laconic.Channels()]
+
+
+def train(model: nn.Module, optimizer: optim.Optimizer, steps: int, x: Tensor = X) -> None:
+    for _ in range(steps):
+        nn.functional.cross_entropy(model(x), Y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("cut", ["early", "end"])
+@pytest.mark.parametrize("budget", [laconic.Budget(params=1.0), laconic.Budget(max_params=10**6)], ids=["all", "more than all"])
+def test_a_budget_that_holds_already_changes_nothing(budget, cut):
+    plain, model = wide(), wide()
+    train(plain, optim.AdamW(plain.parameters(), lr=3e-3), 20)
+    optimizer = optim.AdamW(model.parameters(), lr=3e-3)
+    with pytest.warns(UserWarning, match="within the budget as it is: nothing is pressed or cut"):
+        compressor = laconic.Compressor(model, optimizer, budget=budget, total_steps=20, cut=cut, example_inputs=(X,))
+    train(model, optimizer, 20)
+    report = compressor.compact()
+    assert report.params_after == report.params_before
+    assert_same(snapshot(model), snapshot(plain))
+
+
+def test_an_optimizer_of_the_model_before_it_was_unfused_is_told():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(20, 2, batch_first=True), nn.Linear(20, 60)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.attention(x, x, x)[0])
+
+    model = Block()
+    optimizer = optim.AdamW(model.parameters())
+    with pytest.warns(UserWarning, match=r"in none of the optimizers.*q_proj.*not in the model: was it unfused.*Make the optimizer last"):
+        laconic.Compressor(laconic.unfuse(model), optimizer, laconic.LowRank(strength=0.1))
+
+
+def test_a_run_of_one_step_keeps_what_the_budget_allows():
+    model = wide()
+    optimizer = optim.AdamW(model.parameters(), lr=1e-2)
+    compressor = laconic.Compressor(model, optimizer, budget=THIRD, total_steps=1, example_inputs=(X,))
+    train(model, optimizer, 1)
+    report = compressor.compact()
+    assert 0.28 < report.params_after / report.params_before <= 0.3
+
+
+def test_the_share_that_is_logged_is_that_of_the_model_with_layers_in_three():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(64, 3),
+    )
+    dense = sum(p.numel() for p in model.parameters())
+    optimizer, images = optim.AdamW(model.parameters(), lr=3e-3), torch.randn(32, 3, 6, 6)
+    compressor = laconic.Compressor(
+        model, optimizer, laconic.LowRank(), budget=laconic.Budget(params=0.1), total_steps=20, example_inputs=(images[:1],)
+    )
+    train(model, optimizer, 20, images)
+    assert any(s.rank is not None for s in compressor.plan.inner)
+    assert compressor.metrics()["laconic/params_fraction"] == pytest.approx(sum(p.numel() for p in model.parameters()) / dense)
+
+
+def test_a_resume_with_other_example_inputs_is_refused():
+    """A budget in parameters prices what they say of operations."""
+
+    def fresh(**options) -> laconic.Compressor:
+        model = wide()
+        return laconic.Compressor(model, optim.AdamW(model.parameters()), laconic.LowRank(), budget=THIRD, total_steps=20, **options)
+
+    state = fresh(example_inputs=(X,)).state_dict()
+    fresh(example_inputs=(X,)).load_state_dict(state)
+    with pytest.raises(laconic.CheckpointError, match=r"MACs of the example inputs was \d+, is None"):
+        fresh().load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:laconic. the run ended after")
+@pytest.mark.parametrize("calibration", [[X[:, :7]], iter(()), None], ids=["of another shape", "used up", "neurons gone before"])
+def test_after_a_compact_that_fails_gradients_are_scaled_as_before(monkeypatch, calibration):
+    monkeypatch.setattr(laconic.compressor, "FIRST_CUT", 10.0)
+    model = normed()
+    optimizer = optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    compressor = laconic.Compressor(
+        model, optimizer, BOTH, budget=laconic.Budget(params=0.2), total_steps=100, example_inputs=(X,), every=2
+    )
+    while not compressor.state.gradient_scales:
+        train(model, optimizer, 1)
+    before = {name: len(p._backward_hooks or {}) for name, p in model.named_parameters()}
+    assert sum(before.values()) >= 2
+    monkeypatch.setattr(laconic.compaction, "surgery_error", lambda *_: 1.0)
+    with pytest.raises(laconic.LaconicError, match="calibration" if calibration is not None else "more than rounding"):
+        compressor.compact(calibration=calibration)
+    monkeypatch.undo()
+    assert {name: len(p._backward_hooks or {}) for name, p in model.named_parameters()} == before
+    train(model, optimizer, 1)
+
+
+def test_a_fresh_model_that_cannot_be_cut_leaves_the_run_on_its_own(monkeypatch):
+    model = wide()
+    optimizer = optim.AdamW(model.parameters(), lr=1e-2)
+    compressor = laconic.Compressor(model, optimizer, laconic.LowRank(), budget=THIRD, total_steps=20, cut="end", every=5)
+    train(model, optimizer, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(laconic.compaction, "surgery_error", lambda *_: 1.0)
+        with pytest.raises(laconic.SurgeryError, match="more than rounding"):
+            compressor.compact(into=wide())
+    assert compressor.model is model
+    train(model, optimizer, 10)
+    assert compressor.compact().params_after <= 0.3 * compressor.plan.params
+
+
+def test_a_model_that_is_cast_after_planning_is_refused_in_the_first_step():
+    model = wide()
+    optimizer = optim.SGD(model.parameters(), lr=1e-2)
+    laconic.Compressor(model, optimizer, budget=THIRD, total_steps=20, example_inputs=(X,))
+    model.to(torch.bfloat16)
+    with pytest.raises(
+        laconic.SurgeryError, match=r"torch.bfloat16 on cpu in the first step, and were torch.float32 on cpu.*build it after"
+    ):
+        train(model, optimizer, 1, X.bfloat16())
+
+
+def test_packed_state_is_neither_carried_nor_sliced():
+    """It says that it has the shape of the weight, as the 8-bit state of torchao does."""
+    model = wide()
+    optimizer = optim.AdamW(model.parameters())
+    train(model, optimizer, 1)
+    weight = model[2].weight
+    assert unknown_state(optimizer, weight) is None
+    moment = optimizer.state[weight]["exp_avg"]
+    optimizer.state[weight]["exp_avg"] = TwoTensor(moment, moment)
+    assert unknown_state(optimizer, weight) == "exp_avg"
+    of_all = [Replacement(p, p, lambda x: x) for p in model.parameters()]
+    assert [r.old is weight for r, _ in states_to_slice(optimizer, of_all)] == [False] * 5
+
+
+def test_state_that_cannot_be_sliced_is_said():
+    model = wide()
+    optimizer = optim.Adafactor(model.parameters(), lr=1e-2)
+    laconic.Compressor(model, optimizer, laconic.Channels(), budget=THIRD, total_steps=20, example_inputs=(X,))
+    with pytest.warns(UserWarning, match=r"2\.weight.*the optimizer's state could not be sliced with the neurons, and starts anew"):
+        train(model, optimizer, 10)
+
+
+def test_an_optimizer_whose_state_cannot_be_carried_may_come_after_a_cut(monkeypatch):
+    """What is cut already stays at its rank."""
+    monkeypatch.setattr(laconic.compressor, "FIRST_CUT", 10.0)
+    model = wide()
+    optimizer: optim.Optimizer = optim.AdamW(model.parameters(), lr=1e-2)
+    compressor = laconic.Compressor(model, optimizer, laconic.LowRank(), budget=laconic.Budget(params=0.15), total_steps=60, every=2)
+    done = 0
+    while not compressor.metrics()["laconic/cuts"]:
+        train(model, optimizer, 1)
+        done += 1
+    optimizer = optim.Adafactor(model.parameters(), lr=1e-2)
+    compressor.move_to(optimizer)
+    with pytest.warns(UserWarning, match=r"cut at compact\(\) alone"):
+        train(model, optimizer, 60 - done)
+    report = compressor.compact()
+    assert report.params_after <= 0.15 * report.params_before
+
+
+@pytest.mark.parametrize("build", [lambda p: optim.AdamW(p, lr=0.01), lambda p: optim.SGD(p, lr=0.01)], ids=["adamw", "sgd"])
+def test_a_layer_without_a_gradient_does_not_hide_what_its_optimizer_is(build):
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.unused = wide(), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    model = Unused()
+    optimizer = build(model.parameters())
+    compressor = laconic.Compressor(model, optimizer, laconic.LowRank(), budget=laconic.Budget(params=0.2), total_steps=20)
+    train(model, optimizer, 20)
+    assert model.unused.__class__ is nn.Sequential
+    assert ("unused.weight" in compressor.state.gradient_scales) == isinstance(optimizer, optim.SGD)

@@ -204,11 +204,12 @@ def choices_for(
     """What may be kept of each site, priced in the given currencies. A site that was cut has no way back."""
     choices = []
     for site in plan.sites:
-        ranks = [] if site.name in keep_dense else useful_ranks(site, currencies)
+        held = site.name in keep_dense
+        ranks = useful_ranks(site, currencies) if not held else [site.rank] if site.rank is not None else []
         costs = cut_costs(site, ranks, currencies)
         dense = dense_costs(site, currencies) if site.rank is None else None
         choice = low_rank_choice(site.name, values[site.name], ranks, costs, dense)
-        if site.inner is not None and ranks:
+        if site.inner is not None and ranks and not (held and site.inner.rank is None):
             choice = with_inner(choice, site, site.inner, values, currencies)
         choices.append(choice)
     return choices

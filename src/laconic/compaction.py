@@ -31,7 +31,7 @@ from .report import CompactReport
 from .slimming import importances_of, slim_neurons, took_out, unseen, watch_inputs
 from .solvers.gram import COLUMNS
 from .structures import Channels, Entries, Site, Structure
-from .surgery.batchnorm import as_batches, batch_norms, reestimate
+from .surgery.batchnorm import BATCHES, as_batches, batch_norms, reestimate
 from .surgery.channels import slim
 from .surgery.factorize import pair_matrices, pair_weights
 from .surgery.factorize import weights as pair_parameters
@@ -129,7 +129,7 @@ def _cut(
                 done.extend((path, put(model, path, pair)) for path in paths)
         after = outputs(model, inputs) if inputs is not None else []
         if calibration is not None:
-            hint = "check that every batch of calibration is what the model takes: a tensor, or a tuple of its positional arguments"
+            hint = BATCHES
             batches, missed = reestimate(model, calibration)
             notes.append(
                 f"BatchNorm statistics re-estimated on {batches} batches"

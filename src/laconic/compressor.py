@@ -49,6 +49,7 @@ from .errors import (
     LaconicError,
     NonFiniteError,
     OptimizerError,
+    SurgeryError,
     one_line,
 )
 from .graph import NOT_REACHED
@@ -175,9 +176,14 @@ class Compressor:
         self.plan = make_plan(model, structures, example_inputs, trained)
         if forgotten := [name for name, p in model.named_parameters() if p.requires_grad and p not in trained]:
             names = ", ".join(forgotten[:5]) + (", ..." if len(forgotten) > 5 else "")
-            self.plan.notes.append(
-                f"{len(forgotten)} parameters that ask for gradients are in none of the optimizers, and stay as they are: {names}"
-            )
+            note = f"{len(forgotten)} parameters that ask for gradients are in none of the optimizers, and stay as they are: {names}"
+            if strangers := len(trained.difference(model.parameters())):
+                note += (
+                    f"; and {strangers} that the optimizers hold are not in the model: was it unfused, moved or rebuilt after the optimizer "
+                    "was made? Make the optimizer last"
+                )
+                warnings.warn(f"laconic: {note}", stacklevel=2)
+            self.plan.notes.append(note)
         self.plan.notes += unasked
         self.plan.notes += no_options(self.plan, budget)
         if optional := sorted(optional_groups(self.plan, budget)):
@@ -208,7 +214,12 @@ class Compressor:
             spectra_start={s.name: start[s.name].astype(np.float32) for s in self.plan.sites},
         )
         self.plan.ranks = self.state.ranks
+        if budget is not None and self.state.controller is not None and is_met(self.plan, budget):
+            self.state.settled = True
+            self.plan.notes.append("the model is within the budget as it is: nothing is pressed or cut")
+            warnings.warn(f"laconic: {self.plan.notes[-1]}", stacklevel=2)
         self._planned = self._pressed
+        self._made_for = self._kind()
         self._shapes = {s.name: list(s.unfolding.shape) for s in self.plan.sites} | {g.name: [g.group.units] for g in self.plan.neurons}
         self._hold(optimizers)
         self._changed = False  # by this step, in mid-run
@@ -232,7 +243,8 @@ class Compressor:
         """Hook the optimizers, and the gradients that are scaled."""
         self._attached = True
         self._handles = self._hook()
-        self._scaling: list[Any] = scale_gradients(self.plan.sites, self.state.gradient_scales)
+        self._scaling: list[Any] = []
+        self._hook_gradients()
         self._watch: ShapeWatch | None = None
         self._inputs: InputMoments | None = None
         self._alarm: Watch | None = None
@@ -275,7 +287,7 @@ class Compressor:
         if self.budget is None or self.total_steps is None or any(x.structure.strength is not None for x in self._pressed):
             return None
         # Half of the unit of the spectra over the whole phase of pressure, were the learning rate at its peak throughout.
-        span = (self.settle - self.schedule.warmup) * self.total_steps
+        span = max((self.settle - self.schedule.warmup) * self.total_steps, 1.0)
         peak = max(peak_learning_rate(self.optimizers, [x.weights[0] for x in self._pressed]), TINY)  # what is set later is seen later
         return Controller(strength=0.5 / (span * peak), peak=peak)
 
@@ -291,6 +303,10 @@ class Compressor:
     def _pressed(self) -> list[Weight | Site | Neurons]:
         """Everything under a structure, in the order of the proximal steps: entries, ranks, then whole neurons."""
         return [*self.plan.entries, *self.plan.sites, *self.plan.neurons]
+
+    def _kind(self) -> str:
+        weight = self._pressed[0].weights[0]
+        return f"{weight.dtype} on {weight.device}"
 
     @property
     def settle(self) -> float:
@@ -327,6 +343,11 @@ class Compressor:
         if was_skipped(optimizer):
             return
         state = self.state
+        if state.steps[index] == 0 and self.example_inputs is not None and (now := self._kind()) != self._made_for:
+            raise SurgeryError(
+                f"the model's weights are {now} in the first step, and were {self._made_for} when the Compressor was built, for which the "
+                "example inputs are: build it after .to(), .half() and the like"
+            )
         state.steps[index] += 1
         if index == 0 and self.budget is not None and self.total_steps is not None and self.steps == too_many_steps(self.total_steps):
             warnings.warn(f"laconic: {self._overrun()}", stacklevel=2)
@@ -627,10 +648,13 @@ class Compressor:
     def _scale(self, scales: Scales) -> None:
         """From the next step on, gradients of the pairs are scaled so."""
         scale_moments(self.plan.sites, self.optimizers, self.state.gradient_scales, scales)
+        self.state.gradient_scales = scales
+        self._hook_gradients()
+
+    def _hook_gradients(self) -> None:
         for handle in self._scaling:
             handle.remove()
-        self._scaling = scale_gradients(self.plan.sites, scales)
-        self.state.gradient_scales = scales
+        self._scaling = scale_gradients(self.plan.sites, self.state.gradient_scales)
 
     def _cut(self, values: dict[str, Floats], ranks: Ranks, calibration: Any = None, notes: Sequence[str] = ()) -> None:
         result = cut_sites(
@@ -678,6 +702,7 @@ class Compressor:
             raise InvalidValueError(f"compact(energy={energy}): the budget rules here; leave energy out")
         calibration = as_batches(calibration)
         energy = check_share(energy) if energy is not None else self.energy
+        before = self.model, self.plan, self.sharded
         if into is not None:
             self._move(into)
         elif self.sharded:
@@ -715,7 +740,9 @@ class Compressor:
                     self._cut(values, ranks, calibration, more)
                     self.state.cuts.timings |= times
             except BaseException:
+                self.model, self.plan, self.sharded = before
                 self.state, self.plan.ranks, self.weights = saved, saved.ranks, weights
+                self._hook_gradients()
                 self._parameters = named_by_identity(self.model)
                 self._unreached = unreached
                 self._watch_unreached()
@@ -866,7 +893,10 @@ class Compressor:
         sites = self.plan.sites
         ranks = {s.name: self.plan.ranks.get(s.name, s.unfolding.full_rank) for s in sites}
         units = {g.name: len(g.kept) for g in (*self.plan.neurons, *self.plan.forgone)}
-        left = present_costs(self.plan, ["params"], {s.name: r if (r := ranks[s.name]) <= s.break_even else None for s in sites})[0]
+        kept: Ranks = {s.name: r if (r := ranks[s.name]) <= s.break_even else None for s in sites} | {
+            s.name: s.rank for s in self.plan.inner
+        }
+        left = present_costs(self.plan, ["params"], kept)[0]
         flat = {
             "laconic/step": float(self.steps),
             "laconic/strength": sum(self.strength(x) for x in self._pressed) / len(self._pressed),
@@ -907,6 +937,7 @@ class Compressor:
             "total_steps": self.total_steps,
             "budget": dataclasses.asdict(self.budget) if self.budget is not None else None,
             "schedule": dataclasses.asdict(self.schedule),
+            "MACs of the example inputs": self.plan.macs,
             "cut": "early" if self.cut_early else "end",
             "structures": [repr(x.structure) for x in self._planned],
         }
@@ -969,7 +1000,7 @@ class Compressor:
             site.times = RankTimes.from_json(times) if times is not None else None
         self._watch_inputs()
         self._watch_unreached()
-        self._scaling = scale_gradients(self.plan.sites, run.gradient_scales)
+        self._hook_gradients()
         self._parameters = named_by_identity(self.model)
 
     @contextlib.contextmanager

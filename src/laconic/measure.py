@@ -88,7 +88,9 @@ def check_inputs(example_inputs: Any) -> tuple[Any, ...]:
     if isinstance(example_inputs, Tensor):
         return (example_inputs,)
     if not isinstance(example_inputs, (tuple, list)):
-        raise InvalidTypeError(f"example_inputs must be a tuple of the model's positional arguments, got {type(example_inputs).__name__}")
+        raise InvalidTypeError(
+            f"example_inputs must be a tuple of the model's arguments in the order of its forward, such as (ids, mask), got {type(example_inputs).__name__}"
+        )
     return tuple(example_inputs)
 
 

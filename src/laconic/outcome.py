@@ -87,7 +87,7 @@ def make_report(
                 slim=u.shape if u.shape != site.whole.shape else None,
                 note=""
                 if rank is not None or u.shape != site.whole.shape
-                else f"no rank up to {site.break_even}, where two layers stop being smaller, was enough",
+                else f"two layers are smaller up to rank {site.break_even} only, which would lose more than is asked for",
             )
         )
     reasons = {alone.name: alone for alone in plan.left_alone}

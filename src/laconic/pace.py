@@ -21,6 +21,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from .allocate import Floats
+from .optimizers import holds
 from .structures import Site
 from .surgery.optimizer import FIRST_MOMENTS, SECOND_MOMENTS
 
@@ -63,4 +64,7 @@ def scale_gradients(sites: Sequence[Site], scales: Scales) -> list[RemovableHand
 
 
 def _has_second_moment(optimizer: Any, site: Site) -> bool:
-    return any(not SECOND_MOMENTS.isdisjoint(getattr(optimizer, "state", {}).get(w, {})) for w in site.weights)
+    """Of the site's weights, or, where none of them had a gradient yet, of any that it holds beside them."""
+    states = getattr(optimizer, "state", {})
+    own = [states[w] for w in site.weights if states.get(w)]
+    return any(not SECOND_MOMENTS.isdisjoint(s) for s in own or (states.values() if holds(optimizer, site.weights[0]) else ()))

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from .allocate import Floats
 from .checks import has_gradient_hooks
 from .cuts import CutResult, check_in_place, hooks_lost, largest_difference, outputs_uncut
-from .errors import SurgeryError, first_line
+from .errors import LaconicError, SurgeryError, first_line
 from .graph import largest, outputs, unread, unsafe_convolutions
 from .matricize import TRANSPOSED_CONVS, Layer
 from .measure import OneDtype, call, cast, check_inputs, evaluating
 from .moments import FEWEST, InputMoments, Moments
 from .plan import Plan
+from .surgery.batchnorm import BATCHES
 from .surgery.channels import Group, channels_kept, parameters_at, slim, slimmed, width
 from .surgery.constants import response
 from .surgery.factorize import plain_layers
@@ -86,7 +87,12 @@ def slim_neurons(
     held = {end.name: parameters_at(model.get_submodule(end.path), end) for group in tied for end in group.ends}
     notes = hooks_lost([name for name, parameters in held.items() if any(map(has_gradient_hooks, parameters))])
     unsafe_before = set(unsafe_convolutions(model))
-    slim(model, tied, kept, optimizers)
+    name_of = {p: name for name, p in model.named_parameters()}
+    if lost := sorted(name_of[p] for p in slim(model, tied, kept, optimizers)):
+        notes.append(
+            f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}: the optimizer's state could not be sliced with the neurons, and starts anew; Adam, AdamW and SGD keep theirs"
+        )
+        warnings.warn(f"laconic: {notes[-1]}", stacklevel=2)
     took_out(model, plan, kept)
     change, why = largest_difference(before, outputs(model, inputs))
     unsafe = ", ".join(path for path in unsafe_convolutions(model) if path not in unsafe_before)
@@ -160,9 +166,16 @@ def unseen(plan: Plan, moments: dict[str, Moments]) -> list[str]:
 def watch_inputs(model: nn.Module, plan: Plan, batches: Iterable[Any]) -> dict[str, Moments]:
     """Moments of what the consumers of all groups take in, in eval mode."""
     watch = InputMoments(consumers(model, plan), training=False)
-    with evaluating(model):
-        for batch in batches:
-            call(model, check_inputs(batch))
+    try:
+        with evaluating(model):
+            for batch in batches:
+                call(model, check_inputs(batch))
+    except LaconicError:
+        raise
+    except Exception as error:
+        raise SurgeryError(f"the model does not run on calibration ({type(error).__name__}: {first_line(error)}); {BATCHES}") from error
+    finally:
+        watch.drop()
     return watch.finish()
 
 

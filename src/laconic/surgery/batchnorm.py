@@ -19,11 +19,14 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
+BATCHES = "check that every batch of calibration is what the model takes: a tensor, or a tuple of its positional arguments"
+
+
 def as_batches(calibration: Iterable[Any] | None) -> list[Any] | None:
     """The batches that were given, for use more than once.
 
     Raises:
-        InvalidTypeError: not an iterable of batches; a lone tensor is one batch, not many.
+        InvalidTypeError: not an iterable of batches; a lone tensor is one batch, not many. InvalidValueError: none in it.
     """
     if calibration is None:
         return None
@@ -31,7 +34,10 @@ def as_batches(calibration: Iterable[Any] | None) -> list[Any] | None:
         raise InvalidTypeError(
             f"calibration: expected an iterable of batches, such as [x for x, _ in loader], got {type(calibration).__name__}"
         )
-    return list(calibration)
+    batches = list(calibration)
+    if not batches:  # a generator that was used up before
+        raise InvalidValueError("calibration holds no batch: pass an iterable of inputs, such as [x for x, _ in loader]")
+    return batches
 
 
 def reestimate(model: nn.Module, calibration: Iterable[Any]) -> tuple[int, list[str]]:
@@ -59,8 +65,6 @@ def reestimate(model: nn.Module, calibration: Iterable[Any]) -> tuple[int, list[
             for batch in calibration:
                 call(model, (batch,) if isinstance(batch, Tensor) else batch)
                 batches += 1
-        if batches == 0:
-            raise InvalidValueError("calibration holds no batch: pass an iterable of inputs, such as [x for x, _ in loader]")
         missed = [layer for layer in layers if layer.num_batches_tracked is not None and int(layer.num_batches_tracked) == 0]
         _restore(before, missed)
     except BaseException:

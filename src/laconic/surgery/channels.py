@@ -115,8 +115,9 @@ def slim(
     groups: Sequence[Group],
     kept: Mapping[str, Sequence[int]],
     optimizers: Sequence[torch.optim.Optimizer] = (),
-) -> None:
-    """Keep only these units, in place. On an error everything is as it was.
+) -> list[nn.Parameter]:
+    """Keep only these units, in place. On an error everything is as it was. Returns the parameters whose optimizer state could not be
+    sliced: those in their places start without one.
 
     Args:
         groups: of the dense model; some of their units may be gone already, and layers may have been factorised since.
@@ -132,12 +133,15 @@ def slim(
         Replacement(getattr(edit.module, name), new, select) for edit in edits for name, (new, select) in edit.parameters.items()
     ]
     states = [states_to_slice(optimizer, replacements) for optimizer in optimizers]
+    had = [{r.old for r in replacements if getattr(optimizer, "state", {}).get(r.old)} for optimizer in optimizers]
+    lost = [p for of_one, found in zip(had, states, strict=True) for p in of_one.difference(r.old for r, _ in found)]
     apply(edits)
     for optimizer, found in zip(optimizers, states, strict=True):
         replace(optimizer, replacements, found)
     for r in replacements:
         r.new.grad = None if r.old.grad is None else r.select(r.old.grad)
         r.old.grad = None  # memory for the next
+    return lost
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ r"""Carry an optimizer over a factorisation `W = A B` (in unfolded coordinates).
   :math:`V_{A'} = V_A (C \circ C)^T`, and likewise for B.
 - Step counters and other scalars are copied.
 - Where channels are removed, every entry of the weight's shape is sliced as the weight is.
+- Entries that are packed (tensors of 8 or 4 bits in a class of their own) are not known.
 
 An optimizer whose state has an entry of an unknown meaning is not touched; `unknown_state` names the entry.
 """
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..matricize import Unfolding
 from ..solvers.gram import promoted_matmul
@@ -34,7 +36,9 @@ SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum",
 def unknown_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> str | None:
     """The first entry of this weight's state that laconic cannot carry over, or None."""
     for key, value in getattr(optimizer, "state", {}).get(weight, {}).items():
-        if isinstance(value, Tensor) and value.numel() > 1 and not (key in FIRST_MOMENTS | SECOND_MOMENTS and value.shape == weight.shape):
+        if not isinstance(value, Tensor) or value.numel() == 1:
+            continue
+        if key not in FIRST_MOMENTS | SECOND_MOMENTS or value.shape != weight.shape or is_traceable_wrapper_subclass(value):
             return str(key)
     return None
 
@@ -128,10 +132,14 @@ class Replacement:
 
 
 def states_to_slice(optimizer: torch.optim.Optimizer, replacements: Sequence[Replacement]) -> list[tuple[Replacement, dict[str, Any]]]:
-    """The old parameters' states. Where an entry is neither a scalar nor of the parameter's shape, nobody can say how to slice
+    """The old parameters' states. Where an entry is neither a scalar nor a tensor of the parameter's shape, nobody can say how to slice
     it: that parameter is missing, and starts without a state."""
     states = [(r, getattr(optimizer, "state", {}).get(r.old)) for r in replacements]
-    return [(r, s) for r, s in states if s and all(v.numel() == 1 or v.shape == r.old.shape for v in s.values() if isinstance(v, Tensor))]
+    return [(r, s) for r, s in states if s and all(_can_be_sliced(v, r.old) for v in s.values() if isinstance(v, Tensor))]
+
+
+def _can_be_sliced(value: Tensor, parameter: Tensor) -> bool:
+    return value.numel() == 1 or (value.shape == parameter.shape and not is_traceable_wrapper_subclass(value))
 
 
 def replace(
