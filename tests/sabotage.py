@@ -32,6 +32,15 @@ class Edit(NamedTuple):
 
 EDITS = [
     Edit(
+        "checkpoints of later steps kept in the place of new ones",
+        "running.py",
+        "(*there[at:], *there[:at][: -self.keep])",
+        "there[: -self.keep]",
+        "test_running",
+        "later_checkpoint",
+    ),
+    Edit("another run's checkpoints written over", "running.py", "if not self._own and", "if False and", "test_running", "got_further"),
+    Edit(
         "a Ctrl-C between the model's new layers and the optimizer's",
         "compressor.py",
         "with uninterrupted():",

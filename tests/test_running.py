@@ -96,6 +96,29 @@ def test_only_the_newest_are_kept_and_what_was_killed_is_swept(tmp_path):
     assert loop.checkpoints.resume() is None
 
 
+def test_a_run_that_got_further_is_not_written_over(tmp_path):
+    for step in (900, 1000):
+        Loop(tmp_path).checkpoints.save(step)
+    other = Loop(tmp_path).checkpoints
+    with pytest.raises(laconic.CheckpointError, match=r"to step 1000: step 100 was not saved; resume\(\) that run first, clear\(\) to"):
+        other.save(100)
+    assert other.steps() == [900, 1000]
+    other.clear()
+    assert other.save(100).is_dir()
+    assert other.steps() == [100]
+
+
+@pytest.mark.filterwarnings("ignore:checkpoint")
+def test_a_damaged_later_checkpoint_goes_once_there_is_a_new_one(tmp_path):
+    loop = Loop(tmp_path).checkpoints
+    loop.save(900)
+    (loop.save(1000) / "training.pt").unlink()
+    loop = Loop(tmp_path).checkpoints
+    loop.resume()
+    assert loop.save(950).is_dir()
+    assert loop.steps() == [900, 950]
+
+
 DAMAGE = {
     "cut short": lambda p: (p / "training.pt").write_bytes((p / "training.pt").read_bytes()[:-100]),
     "edited": lambda p: (p / "training.pt").write_bytes((p / "training.pt").read_bytes()[:-1] + b"x"),

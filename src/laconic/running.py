@@ -98,9 +98,11 @@ class RunCheckpoints:
         self.settings = plain_json(settings or {}, "settings")
         self.keep = whole_number("keep", keep, 1)
         self.parts = parts
+        self._own = False  # are the checkpoints of this run, resumed or saved here?
 
     def save(self, step: int, extra: dict[str, Any] | None = None) -> Path:
-        """Write a checkpoint, whole or not at all, and remove all but the newest `keep`.
+        """Write a checkpoint, whole or not at all, and remove all but the newest `keep`. Those of later steps go as well where this run resumed from
+        before them (they were damaged) or wrote them itself; where it did neither, it is refused.
 
         With several processes (DistributedDataParallel) call it in all of them: the first one writes, and all random
         states are kept; `extra` is the first one's.
@@ -114,13 +116,19 @@ class RunCheckpoints:
         Raises:
             InvalidValueError: `step` is not a whole number.
             InvalidTypeError: `extra` or a part's state holds what could not be read back without pickle; nothing is written.
+            CheckpointError: there are checkpoints of later steps, and this run has not resumed: nothing is written.
         """
         step = whole_number("step", step, 0)
         extra = plain(extra or {}, "extra")
+        if not self._own and (there := self.steps()) and there[-1] > step:  # they would be the newest, which are kept and resumed
+            raise CheckpointError(
+                f"{self.directory} holds checkpoints of a run that got further, to step {there[-1]}: step {step} was not saved; resume() that run first, clear() to start anew, or give another directory"
+            )
         if any(is_sharded(p) for p in self.model.parameters()):
             raise CheckpointError("the model is sharded (FSDP2): save its parts with torch.distributed.checkpoint")
         random = gathered({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []})
         written = agreed(lambda: str(self._write(step, random, extra)))
+        self._own = True
         return Path(written)
 
     def _write(self, step: int, random: list[dict[str, Any]], extra: dict[str, Any]) -> Path:
@@ -158,8 +166,10 @@ class RunCheckpoints:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
         sync_directory(self.directory)
-        for old in self.steps()[: -self.keep]:
-            self._discard(self._path(old))
+        there = self.steps()
+        at = there.index(step) + 1  # what follows is of a future that this run does not have
+        for other in (*there[at:], *there[:at][: -self.keep]):
+            self._discard(self._path(other))
         return target
 
     def resume(self) -> tuple[int, dict[str, Any]] | None:
@@ -183,6 +193,7 @@ class RunCheckpoints:
             if damaged:
                 warnings.warn(f"{'; '.join(damaged)}; resuming from step {step} before it", stacklevel=2)
             self._load(step, state, tensors)
+            self._own = True
             return step, state["extra"]
         if damaged:
             raise CheckpointError(f"no whole checkpoint in {self.directory}: {'; '.join(damaged)}")
