@@ -32,6 +32,14 @@ class Edit(NamedTuple):
 
 EDITS = [
     Edit(
+        "penalties told apart by their addresses",
+        "compressor.py",
+        're.sub(r" at 0x[0-9a-fA-F]+", "", repr(x.structure))',
+        "repr(x.structure)",
+        "test_compaction",
+        "without_a_repr",
+    ),
+    Edit(
         "checkpoints of later steps kept in the place of new ones",
         "running.py",
         "(*there[at:], *there[:at][: -self.keep])",

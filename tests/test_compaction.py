@@ -888,6 +888,22 @@ def test_a_resume_with_another_setting_is_refused_by_name(name):
         compressor(**CHANGES[name]).load_state_dict(compressor().state_dict())
 
 
+def test_a_penalty_without_a_repr_resumes():
+    class Mine:
+        value, prox, cutoff = laconic.L1.value, laconic.L1.prox, laconic.L1.cutoff
+
+    class Other(Mine):
+        pass
+
+    def compressor(kind: type) -> laconic.Compressor:
+        return laconic.Compressor(model := mlp(), sgd(model), laconic.LowRank(penalty=kind(), strength=0.1))
+
+    first = compressor(Mine)  # alive, so that the next one lies elsewhere
+    compressor(Mine).load_state_dict(first.state_dict())
+    with pytest.raises(laconic.CheckpointError, match=r"other settings.* structures was .*Mine.* is .*Other"):
+        compressor(Other).load_state_dict(first.state_dict())
+
+
 def test_batches_that_do_not_fit_are_blamed_and_not_the_cut():
     model = cnn().eval()
     before = snapshot(model)

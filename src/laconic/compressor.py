@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -939,7 +940,8 @@ class Compressor:
             "schedule": dataclasses.asdict(self.schedule),
             "MACs of the example inputs": self.plan.macs,
             "cut": "early" if self.cut_early else "end",
-            "structures": [repr(x.structure) for x in self._planned],
+            # A penalty of the user's own without a repr shows its address, which is another in every process.
+            "structures": [re.sub(r" at 0x[0-9a-fA-F]+", "", repr(x.structure)) for x in self._planned],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
