@@ -32,6 +32,14 @@ class Edit(NamedTuple):
 
 EDITS = [
     Edit(
+        "numbers of numpy's in a state",
+        "checks.py",
+        "return int(value) if isinstance(value, numbers.Integral) else float(value)",
+        "return value",
+        "test_compaction",
+        "from_numpy",
+    ),
+    Edit(
         "penalties told apart by their addresses",
         "compressor.py",
         're.sub(r" at 0x[0-9a-fA-F]+", "", repr(x.structure))',

@@ -904,6 +904,21 @@ def test_a_penalty_without_a_repr_resumes():
         compressor(Other).load_state_dict(first.state_dict())
 
 
+def test_a_state_of_numbers_from_numpy_is_read_back_without_pickle():
+    half = np.float64(0.5)
+    budget, schedule = laconic.Budget(params=half, max_macs=np.int64(10**6)), laconic.Schedule(warmup=half / 2, settle=half)
+    steered = {"budget": budget, "schedule": schedule, "total_steps": np.int64(8), "every": np.int64(1)}
+    pressed = [laconic.Entries(strength=half), laconic.LowRank(strength=half), laconic.Channels(strength=half)]
+    for structures, options in [(laconic.LowRank(), steered), (pressed, {"every": 1})]:
+        made = laconic.Compressor(model := mlp(), optimizer := sgd(model), structures, example_inputs=(inputs_for(model),), **options)
+        for t in range(3):
+            backward(model, t)
+            optimizer.step()
+        torch.save(made.state_dict(), file := io.BytesIO())
+        found = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        assert_same(found, made.state_dict())
+
+
 def test_batches_that_do_not_fit_are_blamed_and_not_the_cut():
     model = cnn().eval()
     before = snapshot(model)

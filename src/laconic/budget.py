@@ -50,7 +50,7 @@ class Budget:
         for f in fields(self):
             given = getattr(self, f.name)
             if given is not None:
-                check_number(f"Budget: {f.name}", given)
+                object.__setattr__(self, f.name, check_number(f"Budget: {f.name}", given))
         for c in CURRENCIES.values():
             share, amount = getattr(self, c.fraction), getattr(self, c.absolute)
             if share is not None and not 0 < share <= 1:

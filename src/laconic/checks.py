@@ -25,14 +25,15 @@ def whole_number(name: str, value: Any, least: int, most: float = math.inf) -> i
     return int(value)
 
 
-def check_number(name: str, value: Any) -> None:
-    """Numpy's are numbers too, truth values are not.
+def check_number(name: str, value: Any) -> float:
+    """The number as Python's own, which can be saved without pickle: numpy's are numbers too, truth values are not.
 
     Raises:
         InvalidTypeError: it is none.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InvalidTypeError(f"{name} = {value!r}: expected a number")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def check_choice(name: str, value: Any, valid: Collection[str]) -> None:

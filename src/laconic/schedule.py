@@ -23,7 +23,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("warmup", "settle"):
-            check_number(f"Schedule: {name}", getattr(self, name))
+            object.__setattr__(self, name, check_number(f"Schedule: {name}", getattr(self, name)))
         if not 0 <= self.warmup < self.settle <= 1:
             raise InvalidValueError(f"Schedule(warmup={self.warmup}, settle={self.settle}): need 0 <= warmup < settle <= 1")
 

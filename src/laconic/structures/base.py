@@ -27,7 +27,7 @@ def check_options(structure: Any) -> None:
     if not isinstance(structure.penalty, Penalty):
         raise InvalidTypeError(f"penalty = {structure.penalty!r}: expected an object with value, prox and cutoff, such as laconic.LogSum()")
     if structure.strength is not None:
-        check_number("strength", structure.strength)
+        object.__setattr__(structure, "strength", check_number("strength", structure.strength))
         if not (structure.strength >= 0 and math.isfinite(structure.strength)):
             raise InvalidValueError(f"strength = {structure.strength}: must be finite and at least 0")
     check_choice("scale", structure.scale, SCALES)
