@@ -31,6 +31,15 @@ class Edit(NamedTuple):
 
 
 EDITS = [
+    Edit("a compiled model cut with its wrapper", "compaction.py", "    model = bare(model)\n", "", "test_checkpoint", "compiled_model"),
+    Edit(
+        "loaded into the wrapper of a compiled model",
+        "checkpoint.py",
+        "given, model = model, bare(model)",
+        "given = model",
+        "test_checkpoint",
+        "compiled_model",
+    ),
     Edit(
         "numbers of numpy's in a state",
         "checks.py",

@@ -497,3 +497,18 @@ def test_values_that_are_packed_in_another_tensor_are_refused_by_name(tmp_path):
     with pytest.raises(laconic.CheckpointError, match=r"1.weight is a TwoTensor.*before it is quantized"):
         laconic.save(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
+def test_a_compiled_model_is_cut_saved_and_loaded_as_what_it_wraps(tmp_path):
+    def compiled() -> nn.Module:
+        return torch.compile(mlp(), backend="eager")
+
+    cut, plain = compiled(), mlp()
+    x = inputs_for(plain)
+    reports = [laconic.compress(model, budget=laconic.Budget(params=0.6), example_inputs=(x,)) for model in (cut, plain)]
+    assert reports[0].to_json() == reports[1].to_json()
+    laconic.save(cut, tmp_path / "model")
+    given = compiled()
+    assert laconic.load(tmp_path / "model", given) is given
+    assert_same(given(x), plain(x))

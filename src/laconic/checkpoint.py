@@ -42,7 +42,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: CompactRep
     that name is replaced, any other content is not.
 
     Args:
-        model: compacted or not; unwrapped from DistributedDataParallel / DataParallel.
+        model: compacted or not; unwrapped from DistributedDataParallel / DataParallel, and from what `torch.compile` returned.
         directory: created; parents too.
         report: what `compact()` returned, or a dict of plain data of your own; kept under `"report"` in the JSON.
 
@@ -102,7 +102,8 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     Args:
         directory: what `save` wrote.
-        model: as the class builds it. Changed in place and returned; on any error it is as it was.
+        model: as the class builds it, wrapped (DistributedDataParallel, `torch.compile`) or not. Changed in place and returned as it was given; on any error it is
+            as it was.
 
     Raises:
         CheckpointNotFoundError: the directory or one of its files is missing.
@@ -111,6 +112,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         InvalidTypeError: no model, or the class in place of an instance.
     """
     check_module(model)
+    given, model = model, bare(model)
     source = _find(Path(directory))
     manifest, tensors = _read(source)
     make_wide = replay_slims(model, [Slim.from_json(s) for s in manifest.get("slims", [])])
@@ -129,7 +131,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             if here.dtype != tensors[name].dtype:
                 here.data = here.data.to(tensors[name].dtype)
     model.load_state_dict(tensors)
-    return model
+    return given
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:

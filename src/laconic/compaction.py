@@ -19,6 +19,7 @@ from .budget import Budget, needless, no_options, prepare, ranks_for_budget
 from .checks import check_module, has_gradient_hooks, hooked
 from .costs import Ranks
 from .cuts import CutResult, all_or_nothing, check_in_place, hooks_lost, largest_difference, outputs_uncut
+from .distributed import bare
 from .errors import InfeasibleBudgetError, InvalidTypeError, InvalidValueError, NonFiniteError, SurgeryError, first_line
 from .graph import outputs
 from .latency import skeleton
@@ -327,7 +328,7 @@ def compress(
     """Cut a trained model as it is, in place, without training.
 
     Args:
-        model: any module; on an error it is left as it was.
+        model: any module, wrapped (DistributedDataParallel, `torch.compile`) or not; on an error it is left as it was.
         structures: what may be cut; None: `[LowRank()]`. Neurons may go too (`Channels()`), but then train on.
         budget: ranks are chosen together by the product rule (see `laconic.allocate`).
         energy: instead of a budget, the share of squared singular values that every layer keeps (per-layer rule).
@@ -352,6 +353,7 @@ def compress(
         raise InvalidValueError(
             f"Channels and energy={energy}: neurons are chosen by a budget, so give budget=laconic.Budget(params=0.5); energy is for ranks"
         )
+    model = bare(model)
     plan = make_plan(model, structures, example_inputs)
     values = spectra(plan)
     batches = as_batches(calibration)
