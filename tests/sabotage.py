@@ -31,6 +31,15 @@ class Edit(NamedTuple):
 
 
 EDITS = [
+    Edit("compiled parts not looked into", "graph/groups.py", "or bare(module) is not module ", "", "test_plan", "parts_that_are_compiled"),
+    Edit(
+        "a pair in the place of a layer that torch.compile holds",
+        "plan.py",
+        'if path.endswith("._orig_mod"):',
+        "if False:",
+        "test_plan",
+        "compiled_by_itself",
+    ),
     Edit("a compiled model cut with its wrapper", "compaction.py", "    model = bare(model)\n", "", "test_checkpoint", "compiled_model"),
     Edit(
         "loaded into the wrapper of a compiled model",

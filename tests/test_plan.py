@@ -526,6 +526,32 @@ def test_a_compiled_model_is_taken_out_of_its_wrapper():
     assert [s.name for s in plan.sites] == ["2.weight"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
+def test_parts_that_are_compiled_are_planned_as_they_are():
+    x = torch.randn(4, 6, dtype=torch.float64)
+
+    def plan(wrap) -> str:
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 6)) for _ in range(2))).double()
+        for i in range(2):
+            model[i] = wrap(model[i])
+        return str(make_plan(model, [laconic.LowRank(), laconic.Channels()], (x,))).replace("._orig_mod", "")
+
+    plain, compiled = plan(lambda block: block), plan(lambda block: torch.compile(block, backend="eager"))
+    assert "read by 1.2" in plain
+    assert compiled.split() == plain.split()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
+def test_a_layer_that_is_compiled_by_itself_stays():
+    model = mlp()
+    model[2] = torch.compile(model[2], backend="eager")
+    plan = make_plan(model, [laconic.LowRank()])
+    assert {s.name for s in plan.sites} == {"0.weight", "4.weight"}
+    assert [x.reason for x in plan.left_alone] == [
+        "torch.compile wraps this very layer, and would go on with it: layer.compile() is the way out"
+    ]
+
+
 @pytest.mark.parametrize("strength", [None, 0.1])
 def test_a_steered_strength_in_absolute_units_is_told_before_training(strength):
     model = mlp()

@@ -12,6 +12,7 @@ import math
 import statistics
 import sys
 import time
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -275,7 +276,10 @@ def _counting() -> Iterator[FlopCounterMode]:
     """Everything that a forward pass computes, module by module."""
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _Forward()
-    with _countable_attention(), counter:
+    with warnings.catch_warnings(), _countable_attention(), counter:
+        warnings.filterwarnings(
+            "ignore", r"Using `torch\.compile\(module\)` when there are global hooks"
+        )  # what they see twice counts once
         yield counter
 
 

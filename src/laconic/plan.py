@@ -484,6 +484,8 @@ def _why_not(
         for path in modules[module]:
             if path == "":
                 return "the model itself is this layer: wrap it in nn.Sequential"
+            if path.endswith("._orig_mod"):  # called by what was compiled of it, whatever stands there
+                return "torch.compile wraps this very layer, and would go on with it: layer.compile() is the way out"
             if path in readers:
                 return readers[path]
         if hooked(module) and not is_sharded(parameter):  # a sharded model is not cut itself

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..attention import Attention
 from ..checks import has_gradient_hooks, hooked
+from ..distributed import bare
 from ..matricize import has_own_forward, takes_entries, unfoldings
 from ..measure import _countable_attention, call, check_inputs, seeded
 from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, SIDES, End, Group, Ints, channels_kept, groups_of, per_channel
@@ -62,9 +63,10 @@ def find_groups(model: nn.Module, example_inputs: Any) -> tuple[list[Group], dic
 
 
 def _goes_along(module: nn.Module) -> bool:
-    """Does a copy of the module have a forward of the copy's own? The class's, or a method bound to the object, as Accelerate sets it."""
+    """Does a copy of the module have a forward of the copy's own? The class's, or a method bound to the object, as Accelerate sets it; what
+    `torch.compile` returned makes a new one."""
     forward = vars(module).get("forward")
-    return forward is None or (isinstance(forward, MethodType) and forward.__self__ is module)
+    return forward is None or bare(module) is not module or (isinstance(forward, MethodType) and forward.__self__ is module)
 
 
 @dataclasses.dataclass(slots=True)
