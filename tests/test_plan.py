@@ -542,6 +542,15 @@ def test_parts_that_are_compiled_are_planned_as_they_are():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
+def test_layers_that_are_compiled_one_by_one_are_counted():
+    plain, compiled = mlp(), mlp()
+    for layer in compiled:
+        layer.compile(backend="eager")
+    structures, x = [laconic.LowRank(), laconic.Channels()], torch.randn(4, 6, dtype=torch.float64)
+    assert str(make_plan(compiled, structures, (x,))) == str(make_plan(plain, structures, (x,)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
 def test_a_layer_that_is_compiled_by_itself_stays():
     model = mlp()
     model[2] = torch.compile(model[2], backend="eager")

@@ -411,7 +411,7 @@ def _macs(layer: WideLayer, out: int, taken: int) -> float:
 
 def _dense_macs(module: nn.Module, shapes: Sequence[Any]) -> int:
     bare: Any = object.__new__(own_class(module))
-    bare.__dict__.update(module.__dict__)
+    bare.__dict__.update(module.__dict__ | {"_compiled_call_impl": None})
     bare._parameters = {
         k: None if p is None else nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
         for k, p in module._parameters.items()
