@@ -17,6 +17,7 @@ from laconic.compaction import surgery_error
 from laconic.matricize import unfoldings
 from laconic.measure import count_macs
 from laconic.plan import make_plan
+from laconic.report import render
 from laconic.surgery.factorize import factorize, narrow, product
 
 TABLES = laconic.LowRank(embeddings=True)
@@ -182,3 +183,35 @@ def test_milliseconds_of_a_cut_table(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     report = laconic.compress(model, [TABLES], laconic.Budget(latency=1.0, params=0.3), example_inputs=(entries,))
     assert report.params_after <= 0.3 * report.params_before
     assert isinstance(model[0], nn.Sequential)
+
+
+class Factors(nn.Module):
+    """Of a matrix: it multiplies entries of two tables, which no counter of operations counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.columns = nn.Embedding(60, 16), nn.Embedding(40, 16)
+
+    def forward(self, at: Tensor) -> Tensor:
+        return (self.rows(at[:, 0]) * self.columns(at[:, 1])).sum(1)
+
+
+def test_a_network_without_counted_operations() -> None:
+    torch.manual_seed(0)
+    at = torch.randint(40, (32, 2))
+
+    def compressor(budget: laconic.Budget) -> tuple[Factors, torch.optim.Optimizer, laconic.Compressor]:
+        optimizer = torch.optim.AdamW((model := Factors()).parameters(), lr=0.01)
+        return model, optimizer, laconic.Compressor(model, optimizer, TABLES, budget=budget, total_steps=10, example_inputs=(at,))
+
+    model, optimizer, made = compressor(laconic.Budget(params=0.5))
+    assert made.plan.macs == count_macs(model, (at,)) == 0
+    for _ in range(10):
+        model(at).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    report = made.compact()
+    assert report.params_after <= 0.5 * 100 * 16
+    assert "MACs" in render(report, title="factors")
+    with pytest.raises(laconic.InvalidValueError, match=r"Budget\(macs=\): .* has none that are counted; bound params="):
+        compressor(laconic.Budget(macs=0.5))

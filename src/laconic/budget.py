@@ -297,7 +297,7 @@ def ranks_for_budget(
         chosen = product_rule(choices, fixed_costs(plan, budget.currencies), limits)
     except InfeasibleBudgetError:
         raise infeasible(plan, budget, choices, limits) from None
-    if trains_on and budget.currencies == ("params",) and plan.macs is not None:
+    if trains_on and budget.currencies == ("params",) and plan.macs:
         with contextlib.suppress(InfeasibleBudgetError):  # where the bound leaves no choice
             choices, chosen = with_macs(plan, values, limits, keep_dense)
     pairs = {c.name: option if isinstance(option, tuple) else (option, 0) for c, option in zip(choices, chosen, strict=True)}

@@ -84,8 +84,11 @@ COLUMNS = {name: i for i, name in enumerate(CURRENCIES)}
 def model_costs(plan: Plan, names: Sequence[str]) -> Floats:
     """Costs of the dense model, one per currency."""
     for name in names:
-        if CURRENCIES[name].model(plan) is None:
+        cost = CURRENCIES[name].model(plan)
+        if cost is None:
             raise InvalidValueError(CURRENCIES[name].missing)
+        if cost == 0:  # a network of lookups and sums has no MACs
+            raise InvalidValueError(f"Budget({name}=): on the example inputs the model has none that are counted; bound params=")
     return np.array([CURRENCIES[name].model(plan) for name in names], dtype=np.float64)
 
 

@@ -293,7 +293,7 @@ def macs_of_batches(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
     inputs = check_inputs(example_inputs)
     with evaluating(model), _counting() as counter:
         call(model, inputs)
-    batches = [n for kind, n in counter.get_flop_counts()["Global"].items() if kind.__name__ in ("bmm", "baddbmm")]
+    batches = [n for kind, n in counter.get_flop_counts().get("Global", {}).items() if kind.__name__ in ("bmm", "baddbmm")]
     return int(counter.get_total_flops()) // 2, int(sum(batches)) // 2
 
 
