@@ -356,6 +356,17 @@ def test_an_empty_directory_and_an_earlier_save_are_replaced(tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["compact"]
 
 
+@pytest.mark.parametrize("points_to", ["real", "nowhere"])
+def test_a_link_is_replaced_and_not_what_it_points_to(points_to, tmp_path):
+    laconic.save(mlp(seed=1), tmp_path / "real")
+    (tmp_path / "latest").symlink_to(tmp_path / points_to)
+    for seed in (2, 3):
+        laconic.save(mlp(seed=seed), tmp_path / "latest")
+        assert_same(snapshot(laconic.load(tmp_path / "latest", mlp())), snapshot(mlp(seed=seed)))
+    assert_same(snapshot(laconic.load(tmp_path / "real", mlp())), snapshot(mlp(seed=1)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "real"]
+
+
 @pytest.mark.parametrize("where", [".", "{}", ".."])
 def test_the_working_directory_is_not_replaced(where, tmp_path, monkeypatch):
     here = tmp_path / "here"

@@ -39,7 +39,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: CompactRep
     """Write a model to a directory, whole or not at all.
 
     Everything goes to a new directory beside it, is flushed to disk, and then takes the name; an earlier saved model of
-    that name is replaced, any other content is not.
+    that name is replaced, any other content is not. Of a link to a saved model the link alone is.
 
     Args:
         model: compacted or not; unwrapped from DistributedDataParallel / DataParallel, and from what `torch.compile` returned.
@@ -359,9 +359,17 @@ def _take_name(fresh: Path, target: Path) -> None:
     """Rename into place. An old model steps aside first and goes last, so that at every moment one whole model is there."""
     os.chmod(fresh, 0o755)
     aside = _aside(target)
-    if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+    if os.path.lexists(target):
+        _remove(aside)
         os.rename(target, aside)
     os.rename(fresh, target)
     sync_directory(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
+
+
+def _remove(aside: Path) -> None:
+    """A directory, or a link alone: what it points to stays."""
+    if aside.is_symlink():
+        aside.unlink()
+    else:
+        shutil.rmtree(aside, ignore_errors=True)
