@@ -61,6 +61,13 @@ def other_optimizer() -> optim.Optimizer:
     return optim.SGD(mlp().parameters(), lr=0.1)
 
 
+def with_rates_under(name: str) -> optim.Optimizer:
+    made = other_optimizer()
+    for group in made.param_groups:
+        group[name] = group.pop("lr")
+    return made
+
+
 def conv_only() -> nn.Module:
     return nn.Sequential(nn.Embedding(4, 4), nn.LSTM(4, 4))
 
@@ -202,6 +209,7 @@ BAD = {
     "optimizer list empty": (lambda: compressor(by_strength(), optimizer=[]), errors.OptimizerError, V, "list is empty"),
     "the same optimizer twice": (lambda: compressor(by_strength(), m := mlp(), [o := optim.SGD(m.parameters(), lr=0.1), o]), errors.OptimizerError, V, "optimizer: the same SGD twice in the list"),
     "LBFGS": (lambda: compressor(by_strength(), m := mlp(), optim.LBFGS(m.parameters())), errors.UnsupportedOptimizerError, T, "LBFGS evaluates the loss several times per step"),
+    "optimizer without lr": (lambda: compressor(by_strength(), optimizer=with_rates_under("eta")), errors.UnsupportedOptimizerError, T, r"SGD has no 'lr' in its param_groups, but .*: keep it there under that name"),
     "optimizer without groups": (lambda: compressor(by_strength(), optimizer=object()), errors.UnsupportedOptimizerError, T, "object has no param_groups"),
     # files, recipes, data
     "load: missing": (lambda: laconic.load("/nowhere/at/all", mlp()), errors.CheckpointNotFoundError, FileNotFoundError, "does not exist"),

@@ -31,7 +31,11 @@ def check_optimizers(optimizer: Any) -> list[Any]:
             )
         if not hasattr(o, "param_groups"):
             raise UnsupportedOptimizerError(f"{type(o).__name__} has no param_groups: expected a torch.optim.Optimizer")
-        if any(g.get("lr", 0.0) is None for g in o.param_groups):
+        if any("lr" not in g for g in o.param_groups):
+            raise UnsupportedOptimizerError(
+                f"{type(o).__name__} has no 'lr' in its param_groups, but the pressure goes with the learning rate: keep it there under that name"
+            )
+        if any(g["lr"] is None for g in o.param_groups):
             raise UnsupportedOptimizerError(
                 f"{type(o).__name__}(lr=None) finds its steps by itself, but the pressure goes with the learning rate: give it one, such as Adafactor(lr=1e-3, relative_step=False)"
             )
