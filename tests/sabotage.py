@@ -1081,13 +1081,9 @@ EDITS = [
         "if False:",
         "test_checkpoint",
     ),
-    Edit(
-        "load undo skipped",
-        "checkpoint.py",
-        "        undo(model, done)\n",
-        "",
-        "test_checkpoint",
-    ),
+    Edit("load undo skipped", "checkpoint.py", "with all_or_nothing(model, None):", "if True:", "test_checkpoint", "left_untouched"),
+    Edit("a model half loaded", "checkpoint.py", "with all_or_nothing(model, None):", "if True:", "test_checkpoint", "refuses_its_values"),
+    Edit("a dtype not given back", "cuts.py", "tensor.data = value", "tensor.copy_(value)", "test_checkpoint", "refuses_its_values"),
     Edit(
         "overwrite in place",
         "checkpoint.py",

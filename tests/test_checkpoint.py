@@ -297,6 +297,40 @@ def test_the_wrong_architecture_is_refused_with_the_names_that_differ_and_left_u
     assert_same(snapshot(other), before)
 
 
+class Expanded(nn.Module):
+    """With a buffer that nothing can be written into, and another dtype than the one that was saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(10, 16), nn.Linear(16, 10)
+        self.register_buffer("table", torch.zeros(1, 4).long().expand(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x))
+
+
+def test_a_model_that_refuses_its_values_is_as_it_was(tmp_path):
+    saved = Expanded().double()
+    laconic.compress(
+        saved,
+        structures=[laconic.LowRank(), laconic.Channels()],
+        budget=laconic.Budget(params=0.5),
+        example_inputs=(torch.ones(2, 10).double(),),
+    )
+    laconic.save(saved, tmp_path / "model")
+    model = Expanded()
+    modules, before = dict(model.named_modules()), snapshot(model)
+    with pytest.raises(
+        laconic.CheckpointError, match=r"model could not be loaded into this Expanded: Error\(s\) in loading .*\"table\""
+    ) as caught:
+        laconic.load(tmp_path / "model", model)
+    assert "\n" not in str(caught.value)
+    assert dict(model.named_modules()) == modules
+    assert_same(snapshot(model), before)
+    assert (model.one.out_features, model.one.weight.dtype) == (16, torch.float32)
+
+
 def untied() -> Tied:
     """Its two weights have grown apart."""
     model = Tied()

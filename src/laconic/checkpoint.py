@@ -24,11 +24,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _version
 from .checks import check_module
+from .cuts import all_or_nothing
 from .distributed import bare
-from .errors import ArchitectureMismatchError, CheckpointError, CheckpointNotFoundError, first_line
+from .errors import ArchitectureMismatchError, CheckpointError, CheckpointNotFoundError, first_line, one_line
 from .plain import plain_json
 from .report import CompactReport
-from .surgery.record import Cut, Slim, find_cuts, find_slims, replay, replay_slims, undo
+from .surgery.record import Cut, Slim, find_cuts, find_slims, replay, replay_slims
 
 FORMATS = (1, 2)  # 2: layers have lost channels; a model without such layers is still written as 1
 TENSORS, RECORD = "model.safetensors", "laconic.json"
@@ -115,22 +116,20 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     given, model = model, bare(model)
     source = _find(Path(directory))
     manifest, tensors = _read(source)
-    make_wide = replay_slims(model, [Slim.from_json(s) for s in manifest.get("slims", [])])
-    done: list[tuple[str, nn.Module]] = []
-    try:
-        done = replay(model, [Cut.from_json(c) for c in manifest["cuts"]])
+    with all_or_nothing(model, None):
+        replay_slims(model, [Slim.from_json(s) for s in manifest.get("slims", [])])
+        replay(model, [Cut.from_json(c) for c in manifest["cuts"]])
         _check_fit(model, tensors)
         _check_ties(model, tensors)
-    except BaseException:
-        undo(model, done)
-        make_wide()
-        raise
-    _tie(model, manifest["aliases"])
-    with torch.no_grad():
-        for name, here in model.state_dict(keep_vars=True).items():
-            if here.dtype != tensors[name].dtype:
-                here.data = here.data.to(tensors[name].dtype)
-    model.load_state_dict(tensors)
+        _tie(model, manifest["aliases"])
+        with torch.no_grad():
+            for name, here in model.state_dict(keep_vars=True).items():
+                if here.dtype != tensors[name].dtype:
+                    here.data = here.data.to(tensors[name].dtype)
+        try:
+            model.load_state_dict(tensors)
+        except Exception as error:  # a module's own code, or a buffer that nothing can be written into
+            raise CheckpointError(f"{source} could not be loaded into this {type(model).__name__}: {one_line(error)}") from error
     return given
 
 

@@ -69,7 +69,7 @@ class CutResult:
 def all_or_nothing(model: nn.Module, plan: Plan | None, optimizers: Sequence[Any] = ()) -> Iterator[None]:
     """On an error inside, model, plan and optimizers are as they were: the same objects with the same values."""
     modules = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in model.modules()]
-    values = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers())]
+    values = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers()) if not _expanded(x)]
     planned: list[Any] = [plan, *plan.sites, *plan.inner, *plan.layers, *plan.neurons] if plan is not None else []
     attributes_of = [(x, {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}) for x in planned]
     gradients = [(p, p.grad) for p in model.parameters()]
@@ -83,7 +83,10 @@ def all_or_nothing(model: nn.Module, plan: Plan | None, optimizers: Sequence[Any
             module.__dict__.update(attributes | {"_parameters": parameters, "_buffers": buffers, "_modules": children})
         with torch.no_grad():
             for tensor, value in values:
-                tensor.copy_(value)
+                if tensor.dtype == value.dtype:
+                    tensor.copy_(value)
+                else:
+                    tensor.data = value
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for x, of_x in attributes_of:
@@ -100,6 +103,11 @@ def all_or_nothing(model: nn.Module, plan: Plan | None, optimizers: Sequence[Any
                     entries.update(content)
                     optimizer.state[parameter] = entries
         raise
+
+
+def _expanded(tensor: Tensor) -> bool:
+    """One place in memory for several entries: PyTorch refuses to write there, so that it needs no copy, and would not take one back."""
+    return tensor.layout == torch.strided and any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @contextlib.contextmanager
