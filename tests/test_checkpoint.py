@@ -100,6 +100,10 @@ def test_a_report_is_kept_as_it_is_or_refused_before_anything_is_written(tmp_pat
     assert kept[0] == kept[1]
     with pytest.raises(laconic.InvalidTypeError, match=r"report\['model'\] cannot be written as JSON"):
         laconic.save(model, tmp_path / "other", report={"model": model})
+    with pytest.raises(
+        laconic.InvalidValueError, match=rf"it is of a model that has {report.params_after} parameters, this Sequential has 247"
+    ):
+        laconic.save(mlp(), tmp_path / "other", report=report)
     assert not (tmp_path / "other").exists()
 
 

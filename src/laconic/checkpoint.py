@@ -26,7 +26,8 @@ from . import _version
 from .checks import check_module
 from .cuts import all_or_nothing
 from .distributed import bare
-from .errors import ArchitectureMismatchError, CheckpointError, CheckpointNotFoundError, first_line, one_line
+from .errors import ArchitectureMismatchError, CheckpointError, CheckpointNotFoundError, InvalidValueError, first_line, one_line
+from .measure import count_params
 from .plain import plain_json
 from .report import CompactReport
 from .surgery.record import Cut, Slim, find_cuts, find_slims, replay, replay_slims
@@ -50,9 +51,14 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: CompactRep
     Raises:
         CheckpointError: the path holds something that is not a saved model, or cannot be written to; or the model holds state that is not tensors.
         InvalidTypeError: no model; a report that JSON cannot hold.
+        InvalidValueError: the report of another model, by the number of parameters.
     """
     check_module(model)
     model = bare(model)
+    if isinstance(report, CompactReport) and report.params_after != (here := count_params(model)):
+        raise InvalidValueError(
+            f"report: it is of a model that has {report.params_after} parameters, this {type(model).__name__} has {here}: pass what compact() or compress() returned for this very model"
+        )
     told = report.to_json() if isinstance(report, CompactReport) else None if report is None else plain_json(report, "report")
     target = Path(directory)
     check_target(target)
