@@ -1,8 +1,8 @@
-"""The command line: functions are commands, their docstrings the help.
+"""Train, shrink, measure and report PyTorch models.
 
 Results go to standard output, everything else to standard error. Exit status 0: done; 2: bad input, with one clear
 line; 130: interrupted, with the place of the checkpoint.
-"""
+"""  # the help: functions are commands, and their docstrings the rest of it
 
 from __future__ import annotations
 
