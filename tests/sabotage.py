@@ -93,8 +93,8 @@ EDITS = [
     Edit(
         "a forward that is the original's",
         "graph/groups.py",
-        "return forward is None or (",
-        "return forward is not None or (",
+        "return forward is None or ",
+        "return forward is not None or ",
         "test_trainers",
         "planned_as_without",
     ),
