@@ -314,38 +314,6 @@ def memory(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def structures(task: str) -> str:
-    """One task at several budgets: accuracy of each method, and training time relative to dense where it was measured."""
-    recipes = [r for part in ("-half", "", "-fast", "-eighth", "-tenth", "-twentieth") if "laconic" in load(r := task + part)]
-    known = {m for recipe in recipes for m in load(recipe)}
-    alike = all(are_same(r["laconic"], r["low-rank"]) for recipe in recipes if "low-rank" in (r := load(recipe)))
-    columns = ("thin", "thin-long", "torch-pruning", "channels", *(() if alike else ("low-rank",)), "laconic")
-    methods = [m for m in columns if m in known]
-    lines = ["| parameters | " + " | ".join(LABELS[m] for m in methods) + " |", "|---" * (len(methods) + 1) + "|"]
-    for recipe in recipes:
-        runs, times = load(recipe), times_of(recipe)["train"]
-        if recipe.endswith("-fast"):  # methods that save both alike: the networks of the row above
-            runs |= {m: r for m, r in load(task).items() if m in ("thin", "thin-long", "torch-pruning")}
-        cells = []
-        for method in methods:
-            found = runs.get(method, [])
-            text = (
-                f"{100 * (mean(found, 'accuracy') or 0):.2f}" + (f" ± {100 * spread(found):.2f}" if len(found) > 1 else "")
-                if found
-                else "-"
-            )
-            cells.append(text + (f" (time {times[method]:.2f})" if found and method in times else ""))
-        budget = runs["laconic"][0]["budget"]
-        lines.append(f"| {budget['params']}{', and of MACs' * ('macs' in budget)} | {' | '.join(cells)} |")
-    dense = load(task).get("dense", [])
-    if len(lines) == 2:
-        return "(no results yet)\n"
-    notes = [f"Dense: {percent(dense)}."] if dense else []
-    if alike and "low-rank" in known:
-        notes.append("Ranks alone: the networks of the last column, wherever parameters alone are bounded.")
-    return "\n".join([*lines, *(["", " ".join(notes)] if notes else [])]) + "\n"
-
-
 def no_loss(_: str) -> str:
     """The smallest budget at which laconic's mean accuracy is not below that of the dense network, and the next smaller one."""
     tasks = {
@@ -496,9 +464,6 @@ TABLES = {
     "paper-reload": paper_reload,
     "ablations-scene-tenth": lambda _: ablations("scene-tenth"),
     "ablations-cifar10-tenth": lambda _: ablations("cifar10-tenth"),
-    "structures-cifar10": lambda _: structures("cifar10"),
-    "structures-cifar10-full": lambda _: structures("cifar10-full"),
-    "structures-scene": lambda _: structures("scene"),
     "no-loss": no_loss,
     "both": both,
     "rates": rates,
