@@ -371,6 +371,17 @@ EDITS = [
         "test_compressor",
         "does_not_hide",
     ),
+    Edit(
+        "inputs of the command without effect on statistics", "cli/compress.py", "calibration=calibration,", "", "test_cli", "re_estimates"
+    ),
+    Edit(
+        "each out of reach by itself",
+        "plan.py",
+        "stay.setdefault(x.reason, [])",
+        "stay.setdefault(x.name, [])",
+        "test_errors",
+        "breaks",
+    ),
     Edit("units in a head's place", "compressor.py", "max(count, end.units[name])", "count", "test_attention", "although_heads"),
     Edit("no head for a little", "widths.py", "return max(ends, key=Walk.gain)", "return ends[-1]", "test_attention", "a_head_goes"),
     Edit(

@@ -1,11 +1,13 @@
 """The command line as a user meets it."""
 
+import importlib
 import json
 import os
 import signal
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,6 +92,49 @@ def test_compress_cuts_a_trained_model_from_a_factory(tmp_path, monkeypatch, cap
     assert laconic.load("compact", model)[0][0].weight.shape[0] < 32
 
 
+def test_compress_with_inputs_counts_them_and_re_estimates_statistics(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("two_nets.py").write_text(
+        "from torch import nn\n\n"
+        "def normed():\n    return nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 32))\n\n"
+        "def tokens():\n    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)\n"
+        "    return nn.Sequential(nn.Embedding(10, 16), nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(16, 40))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    nets = importlib.import_module("two_nets")
+    torch.manual_seed(0)
+    for name in ("normed", "tokens"):
+        torch.save(getattr(nets, name)().state_dict(), f"{name}.pt")
+    np.save("x.npy", np.random.default_rng(0).normal(3.0, 1.0, (80, 32)))
+    torch.save(torch.randint(0, 10, (6, 5)), "ids.pt")
+    run("compress", "two_nets:normed", "--weights", "normed.pt", "--out", "one", "--macs", 0.5, "--inputs", "x.npy", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["macs_after"] <= 0.5 * report["macs_before"]
+    assert "BatchNorm statistics re-estimated on 2 batches" in report["notes"]
+    small = laconic.load("one", nets.normed())
+    inner = small[0](torch.from_numpy(np.load("x.npy")).float())
+    torch.testing.assert_close(small[1].running_mean, torch.stack([b.mean(0) for b in inner.split(64)]).mean(0))
+    run(
+        "compress",
+        "two_nets:tokens",
+        "--weights",
+        "tokens.pt",
+        "--out",
+        "two",
+        "--max-params",
+        2000,
+        "--macs",
+        0.9,
+        "--inputs",
+        "ids.pt",
+        "--unfuse",
+        "--json",
+    )
+    report = json.loads(capsys.readouterr().out)
+    assert report["params_after"] <= 2000
+    laconic.load("two", laconic.unfuse(nets.tokens()))
+
+
 BAD = [
     (["train", "nope"], "neither a file nor a shipped recipe"),
     (["train", "digit"], "did you mean 'digits'"),
@@ -100,6 +145,15 @@ BAD = [
     (["train", "digits", "--params", "1.5"], "Budget\\(params=1.5\\)"),
     (["train", "scene", "--data", "nowhere"], "chars74k_scene36.npz is not in nowhere: name its folder with --data"),
     (["compress", "no_colon", "--weights", "w.pt", "--out", "x", "--params", "0.5"], "expected package.module:callable"),
+    (
+        ["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "x"],
+        "how small\\? give a budget \\(--params, --macs or --max-params\\), or else --energy",
+    ),
+    (["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "x", "--params", "0.5", "--energy", "0.9"], "how small"),
+    (
+        ["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "x", "--params", "0.5", "--inputs", "nope.npy"],
+        "--inputs nope.npy: expected a .npy file.*FileNotFoundError",
+    ),
     (["compress", "torch.nn:Nothing", "--weights", "w.pt", "--out", "x", "--params", "0.5"], "Nothing"),
     (["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "x", "--params", "0.5"], "w.pt does not exist"),
     (
@@ -108,7 +162,7 @@ BAD = [
     ),
     (["compress", "torch:pi", "--weights", "w.pt", "--out", "x", "--params", "0.5"], "called without arguments: TypeError: .*not callable"),
     (["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "typo.toml/x", "--params", "0.5"], "typo.toml is not a directory"),
-    (["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "x", "--macs", "0.5"], "--macs 0.5: needs --input-shape"),
+    (["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "x", "--macs", "0.5"], "--macs 0.5: needs --inputs, or --input-shape"),
     (
         ["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "x", "--macs", "0.5", "--input-shape", "-1", "3"],
         "--input-shape -1 3: every",

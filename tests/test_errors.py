@@ -144,6 +144,7 @@ BAD = {
     "budget of another type, post hoc": (lambda: compress(budget=0.5), errors.InvalidTypeError, T, r"0\.5: expected budget=laconic\.Budget"),
     "budget in the place of structures": (lambda: laconic.compress(mlp(), laconic.Budget(params=0.5)), errors.InvalidTypeError, T, "by name"),
     "budget that an embedding breaks": (lambda: compress(model=nn.Sequential(nn.Embedding(500, 8), nn.Linear(8, 64), nn.Linear(64, 8)), budget=laconic.Budget(params=0.3)), errors.InfeasibleBudgetError, V, r"no budget reaches 0\.weight, 4,000 parameters: Embedding"),
+    "budget that attention breaks": (lambda: compress(model=nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 2, enable_nested_tensor=False), budget=laconic.Budget(params=0.1)), errors.InfeasibleBudgetError, V, r"no budget reaches layers\.0\.self_attn\.in_proj_weight and 1 more, 384 parameters: [^;]*laconic\.unfuse[^;]*; layers\.0\.self_attn\.out_proj\.weight and 1 more, 128 "),
     "budget of another type": (lambda: compressor(budget=0.25, total_steps=10), errors.InvalidTypeError, T, r"budget = 0\.25: expected laconic\.Budget"),
     "energy beside a budget": (energy_beside_a_budget, errors.InvalidValueError, V, "the budget rules here"),
     "energy above 1": (lambda: compress(energy=1.5), errors.InvalidValueError, V, r"1\.5"),

@@ -322,6 +322,11 @@ class Compressor:
         return self.state.steps[0]
 
     @property
+    def settled(self) -> bool:
+        """Is the structure final? From here on shapes do not change: average weights, and keep the best of them."""
+        return self.state.settled and (self.budget is None or is_met(self.plan, self.budget))
+
+    @property
     def every(self) -> int:
         """Steps between proximal steps."""
         return self.state.every
@@ -712,7 +717,7 @@ class Compressor:
             check_parameters(self.model, self._parameters, self.optimizers, [])
             check_trained(self.model)
         notes = self._notes_at_the_end()
-        if self.state.settled and (self.budget is None or is_met(self.plan, self.budget)):
+        if self.settled:
             if calibration is not None:
                 notes.append("calibration had no effect: the model trained on after the cut")
             if only_faster:
@@ -903,7 +908,7 @@ class Compressor:
             "laconic/strength": sum(self.strength(x) for x in self._pressed) / len(self._pressed),
             "laconic/params_fraction": float(left) / self.plan.params,
             "laconic/cuts": float(sum(s.rank is not None for s in sites)),
-            "laconic/settled": float(self.state.settled and (self.budget is None or is_met(self.plan, self.budget))),
+            "laconic/settled": float(self.settled),
             "laconic/solver_failures": float(len(self.state.failures)),
         }
         if self.state.controller is not None and not self.state.settled and self._spectra_known:

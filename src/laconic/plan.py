@@ -83,9 +83,15 @@ class Plan:
     def out_of_reach(self) -> str:
         """What to say of the largest weights that stay dense, where a budget cannot be met."""
         slimmed = {layer.tensor for layer in self.layers}
-        stay = [(math.prod(x.shape), x) for x in self.left_alone if x.name not in slimmed]
-        largest = sorted(stay, key=lambda pair: -pair[0])[:3]
-        named = "; ".join(f"{x.name}, {count:,} parameters: {x.reason}" for count, x in largest)
+        stay: dict[str, list[LeftAlone]] = {}
+        for x in sorted(self.left_alone, key=lambda x: -math.prod(x.shape)):
+            if x.name not in slimmed:
+                stay.setdefault(x.reason, []).append(x)
+        counts = {reason: sum(math.prod(x.shape) for x in alike) for reason, alike in stay.items()}
+        named = "; ".join(
+            f"{stay[reason][0].name}{f' and {more} more' if (more := len(stay[reason]) - 1) else ''}, {counts[reason]:,} parameters: {reason}"
+            for reason in sorted(stay, key=lambda reason: -counts[reason])[:3]
+        )
         return f" (no budget reaches {named})" if named else ""
 
     def forgo_inner(self, why: str) -> None:
