@@ -189,7 +189,7 @@ class Compressor:
         self.plan.notes += no_options(self.plan, budget)
         if optional := sorted(optional_groups(self.plan, budget)):
             self.plan.notes.append(
-                f"neurons of {', '.join(optional)} are optional: at the first proximal step they are left alone for the whole run, unless ranks alone would keep less of the network"
+                f"neurons of {', '.join(optional)} are optional: it is decided once, at the first proximal step, and they go only if that keeps more of the network than ranks alone"
             )
         if budget is not None and any(x.structure.scale == "absolute" and x.structure.strength is None for x in self._pressed):
             self.plan.notes.append(

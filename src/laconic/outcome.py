@@ -39,8 +39,9 @@ def run_notes(model: nn.Module, plan: Plan, state: RunState) -> list[str]:
     notes = [f"{share:.1%} of the {name} are zero, which saves storage at most" for name, share in zeros]
     if state.gradient_scales:
         notes.append(
-            f"{', '.join(state.gradient_scales)}: trained by an optimizer that steps in proportion to the gradient: the gradients of its two layers "
-            "were divided by its largest singular value (if you train on, use a smaller learning rate)"
+            f"{', '.join(f'{name} ({1 / scale:.2g})' for name, scale in state.gradient_scales.items())}: trained by an optimizer that steps in "
+            "proportion to the gradient, so that in the run the gradients of its two layers were divided by its largest singular value (in brackets); "
+            "from here on they are not: if you train on, divide the learning rate by the largest of them"
         )
     for solver in sorted(set(state.solvers.values())):
         weights = ", ".join(name for name, used in state.solvers.items() if used == solver)

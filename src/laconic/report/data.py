@@ -160,7 +160,9 @@ class CompactReport:
         if self.latency_before and self.latency_after:
             lines.append(f"{self.latency_before:.3g} ms -> {self.latency_after:.3g} ms ({self.latency_after / self.latency_before:.3f})")
         if self.max_abs_diff is not None:
-            lines.append(f"largest change of an output {self.max_abs_diff:.3g}; surgery error {self.surgery_error:.2g}")
+            lines.append(
+                f"surgery error {self.surgery_error:.2g} (rounding); what was cut away at once changed an output by {self.max_abs_diff:.3g} at most"
+            )
         for layer in self.layers:
             shape = f"{list(layer.shape)}" + (f" -> {list(layer.slim)}" if layer.slim is not None else "")
             inputs = f", inputs {layer.inputs} of {(layer.slim or layer.shape)[1]}" if layer.inputs is not None else ""
