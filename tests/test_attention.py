@@ -407,7 +407,8 @@ def test_unfused_after_the_optimizer_was_built_is_noted() -> None:
     model = Tagger()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     laconic.unfuse(model)
-    compressor = laconic.Compressor(model, optimizer, [laconic.LowRank(strength=0.1)])
+    with pytest.warns(UserWarning, match="was it unfused, moved or rebuilt"):
+        compressor = laconic.Compressor(model, optimizer, [laconic.LowRank(strength=0.1)])
     note = next(note for note in compressor.plan.notes if "none of the optimizers" in note)
     assert note.startswith("12 parameters that ask for gradients")  # weights and biases of three projections in two layers
     assert "encoder.layers.0.self_attn.q_proj.weight" in note

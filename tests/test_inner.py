@@ -347,6 +347,7 @@ def test_a_second_cut_that_is_refused_leaves_all_as_it_was(monkeypatch):
     assert not any(s.rank and s.name not in compressor.state.cuts.ranks for s in compressor.plan.sites)
 
 
+@pytest.mark.filterwarnings("ignore:laconic. the model is within the budget")
 def test_a_budget_in_milliseconds_has_pairs_only_and_says_so():
     compressor = compressor_for(Net(4), budget=laconic.Budget(latency=1.0))
     assert any("no pair is cut again along its inputs" in note and "wide" in note for note in compressor.plan.notes)

@@ -829,6 +829,7 @@ def test_where_there_is_no_room_for_a_dense_model_at_the_end_the_report_is_not_l
     assert str(report)
 
 
+@pytest.mark.filterwarnings("ignore:laconic. the model is within the budget")
 def test_sizes_are_multiples_of_eight_where_milliseconds_count():
     model = wide_mlp()
     inputs = (noise(model, (8, 64), 0),)
