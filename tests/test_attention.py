@@ -164,6 +164,7 @@ def test_everything_but_embeddings_is_taken() -> None:
         assert any(name.startswith(f"encoder.layers.{i}.self_attn.") and units == 4 for name, units in groups.items())
 
 
+@pytest.mark.slow
 def test_trained_cut_saved_and_loaded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = laconic.unfuse(Tagger())
@@ -282,7 +283,7 @@ def test_a_head_goes_where_it_loses_less_than_what_is_needed_would(loss: float, 
     assert sum(units[1::2]) == (256 if heads[0] < 8 else 253)
 
 
-@pytest.mark.parametrize(("hidden", "share"), [(96, 0.3), (96, 0.4)])
+@pytest.mark.parametrize(("hidden", "share"), [(96, 0.4), pytest.param(96, 0.3, marks=pytest.mark.slow)])
 def test_a_budget_is_used_although_heads_go_whole(hidden: int, share: float) -> None:
     """A head is a tenth of what is left here: hidden units that went before it, in its place, would leave that unused."""
     torch.manual_seed(0)

@@ -71,6 +71,7 @@ def test_only_what_is_missing_is_run(recipe, capsys, in_this_process):
     assert not list(Path("results/small").glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_are_done(recipe, capsys):
     Path("bad.toml").write_text(RECIPE.replace("digits", "digit"))
     with pytest.raises(SystemExit) as stopped:

@@ -476,6 +476,7 @@ def held_by(compressor: laconic.Compressor) -> Held:
     return Held(tuple(parts) + tuple(vars(m) for m in model.modules())).visit(vars(compressor))
 
 
+@pytest.mark.slow
 def test_between_steps_less_than_one_percent_of_the_model_is_kept_and_no_weight():
     model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024))
     optimizer = optim.SGD(model.parameters(), lr=1e-3)

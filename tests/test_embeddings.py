@@ -99,7 +99,10 @@ def test_tied_to_the_output_is_left_alone() -> None:
 
 @pytest.mark.parametrize(
     ("make", "steps"),
-    [(lambda p: torch.optim.AdamW(p, lr=0.01), 600), (lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.9), 1500)],
+    [
+        (lambda p: torch.optim.AdamW(p, lr=0.01), 600),
+        pytest.param(lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.9), 1500, marks=pytest.mark.slow),
+    ],
     ids=["AdamW", "SGD"],
 )
 def test_trained_cut_saved_loaded(tmp_path: Path, make: Callable, steps: int) -> None:

@@ -224,6 +224,7 @@ def test_hoyer_in_closed_form(s, tau, x):
     torch.testing.assert_close(Hoyer().prox(vector(s), tau), vector(x))
 
 
+@pytest.mark.slow
 @given(s=values, tau=taus, exponent=st.integers(-30, 30))
 def test_hoyer_is_scale_equivariant(s, tau, exponent):
     c = 2.0**exponent  # a power of two: exact
