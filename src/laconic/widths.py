@@ -11,6 +11,7 @@ squared, since a unit that goes is lost to the weights that put it out as well a
 The cost couples the two, since a pair of layers costs r (in + out) and a dense one in x out. So from where the model is
 now a greedy walk goes down: again and again the step (a few units of one group less, or a few ranks of one weight) that
 loses least per cost that it saves. The widths are kept, and the ranks are then chosen by the product rule for these widths.
+One walk, all of whose steps share where it is, and therefore one long file.
 """
 
 from __future__ import annotations
