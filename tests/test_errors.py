@@ -127,6 +127,7 @@ BAD = {
     "profile for ever": (lambda: laconic.profile(mlp(), (X,), seconds=float("inf")), errors.InvalidValueError, V, "seconds = inf: must be finite and above 0"),
     "calibration that is a number": (lambda: compressor(by_strength()).compact(calibration=3), errors.InvalidTypeError, T, "calibration: expected an iterable of batches.*got int"),
     "calibration that is one batch": (lambda: compress(energy=0.9, calibration=X), errors.InvalidTypeError, T, "calibration: expected an iterable of batches.*got Tensor"),
+    "calibration that is one batch by name": (lambda: compress(energy=0.9, calibration={"input": X}), errors.InvalidTypeError, T, "calibration: expected an iterable of batches.*got dict"),
     "saved below a file": (lambda: laconic.save(mlp(), f"{__file__}/model"), errors.CheckpointError, V, r"model cannot be written: .*test_errors\.py is not a directory"),
     # budgets
     "budget 0": (lambda: laconic.Budget(params=0), errors.InvalidValueError, V, r"params=0\): a fraction .* above 0 and at most 1; absolute: max_params="),
@@ -190,7 +191,8 @@ BAD = {
     "schedule of None": (lambda: laconic.Schedule(warmup=None), errors.InvalidTypeError, T, "Schedule: warmup = None: expected a number"),
     "schedule a number": (lambda: budgeted(schedule=0.5), errors.InvalidTypeError, T, r"schedule = 0\.5: expected laconic\.Schedule"),
     "schedule without a budget": (lambda: compressor(by_strength(), schedule=laconic.Schedule()), errors.InvalidValueError, V, "no effect without a budget"),
-    "example_inputs a dict": (lambda: compressor(by_strength(), example_inputs={"x": X}), errors.InvalidTypeError, T, "must be a tuple .* got dict"),
+    "example_inputs a dict of other names": (lambda: compressor(by_strength(), example_inputs={"x": X}), errors.InvalidTypeError, T, r"example_inputs: x: not among .* Sequential\.forward takes in order: input"),
+    "example_inputs a set": (lambda: compressor(by_strength(), example_inputs={X}), errors.InvalidTypeError, T, "must be a tuple .* got set"),
     "example_inputs of another shape": (lambda: compressor(by_strength(), example_inputs=(X[:, :3],)), errors.InvalidValueError, V, r"example_inputs: Sequential does not run on \(\(2, 3\) torch\.float64\): RuntimeError: "),
     "two compressors at once": (twice, errors.OptimizerError, V, r"another Compressor is on this model and optimizer already: detach\(\)"),
     "a layer replaced after settling": (lambda: changed_after_settling(lambda m: m.append(nn.Linear(4, 4))), errors.OptimizerError, V, r"parameters changed in mid-run \(added: 5\.bias"),

@@ -1,9 +1,11 @@
 """Parameters, MACs, latency and memory, against numbers worked out by hand."""
 
 import contextlib
+import copy
 import json
 import random
 import time
+from collections import UserDict
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
@@ -14,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import laconic
-from laconic.errors import InvalidValueError
-from laconic.measure import OneDtype, count_macs, input_shapes, measure_latency, peak_memory, relative_latency
+from laconic.errors import InvalidTypeError, InvalidValueError
+from laconic.measure import OneDtype, check_inputs, count_macs, input_shapes, measure_latency, peak_memory, relative_latency
 
 from .models import Shared, Tied
 
@@ -90,8 +92,8 @@ def test_each_layer_has_its_own_share():
 
 def test_a_lone_tensor_is_accepted_and_anything_else_is_named():
     assert laconic.profile(nn.Linear(8, 4), torch.zeros(3, 8), latency=False).macs == 96
-    with pytest.raises(laconic.InvalidTypeError, match=r"must be a tuple .* got dict"):
-        laconic.profile(nn.Linear(8, 4), {"x": torch.zeros(3, 8)})
+    with pytest.raises(laconic.InvalidTypeError, match=r"must be a tuple .* got set"):
+        laconic.profile(nn.Linear(8, 4), {torch.zeros(3, 8)})
 
 
 MEASURES = {
@@ -263,6 +265,54 @@ def test_inputs_are_the_users_whatever_the_model_does_to_them():
     assert compressor.compact(calibration=[(batch,)]).params_after <= 0.5 * compressor.plan.params
     assert batch.keys() == given().keys()
     assert torch.equal(batch["x"], given()["x"])
+
+
+class Named(nn.Module):
+    """Arguments that a tokenizer would give by name, one of which may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor, scale: float = 2.0, mask: Tensor | None = None, *, flag: bool = False) -> Tensor:
+        y = self.b(self.a(scale * x).relu())
+        return y if mask is None else y * mask
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])  # a tokenizer's own is one of the second kind
+def test_inputs_by_name_are_those_in_order(kind):
+    x, mask = torch.randn(16, 8), torch.rand(16, 4)
+    named, in_order = kind(mask=mask, x=x), (x, 2.0, mask)
+    assert check_inputs(named, Named()) == in_order
+    assert check_inputs({"x": x}, nn.DataParallel(Named())) == (x,)
+    torch.manual_seed(0)
+    one, other = (copy.deepcopy(m) for m in [Named()] * 2)
+    assert laconic.profile(one, named, latency=False) == laconic.profile(one, in_order, latency=False)
+    reports = []
+    for model, inputs in ((one, named), (other, in_order)):
+        laconic.Compressor(model, torch.optim.SGD(model.parameters()), budget=laconic.Budget(macs=0.5), total_steps=10, example_inputs=inputs)
+        reports.append(laconic.compress(model, budget=laconic.Budget(params=0.5), example_inputs=inputs, calibration=[inputs]))
+    assert reports[0].macs_after is not None
+    assert reports[0].to_json() == reports[1].to_json()
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            {"x": torch.zeros(1, 8), "token_type": 1},
+            r"example_inputs: token_type: not among .* Named\.forward takes in order: x, scale, mask",
+        ),
+        ({"x": torch.zeros(1, 8), "flag": True}, "example_inputs: flag: not among"),
+        ({"mask": torch.zeros(1, 4)}, r"example_inputs: x missing, without which Named\.forward does not run"),
+        (8, "a tuple of the model's arguments in the order of its forward, .* or a dict of them by name, got int"),
+    ],
+)
+def test_inputs_that_the_model_does_not_take_are_named(inputs, message):
+    for use in (laconic.profile, lambda model, inputs: laconic.compress(model, energy=0.9, example_inputs=inputs)):
+        with pytest.raises(InvalidTypeError, match=message):
+            use(Named(), inputs)
 
 
 class Counting(nn.Module):

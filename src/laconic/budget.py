@@ -116,7 +116,7 @@ def prepare(
         plan.forgo_inner("the table of measured times has pairs only")
         if example_inputs is None:
             raise InvalidValueError(CURRENCIES["latency"].missing)
-        inputs = check_inputs(example_inputs)
+        inputs = check_inputs(example_inputs, model)
         measure_times(model, plan, inputs)
 
         def shapes() -> Shapes:

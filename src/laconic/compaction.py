@@ -106,7 +106,7 @@ def _cut(
     optimizers: Sequence[torch.optim.Optimizer],
     calibration: Iterable[Any] | None,
 ) -> CutResult:
-    inputs = check_inputs(example_inputs) if example_inputs is not None else None
+    inputs = check_inputs(example_inputs, model) if example_inputs is not None else None
     before = outputs_uncut(model, inputs) if inputs is not None else []
 
     to_cut = [(site, rank) for site in sites if (rank := ranks.get(site.name)) is not None and rank != site.rank]
@@ -332,7 +332,7 @@ def compress(
         structures: what may be cut; None: `[LowRank()]`. Neurons may go too (`Channels()`), but then train on.
         budget: ranks are chosen together by the product rule (see `laconic.allocate`).
         energy: instead of a budget, the share of squared singular values that every layer keeps (per-layer rule).
-        example_inputs: tuple of positional arguments; needed for MACs, timings and `max_abs_diff`.
+        example_inputs: tuple of positional arguments, or a dict of arguments by name; needed for MACs, timings and `max_abs_diff`.
         calibration: batches of inputs on which BatchNorm statistics are re-estimated after the cut.
         only_faster: time every layer and leave dense what does not get faster.
 

@@ -113,7 +113,7 @@ class Compressor:
             where the budget is in milliseconds.
         budget: how much the result may cost.
         total_steps: optimizer steps of the whole run; needed with a budget.
-        example_inputs: tuple of positional arguments; needed for MACs (which a budget in parameters prices, too), for `Channels`, and for the check of the outputs.
+        example_inputs: tuple of positional arguments, or a dict of arguments by name; needed for MACs (which a budget in parameters prices, too), for `Channels`, and for the check of the outputs.
         every: steps between proximal steps; None: 16 rounds until the network settles, or 20 steps without a budget.
         cut: `"early"` or `"end"` (at `compact()`); without a budget always at the end.
         rebuild: several processes and `cut="early"`: called with the bare model at the end of every optimizer step that
@@ -167,7 +167,7 @@ class Compressor:
         self.optimizers = optimizers
         self.budget = budget
         self.total_steps = total_steps
-        self.example_inputs = check_inputs(example_inputs) if example_inputs is not None else None
+        self.example_inputs = check_inputs(example_inputs, model) if example_inputs is not None else None
         self.schedule = schedule or Schedule()
         self.rebuild = rebuild
         self.cut_early = cut == "early" and budget is not None

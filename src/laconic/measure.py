@@ -8,6 +8,7 @@ One file, though long: all of it is a forward pass that is looked at, and leaves
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import statistics
 import sys
@@ -28,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from .checks import check_module, check_number
+from .distributed import bare
 from .errors import InvalidTypeError, InvalidValueError, NonFiniteError, first_line
 from .matricize import an_input
 
@@ -84,15 +86,40 @@ class Profile:
         return asdict(self)
 
 
-def check_inputs(example_inputs: Any) -> tuple[Any, ...]:
-    """Example inputs as a tuple of positional arguments; a lone tensor is accepted."""
+def check_inputs(example_inputs: Any, model: nn.Module) -> tuple[Any, ...]:
+    """Example inputs as a tuple of positional arguments of the model; a lone tensor is accepted, and a dict of arguments by name, as tokenizers make it.
+
+    Raises:
+        InvalidTypeError: something else, or a dict that the model's forward does not take.
+    """
     if isinstance(example_inputs, Tensor):
         return (example_inputs,)
+    if isinstance(example_inputs, Mapping):
+        return _in_order(example_inputs, model)
     if not isinstance(example_inputs, (tuple, list)):
         raise InvalidTypeError(
-            f"example_inputs must be a tuple of the model's arguments in the order of its forward, such as (ids, mask), got {type(example_inputs).__name__}"
+            "example_inputs must be a tuple of the model's arguments in the order of its forward, such as (ids, mask), or a dict of them by name, "
+            f"got {type(example_inputs).__name__}"
         )
     return tuple(example_inputs)
+
+
+def _in_order(named: Mapping[str, Any], model: nn.Module) -> tuple[Any, ...]:
+    """Arguments by name as positional ones, with the defaults of those that are left out up to the last that is given."""
+    signature = inspect.signature(bare(model).forward)
+    kinds = {name: p.kind for name, p in signature.parameters.items()}
+    by_order = [name for name, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    forward = f"{type(bare(model)).__name__}.forward"
+    if strange := [str(name) for name in named if name not in by_order]:
+        raise InvalidTypeError(
+            f"example_inputs: {', '.join(strange)}: not among the arguments that {forward} takes in order: {', '.join(by_order) or 'none'}"
+        )
+    last = max((by_order.index(name) for name in named), default=-1)
+    arguments = {name: named.get(name, signature.parameters[name].default) for name in by_order[: last + 1]}
+    needed = [name for name in by_order if name not in named and signature.parameters[name].default is inspect.Parameter.empty]
+    if needed:
+        raise InvalidTypeError(f"example_inputs: {', '.join(needed)} missing, without which {forward} does not run")
+    return tuple(arguments.values())
 
 
 def check_run(model: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -290,7 +317,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 
 def macs_of_batches(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
     """`count_macs`, and how many of them are in batches of products: between activations, as attention's."""
-    inputs = check_inputs(example_inputs)
+    inputs = check_inputs(example_inputs, model)
     with evaluating(model), _counting() as counter:
         call(model, inputs)
     batches = [n for kind, n in counter.get_flop_counts().get("Global", {}).items() if kind.__name__ in ("bmm", "baddbmm")]
@@ -315,7 +342,7 @@ def input_shapes(model: nn.Module, modules: Sequence[nn.Module], example_inputs:
         for module in shapes:
             vars(module)["forward"] = noting(module, module.forward)
         with evaluating(model), _countable_attention():
-            call(model, check_inputs(example_inputs))
+            call(model, check_inputs(example_inputs, model))
     finally:
         for module, forward in before.items():
             vars(module).pop("forward", None)
@@ -333,7 +360,7 @@ def layer_macs(module: nn.Module, shapes: Sequence[torch.Size]) -> int:
 
 def measure_latency(model: nn.Module, example_inputs: Any, seconds: float = 0.3) -> Latency:
     """Time forward passes for about `seconds` after a warm-up, with the threads that torch is set to use now."""
-    inputs = copied(check_inputs(example_inputs))
+    inputs = copied(check_inputs(example_inputs, model))
     check_number("seconds", seconds)
     if not 0 < seconds < math.inf:
         raise InvalidValueError(f"seconds = {seconds}: must be finite and above 0")
@@ -350,7 +377,7 @@ def relative_latency(model: nn.Module, reference: nn.Module, example_inputs: Any
     Clocks wander: one after the other, the two may be off by a tenth. So they take turns in short blocks, and the share is the
     median over the turns, which go on until its standard error is below `PRECISION`, or for `PATIENCE` seconds.
     """
-    inputs = copied(check_inputs(example_inputs))
+    inputs = copied(check_inputs(example_inputs, model))
     times: list[tuple[float, float]] = []
     with evaluating(model), evaluating(reference):
         timers = [_warm_timer(m, inputs) for m in (model, reference)]
@@ -415,7 +442,7 @@ class _LiveBytes(TorchDispatchMode):
 def peak_memory(model: nn.Module, example_inputs: Any) -> int:
     """Bytes of parameters and buffers, plus the most bytes of activations alive at once in one forward pass."""
     fixed = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    inputs = copied(check_inputs(example_inputs))
+    inputs = copied(check_inputs(example_inputs, model))
     with evaluating(model), _LiveBytes() as live:
         model(*inputs)
     return fixed + live.peak
@@ -426,7 +453,7 @@ def profile(model: nn.Module, example_inputs: Any, latency: bool = True, seconds
 
     Args:
         model: any module; left as it was.
-        example_inputs: tuple of positional arguments. MACs, latency and memory are those of this very batch.
+        example_inputs: tuple of positional arguments, or a dict of arguments by name. MACs, latency and memory are those of this very batch.
         latency: also time it.
         seconds: how long to time.
 
@@ -440,7 +467,7 @@ def profile(model: nn.Module, example_inputs: Any, latency: bool = True, seconds
         32
     """
     check_module(model)
-    inputs = check_inputs(example_inputs)
+    inputs = check_inputs(example_inputs, model)
     run(model, inputs)
     holders = [(name, m) for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
     with evaluating(model), _counting() as counter:

@@ -199,7 +199,7 @@ def make_plan(
         InvalidValueError: two structures of the same kind claim one weight.
         NothingToCompressError: no weight is left to work on.
     """
-    inputs = check_inputs(example_inputs) if example_inputs is not None else None
+    inputs = check_inputs(example_inputs, model) if example_inputs is not None else None
     modules: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         modules.setdefault(module, []).append(path)
@@ -352,7 +352,7 @@ def use_unfoldings(model: nn.Module, plan: Plan, names: dict[str, str], example_
         site.unfolding = next(u for u in unfoldings(site.modules[0], embeddings=True) if u.name == names[site.name])
         site.inner = inner_site(site)
     if example_inputs is not None:
-        _count(model, plan, check_inputs(example_inputs))
+        _count(model, plan, check_inputs(example_inputs, model))
 
 
 def _count(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> None:

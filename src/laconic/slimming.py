@@ -55,7 +55,7 @@ def slim_neurons(
     if not groups:
         return CutResult()
     kept = {g.name: list(kept[g.name]) for g in groups}
-    tied, inputs = [g.group for g in groups], check_inputs(example_inputs)
+    tied, inputs = [g.group for g in groups], check_inputs(example_inputs, model)
     before = outputs_uncut(model, inputs)
     for site in plan.sites:
         check_in_place(model, site)
@@ -169,7 +169,7 @@ def watch_inputs(model: nn.Module, plan: Plan, batches: Iterable[Any]) -> dict[s
     try:
         with evaluating(model):
             for batch in batches:
-                call(model, check_inputs(batch))
+                call(model, check_inputs(batch, model))
     except LaconicError:
         raise
     except Exception as error:

@@ -39,7 +39,7 @@ def find_groups(model: nn.Module, example_inputs: Any) -> tuple[list[Group], dic
     Returns:
         Groups in the order of their first producers, and one line for every other layer with an output of its own.
     """
-    inputs = check_inputs(example_inputs)
+    inputs = check_inputs(example_inputs, model)
     layers, reasons = _layers(model)
     patched = next((path or "the model" for path, m in model.named_modules() if not _goes_along(m)), None)
     if patched is not None:  # a copy would run the original

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,8 @@ def on_device(inputs: Any, model: nn.Module) -> Any:
         return inputs.to(device)
     if isinstance(inputs, (tuple, list)):
         return tuple(on_device(x, model) for x in inputs)
+    if isinstance(inputs, Mapping):
+        return {name: on_device(x, model) for name, x in inputs.items()}
     return inputs
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import InvalidTypeError, InvalidValueError
-from ..measure import call
+from ..measure import call, check_inputs
 
 Saved = list[tuple[_BatchNorm, float | None, dict[str, Tensor]]]
 
@@ -19,18 +19,18 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
-BATCHES = "check that every batch of calibration is what the model takes: a tensor, or a tuple of its positional arguments"
+BATCHES = "check that every batch of calibration is what the model takes: a tensor, a tuple of its positional arguments, or a dict of them by name"
 
 
 def as_batches(calibration: Iterable[Any] | None) -> list[Any] | None:
     """The batches that were given, for use more than once.
 
     Raises:
-        InvalidTypeError: not an iterable of batches; a lone tensor is one batch, not many. InvalidValueError: none in it.
+        InvalidTypeError: not an iterable of batches; a lone tensor or dict is one batch, not many. InvalidValueError: none in it.
     """
     if calibration is None:
         return None
-    if isinstance(calibration, Tensor) or not (hasattr(calibration, "__iter__") or hasattr(calibration, "__getitem__")):
+    if isinstance(calibration, (Tensor, Mapping)) or not (hasattr(calibration, "__iter__") or hasattr(calibration, "__getitem__")):
         raise InvalidTypeError(
             f"calibration: expected an iterable of batches, such as [x for x, _ in loader], got {type(calibration).__name__}"
         )
@@ -47,7 +47,7 @@ def reestimate(model: nn.Module, calibration: Iterable[Any]) -> tuple[int, list[
     statistics are back.
 
     Args:
-        calibration: batches of inputs: tensors, or tuples of positional arguments (without labels).
+        calibration: batches of inputs: tensors, tuples of positional arguments, or dicts of arguments by name (without labels).
     """
     layers = batch_norms(model)
     if not layers:
@@ -63,7 +63,7 @@ def reestimate(model: nn.Module, calibration: Iterable[Any]) -> tuple[int, list[
             layer.train()
         with torch.no_grad():
             for batch in calibration:
-                call(model, (batch,) if isinstance(batch, Tensor) else batch)
+                call(model, check_inputs(batch, model))
                 batches += 1
         missed = [layer for layer in layers if layer.num_batches_tracked is not None and int(layer.num_batches_tracked) == 0]
         _restore(before, missed)

@@ -54,7 +54,7 @@ def dead_constants(model: nn.Module, groups: Sequence[Group], example_inputs: An
     if not groups:
         return {}
     watch = _Watch(model, [end.path for group in groups for end in (*group.consumers, *_padded_carriers(model, group))])
-    given = check_inputs(example_inputs)
+    given = check_inputs(example_inputs, model)
     watch.run(given)
     for seed in range(1, LOOKS):
         with contextlib.suppress(Exception):  # a model need not run on what the examples become
