@@ -540,6 +540,27 @@ def test_a_tied_weight_may_be_written_under_one_of_its_names(tmp_path):
     assert_same(snapshot(load_weights(other, tmp_path / "w.safetensors")), snapshot(model))
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_the_weights_of_a_wrapped_model_are_those_of_the_model(prefix, tmp_path):
+    model = mlp(seed=1)
+    torch.save({f"{prefix}{name}": x for name, x in model.state_dict().items()}, tmp_path / "w.pt")
+    assert_same(snapshot(load_weights(mlp(), tmp_path / "w.pt")), snapshot(model))
+
+
+def test_a_part_that_is_called_as_a_wrapper_would_call_it_is_left_alone(tmp_path):
+    model, other = (nn.ModuleDict({"module": mlp(seed=seed)}) for seed in (1, 2))
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    assert_same(snapshot(load_weights(other, tmp_path / "w.pt")), snapshot(model))
+
+
+def test_a_model_without_numbers_is_not_saved(tmp_path):
+    with torch.device("meta"):
+        model = mlp()
+    with pytest.raises(laconic.CheckpointError, match=r"0\.weight is on the meta device, without numbers"):
+        laconic.save(model, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
 def test_values_that_are_packed_in_another_tensor_are_refused_by_name(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = nn.Parameter(TwoTensor(torch.zeros(4, 4), torch.zeros(4, 4)))

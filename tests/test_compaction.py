@@ -925,3 +925,23 @@ def test_batches_that_do_not_fit_are_blamed_and_not_the_cut():
     with pytest.raises(laconic.SurgeryError, match="check that every batch of calibration"):
         laconic.compress(model, energy=0.5, calibration=[torch.zeros(2, 5, 9, 9)])
     assert_same(snapshot(model), before)
+
+
+def test_what_is_cut_or_loaded_under_inference_mode_can_be_trained(tmp_path):
+    dense, x = mlp(torch.float32), torch.randn(4, 6)
+    trained = mlp(torch.float32)
+    optimizer = sgd(trained)
+    compressor = laconic.Compressor(trained, optimizer, budget=laconic.Budget(params=0.5), total_steps=4, cut="end", example_inputs=(x,))
+    for _ in range(4):
+        backward(trained, 0)
+        optimizer.step()
+    loaded = mlp(torch.float32)
+    with torch.inference_mode():
+        laconic.compress(dense, budget=laconic.Budget(params=0.5), example_inputs=(x,))
+        compressor.compact()
+        laconic.save(dense, tmp_path / "m")
+        laconic.load(tmp_path / "m", loaded)
+    for model in (dense, trained, loaded):
+        assert not any(p.is_inference() for p in model.parameters())
+        model(x).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())

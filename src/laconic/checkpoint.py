@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _version
@@ -35,6 +36,7 @@ from .surgery.record import Cut, Slim, find_cuts, find_slims, replay, replay_sli
 FORMATS = (1, 2)  # 2: layers have lost channels; a model without such layers is still written as 1
 TENSORS, RECORD = "model.safetensors", "laconic.json"
 METADATA = "laconic_record_sha256"
+WRAPPERS = ("module.", "_orig_mod.", "module.")  # of DistributedDataParallel and torch.compile, whichever is outside
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], report: CompactReport | dict[str, Any] | None = None) -> Path:
@@ -68,6 +70,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: CompactRep
             raise CheckpointError(
                 f"{name} in the model's state is a {type(value).__name__}, not a tensor: it cannot be saved without pickle"
             )
+        if value.is_meta:
+            raise CheckpointError(f"{name} is on the meta device, without numbers: load the model's weights before it is saved")
         if is_traceable_wrapper_subclass(value):
             raise CheckpointError(
                 f"{name} is a {type(value).__name__}, which safetensors cannot hold: save the model before it is quantized or sharded, and do that again after loading"
@@ -103,6 +107,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: CompactRep
     return target
 
 
+@torch.inference_mode(False)  # under which new parameters could not be trained
 def load(directory: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Load a saved model into a fresh dense model of the same class: its layers are made slim and cut as they were saved,
     then the values loaded.
@@ -165,7 +170,8 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
-    """Load a state dict (a .safetensors or .pt file) or a saved model (a directory); no pickle beyond `weights_only`.
+    """Load a state dict (a .safetensors or .pt file; of the model itself, or compiled, or under DistributedDataParallel) or a saved model (a directory);
+    no pickle beyond `weights_only`.
 
     Raises:
         CheckpointNotFoundError: nothing there. CheckpointError: damaged, or does not fit the model.
@@ -174,6 +180,9 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
         return load(path, model)
     state = read_weights(path)
     own = model.state_dict(keep_vars=True)
+    for prefix in WRAPPERS:
+        if not any(name.startswith(prefix) for name in own):
+            consume_prefix_in_state_dict_if_present(state, prefix)
     for name, x in own.items():  # safetensors writes a tied weight under one of its names
         if name not in state and (given := next((n for n, y in own.items() if y is x and n in state), None)):
             state[name] = state[given]

@@ -315,6 +315,7 @@ def _shares(site: Site, values: dict[str, Floats]) -> Floats:
     return log_shares(found) if found.ndim == 1 else found[site.unfolding.sides[0] - 1]
 
 
+@torch.inference_mode(False)  # under which new parameters could not be trained
 def compress(
     model: nn.Module,
     structures: Structure | Sequence[Structure] | None = None,

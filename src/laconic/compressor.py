@@ -678,6 +678,7 @@ class Compressor:
 
     # ---- the end ------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # under which new parameters could not be trained
     def compact(
         self,
         energy: float | None = None,
