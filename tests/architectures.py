@@ -480,7 +480,7 @@ CASES: dict[str, Case] = {
     "two inputs": Case(
         TwoInputs, lambda: (torch.randn(3, 6), torch.randn(3, 4)), {"left": 10}, {"mean": OUTPUT, "spread": OUTPUT}
     ),
-    "convnext": Case(ConvNeXt, image, {"up": 32}, {"stem": "LayerNorm", "spatial": "grouped", "down": "LayerNorm", "head": OUTPUT}),
+    "convnext": Case(ConvNeXt, image, {"stem": 8, "up": 32}, {"head": OUTPUT}),
     "attention, chunks": Case(Attention, lambda: (torch.randn(2, 5, 16),), {"qkv": 4}, {"out": "no layer's output"}),
     "attention, few heads": Case(
         lambda: Attention(heads=2), lambda: (torch.randn(2, 5, 16),), {"qkv": 2}, {"out": "no layer's output"}
@@ -490,32 +490,33 @@ CASES: dict[str, Case] = {
     "laconic GPT": Case(
         lambda: GPT(11, 8, 2, 16, 4),
         tokens,
-        per_layer("blocks", {"query": 4, "up": 64}),
-        {"blocks.0.back": "embedding", "head": OUTPUT},
+        {"token": 16} | per_layer("blocks", {"query": 4, "up": 64}),
+        {"head": OUTPUT},
     ),
     "vit": Case(
         lambda: tiny("ViT", image_size=16, patch_size=8, **SMALL),
         lambda: image(side=16),
-        per_layer("vit.layers", {"attention.q_proj": 4, "mlp.fc1": 24}),
-        {"vit.embeddings.patch_embeddings.projection": "embedding", "vit.layers.0.mlp.fc2": "", "classifier": OUTPUT},
+        {"vit.embeddings.patch_embeddings.projection": 16} | per_layer("vit.layers", {"attention.q_proj": 4, "mlp.fc1": 24}),
+        {"classifier": OUTPUT},
     ),
     "gpt-2": Case(
         lambda: tiny("GPT2", n_embd=16, n_head=4, n_layer=2, vocab_size=11, n_positions=16, bos_token_id=0, eos_token_id=0),
         tokens,
-        per_layer("transformer.h", {"attn.c_attn": 4, "mlp.c_fc": 64}),
-        {"transformer.h.0.attn.c_proj": "embedding", "lm_head": "shared with transformer.wte"},
+        {"transformer.wte": 16} | per_layer("transformer.h", {"attn.c_attn": 4, "mlp.c_fc": 64}),
+        {"lm_head": OUTPUT},
     ),
     "bert": Case(
         lambda: tiny("Bert", vocab_size=11, max_position_embeddings=16, **SMALL),
         tokens,
-        per_layer("bert.encoder.layer", {"attention.self.query": 4, "intermediate.dense": 24}) | {"bert.pooler.dense": 16},
-        {"bert.encoder.layer.1.output.dense": "", "classifier": OUTPUT},
+        {"bert.embeddings.word_embeddings": 16, "bert.pooler.dense": 16}
+        | per_layer("bert.encoder.layer", {"attention.self.query": 4, "intermediate.dense": 24}),
+        {"classifier": OUTPUT},
     ),
     "llama": Case(
         lambda: tiny("Llama", vocab_size=11, num_key_value_heads=2, **SMALL),
         tokens,
-        per_layer("model.layers", {"self_attn.q_proj": 2, "mlp.gate_proj": 24}),
-        {"model.layers.0.mlp.down_proj": "embedding", "lm_head": OUTPUT},
+        {"model.embed_tokens": 16} | per_layer("model.layers", {"self_attn.q_proj": 2, "mlp.gate_proj": 24}),
+        {"lm_head": OUTPUT},
     ),
     "scaled": Case(lambda: nn.Sequential(Scaled(), nn.Identity()), image, {"0.conv.0": 8, "0.next.0": 8}, {"0.head": OUTPUT}),
     "frozen norm": Case(
@@ -529,12 +530,12 @@ CASES: dict[str, Case] = {
     "shuffle": Case(
         lambda: Net(conv(3, 8), Shuffle(8), 8), image, {"body.branch.0.0": 4}, {"stem.0": "equal shares", "body.branch.1.0": "without some of its units"}
     ),
-    "lstm": Case(Classifier, tokens, {"hidden": 10}, {"before": "LSTM", "cell": "LSTM is not supported", "head": OUTPUT}),
-    "gru": Case(lambda: Classifier(nn.GRU), tokens, {"hidden": 10}, {"before": "GRU", "cell": "GRU is not supported"}),
-    "weight-tied": Case(WeightTied, lambda: tokens(13), {"up": 24}, {"head": "shared with embed", "down": ""}),
+    "lstm": Case(Classifier, tokens, {"embed": 8, "hidden": 10}, {"before": "LSTM", "cell": "LSTM is not supported", "head": OUTPUT}),
+    "gru": Case(lambda: Classifier(nn.GRU), tokens, {"embed": 8, "hidden": 10}, {"before": "GRU", "cell": "GRU is not supported"}),
+    "weight-tied": Case(WeightTied, lambda: tokens(13), {"embed": 8, "up": 24}, {"head": OUTPUT}),
     "literal view": Case(LiteralView, lambda: (torch.randn(4, 6),), {"b": 8}, {"a": "does not run"}),
     "literal slice": Case(LiteralSlice, lambda: (torch.randn(4, 6),), {"b": 8}, {"a": "equal shares"}),
-    "norms": Case(Norms, image, {"b": 6, "d": 9}, {"a": "GroupNorm", "c": "LayerNorm", "head": OUTPUT}),
+    "norms": Case(Norms, image, {"b": 6, "c": 10, "d": 9}, {"a": "GroupNorm", "head": OUTPUT}),
     "transformer layer": Case(
         lambda: nn.Sequential(nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), nn.Linear(16, 3)),
         lambda: (torch.randn(2, 5, 16),),

@@ -1,6 +1,7 @@
 """Units go exactly: every architecture, optimizers, constants, both orders with low rank, saved and loaded."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 import laconic
 from laconic.graph import Group, find_groups, leaves
 from laconic.matricize import Unfolding, unfoldings
-from laconic.surgery.channels import channels_kept, slim, units_kept
+from laconic.surgery.channels import End, channels_kept, slim, units_kept
 from laconic.surgery.constants import dead_constants, fold
 from laconic.surgery.factorize import MARK, factorize, narrow
 from laconic.surgery.record import find_slims, put
@@ -59,8 +60,13 @@ def chosen(groups: list[Group], seed: int = 0) -> dict[str, list[int]]:
 
 def rows(module: nn.Module, side: str) -> int:
     """The axis of the weight that a side is."""
-    turned = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d)) or type(module).__name__ == "Conv1D"
+    turned = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Embedding)) or type(module).__name__ == "Conv1D"
     return {"out": 0, "in": 1}[side] ^ turned if module.weight.ndim > 1 else 0
+
+
+def of_channels(tensor: Tensor) -> Tensor:
+    """A view of a parameter of the model's own, channels first: a single axis is longer than one, or the channels are the last."""
+    return tensor.view(-1) if tensor.numel() == max(tensor.shape) else tensor.movedim(-1, 0)
 
 
 @torch.no_grad()
@@ -72,7 +78,7 @@ def silence(model: nn.Module, groups: list[Group], kept: dict[str, list[int]], n
                 module = model.get_submodule(end.path)
                 gone = torch.from_numpy(np.delete(end.index, kept[group.name], axis=0).ravel())
                 if end.own:  # a parameter of the model's own
-                    getattr(module, end.side).view(-1)[gone] = 0
+                    of_channels(getattr(module, end.side))[gone] = 0
                     continue
                 module.weight.movedim(rows(module, "out"), 0)[gone] = 0
                 if module.bias is not None if hasattr(module, "bias") else False:
@@ -88,7 +94,7 @@ def expected_params(model: nn.Module, groups: list[Group], kept: dict[str, list[
             gone = torch.from_numpy(np.delete(end.index, kept[group.name], axis=0).ravel())
             if end.own:
                 if isinstance(getattr(module, end.side), nn.Parameter):
-                    masks[id(getattr(module, end.side))].view(-1)[gone] = False
+                    of_channels(masks[id(getattr(module, end.side))])[gone] = False
                 continue
             masks[id(module.weight)].movedim(rows(module, end.side), 0)[gone] = False
             if end.side == "out" and getattr(module, "bias", None) is not None:
@@ -96,10 +102,64 @@ def expected_params(model: nn.Module, groups: list[Group], kept: dict[str, list[
     return sum(int(m.sum()) for m in masks.values())
 
 
+def norms_over_units(model: nn.Module, group: Group) -> dict[str, End]:
+    """LayerNorm and RMSNorm that take statistics over the units of a group."""
+    found = {end.path: end for end in group.carriers if not end.own}
+    return {p: e for p, e in found.items() if type(model.get_submodule(p)).__name__ in ("LayerNorm", "RMSNorm", "LlamaRMSNorm")}
+
+
+def over_the_rest(norm: nn.Module, stay: Tensor, x: Tensor) -> Tensor:
+    """LayerNorm or RMSNorm by hand, with statistics over some channels; the others are zero."""
+    y, part = torch.zeros_like(x), x[..., stay]
+    centred = part if "RMS" in type(norm).__name__ else part - part.mean(-1, keepdim=True)
+    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    y[..., stay] = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * norm.weight[stay]
+    if getattr(norm, "bias", None) is not None:
+        y[..., stay] += norm.bias[stay]
+    return y
+
+
+def normalise_over_the_rest(model: nn.Module, groups: list[Group], kept: dict[str, list[int]]) -> None:
+    for group in groups:
+        for path, end in norms_over_units(model, group).items() if group.name in kept else ():
+            norm = model.get_submodule(path)
+            stay = np.flatnonzero(np.isin(channels_kept(norm, "out"), end.index[kept[group.name]]))
+            norm.forward = partial(over_the_rest, norm, torch.from_numpy(stay))
+
+
+STREAMS = [name for name in SLIMMABLE if any(norms_over_units(CASES[name].build(), g) for g in groups_of(name))]
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_residual_stream_without_some_channels_is_normalised_over_the_others(name):
+    model, inputs = settled(name)
+    groups = groups_of(name)
+    kept = chosen(groups)
+    left = expected_params(model, groups, kept)
+    reference = copy.deepcopy(model)
+    silence(reference, groups, kept)
+    normalise_over_the_rest(reference, groups, kept)
+    wanted = outputs(reference, inputs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sum(y.square().mean() for y in leaves(model.train()(*inputs)) if y.is_floating_point()).backward()
+    optimizer.step()
+    model.load_state_dict(settled(name)[0].state_dict())
+    slim(model, groups, kept, [optimizer])
+    assert_close(outputs(model, inputs), wanted)
+    assert sum(p.numel() for p in model.parameters()) == left
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
+    for p, state in optimizer.state.items():
+        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape
+
+
+def test_streams_are_found_where_there_are_some():
+    assert {"laconic GPT", "gpt-2", "llama", "vit", "bert", "convnext", "norms"} <= set(STREAMS)
+
+
 @architectures
 def test_dead_units_go_and_nothing_changes_but_the_size(name):
     model, inputs = settled(name)
-    groups = groups_of(name)
+    groups = [g for g in groups_of(name) if not norms_over_units(model, g)]  # of which nothing goes without a change
     kept = chosen(groups)
     silence(model, groups, kept)
     wanted = outputs(model, inputs)
@@ -448,6 +508,7 @@ def test_slim_and_low_rank_in_any_order(name, order, tmp_path):
             kept = {n: k if k is not None else units_kept(model, g)[::2] for g in groups for n, k in kept.items() if n == g.name}
             reference = copy.deepcopy(model)
             silence_readers(reference, groups, kept)
+            normalise_over_the_rest(reference, groups, kept)
             slim(model, groups, kept)
             assert_close(outputs(model, inputs), outputs(reference, inputs))
         elif part == "cut":

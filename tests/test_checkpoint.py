@@ -553,6 +553,27 @@ def test_a_part_that_is_called_as_a_wrapper_would_call_it_is_left_alone(tmp_path
     assert_same(snapshot(load_weights(other, tmp_path / "w.pt")), snapshot(model))
 
 
+def test_an_averaged_model_is_saved_as_the_average(tmp_path):
+    model = mlp()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    loaded = laconic.load(laconic.save(averaged, tmp_path / "m"), mlp(seed=3))
+    assert_same(snapshot(loaded), snapshot(averaged.module))
+
+
+def test_a_model_that_is_slim_already_is_no_fresh_one(tmp_path):
+    def slim_one() -> nn.Module:
+        model = mlp()
+        laconic.compress(model, laconic.Channels(), laconic.Budget(params=0.5), example_inputs=(inputs_for(model),))
+        return model
+
+    model = slim_one()
+    laconic.save(model, tmp_path / "m")
+    with pytest.raises(laconic.ArchitectureMismatchError, match="it has lost channels already: load needs a fresh dense model"):
+        laconic.load(tmp_path / "m", slim_one())
+
+
 def test_a_model_without_numbers_is_not_saved(tmp_path):
     with torch.device("meta"):
         model = mlp()

@@ -131,6 +131,8 @@ BAD = {
     "saved below a file": (lambda: laconic.save(mlp(), f"{__file__}/model"), errors.CheckpointError, V, r"model cannot be written: .*test_errors\.py is not a directory"),
     # budgets
     "budget 0": (lambda: laconic.Budget(params=0), errors.InvalidValueError, V, r"params=0\): a fraction .* above 0 and at most 1; absolute: max_params="),
+    "even neurons beside ranks": (lambda: laconic.compress(mlp(), [laconic.LowRank(), laconic.Channels(even=True)], laconic.Budget(params=0.5), example_inputs=(X,)), errors.InvalidValueError, V, r"Channels\(even=True\): the same part of all neurons stays.*leave out LowRank"),
+    "budget of less than one parameter": (lambda: laconic.compress(mlp(), laconic.Channels(), laconic.Budget(params=1e-9), example_inputs=(X,)), errors.InfeasibleBudgetError, V, "smallest feasible"),
     "budget above 1": (lambda: laconic.Budget(macs=1.5), errors.InvalidValueError, V, r"macs=1\.5\)"),
     "budget NaN": (lambda: laconic.Budget(params=float("nan")), errors.InvalidValueError, V, "params=nan"),
     "budget absolute 0": (lambda: laconic.Budget(max_params=0), errors.InvalidValueError, V, r"max_params=0\)"),

@@ -290,7 +290,9 @@ def test_inputs_by_name_are_those_in_order(kind):
     assert laconic.profile(one, named, latency=False) == laconic.profile(one, in_order, latency=False)
     reports = []
     for model, inputs in ((one, named), (other, in_order)):
-        laconic.Compressor(model, torch.optim.SGD(model.parameters()), budget=laconic.Budget(macs=0.5), total_steps=10, example_inputs=inputs)
+        laconic.Compressor(
+            model, torch.optim.SGD(model.parameters()), budget=laconic.Budget(macs=0.5), total_steps=10, example_inputs=inputs
+        )
         reports.append(laconic.compress(model, budget=laconic.Budget(params=0.5), example_inputs=inputs, calibration=[inputs]))
     assert reports[0].macs_after is not None
     assert reports[0].to_json() == reports[1].to_json()

@@ -855,7 +855,7 @@ def test_a_head_counts_as_the_channels_that_it_has(multiple, heads):
     model = GPT(12, width=32, heads=4, layers=1, context=16)
     plan = make_plan(model, [laconic.Channels(multiple=multiple)], (torch.randint(12, (2, 16)),))
     of = {group.name: group.multiple for group in plan.neurons}
-    assert of == {"blocks.0.query": heads, "blocks.0.up": multiple}
+    assert of == {"token": multiple, "blocks.0.query": heads, "blocks.0.up": multiple}
 
 
 def test_an_end_that_fails_after_the_cuts_gives_back_the_optimizer_and_the_gradients(monkeypatch):

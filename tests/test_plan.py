@@ -4,10 +4,12 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as old_spectral_norm
@@ -17,7 +19,7 @@ from laconic.measure import count_macs, profile
 from laconic.plan import make_plan
 
 from .cases import LAYERS
-from .models import Shared, Tied, cnn, mlp
+from .models import Shared, Tied, assert_same, cnn, mlp, snapshot
 
 
 class TiedToEmbedding(nn.Module):
@@ -245,6 +247,39 @@ def test_what_is_taken_can_be_cut_and_the_model_still_runs(case):
     after = dict(model.named_parameters())
     for name in case.left:  # left dense is left alone
         assert torch.equal(before[name], after[name])
+
+
+class Held(nn.Module):
+    """The weight of a layer is used in another way than by a call of it."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 8)
+        bound = {
+            "its forward": self.b.forward,
+            "partial": partial(F.linear, weight=self.b.weight, bias=self.b.bias),
+            "a call": self.b.__call__,
+        }
+        self.held, self.weights = bound.get(how), [self.b.weight]
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.c(self.held(x) if self.held else self.b(x) + F.linear(x, self.weights[0].t()))
+
+
+@pytest.mark.parametrize("how", ["its forward", "partial", "a list"])
+def test_a_layer_whose_weight_is_used_beside_its_calls_stays_dense(how):
+    model, x = Held(how), torch.randn(4, 8)
+    before = snapshot(model)
+    plan = make_plan(model, [laconic.LowRank()], (x,))
+    assert_same(snapshot(model), before)
+    assert {site.name for site in plan.sites} == {"a.weight", "c.weight"}
+    assert {w.name: w.reason for w in plan.left_alone}["b.weight"].startswith(
+        "its weight is used in another way than by a call of the layer"
+    )
+    wanted = model(x)
+    laconic.compress(model, laconic.LowRank(), energy=1.0, example_inputs=(x,))
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_an_uninitialised_lazy_layer_is_an_error_that_says_what_to_do():

@@ -611,8 +611,8 @@ def test_a_layer_that_is_frozen_in_mid_run_and_cut_is_named(machine):
     train(model, compressor.optimizers[0], (8, 64), range(1, 40))
     assert not any(p.requires_grad for name, p in model[0].named_parameters() if name.endswith("weight"))
     report = compressor.compact()
-    assert sum("frozen in mid-run" in note for note in report.notes) == 1
-    assert "0.weight: frozen in mid-run; cut for the budget, and not trained after it" in report.notes
+    assert sum("frozen when it was cut" in note for note in report.notes) == 1
+    assert "0.weight: frozen when it was cut for the budget; not trained after it unless unfrozen" in report.notes
 
 
 def test_a_layer_is_cut_only_once_the_pair_is_faster(monkeypatch, empty_table):

@@ -21,6 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _version
@@ -46,7 +47,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: CompactRep
     that name is replaced, any other content is not. Of a link to a saved model the link alone is.
 
     Args:
-        model: compacted or not; unwrapped from DistributedDataParallel / DataParallel, and from what `torch.compile` returned.
+        model: compacted or not; unwrapped from DistributedDataParallel / DataParallel, from what `torch.compile` returned, and from `AveragedModel`.
         directory: created; parents too.
         report: what `compact()` returned, or a dict of plain data of your own; kept under `"report"` in the JSON.
 
@@ -56,7 +57,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], report: CompactRep
         InvalidValueError: the report of another model, by the number of parameters.
     """
     check_module(model)
-    model = bare(model)
+    model = bare(model.module if isinstance(model, AveragedModel) else model)
     if isinstance(report, CompactReport) and report.params_after != (here := count_params(model)):
         raise InvalidValueError(
             f"report: it is of a model that has {report.params_after} parameters, this {type(model).__name__} has {here}: pass what compact() or compress() returned for this very model"

@@ -647,7 +647,11 @@ class Compressor:
 
     def _cut_in_mid_run(self, values: dict[str, Floats], ranks: Ranks) -> None:
         frozen = ", ".join(s.name for s in self.plan.sites if ranks[s.name] not in (None, s.rank) and not s.weights[0].requires_grad)
-        self._cut(values, ranks, notes=[f"{frozen}: frozen in mid-run; cut for the budget, and not trained after it"] if frozen else [])
+        self._cut(
+            values,
+            ranks,
+            notes=[f"{frozen}: frozen when it was cut for the budget; not trained after it unless unfrozen"] if frozen else [],
+        )
         self._scale(gradient_scales(self.plan.sites, values, self.optimizers))
         self._changed = True
 
@@ -785,7 +789,11 @@ class Compressor:
         groups = [g.group for g in self.plan.neurons]
         dead = dead_constants(self.model, groups, self.example_inputs)
         fold(self.model, groups, dead)
-        gone = {g.name: {*(dead[g.name].units if g.name in dead else ()), *unread_units(self.model, g)} for g in groups}
+        streams = {g.name for g in self.plan.neurons if g.norms}  # what nothing reads counts in LayerNorm's statistics
+        gone = {
+            g.name: {*(dead[g.name].units if g.name in dead else ()), *(() if g.name in streams else unread_units(self.model, g))}
+            for g in groups
+        }
         kept = {g.name: [u for u in g.kept.tolist() if u not in gone[g.name]] or g.kept[:1].tolist() for g in self.plan.neurons}
         alive = {g.name: np.isin(g.kept, kept[g.name]).astype(np.float64) for g in self.plan.neurons}
         state.cuts.add(slim_neurons(self.model, self.plan, alive, kept, example_inputs=self.example_inputs, optimizers=self.optimizers))

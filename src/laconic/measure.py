@@ -159,8 +159,9 @@ def run(model: nn.Module, inputs: Inputs) -> None:
                 f"({type(error).__name__}: {reason}): put `with torch.enable_grad():` around them there"
             ) from error
         given = ", ".join(f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
+        hint = "; pass a tuple of its positional arguments, or a dict of them by name" if isinstance(error, TypeError) else ""
         raise InvalidValueError(
-            f"example_inputs: {type(model).__name__} does not run on ({given}): {type(error).__name__}: {reason}; pass a tuple of its positional arguments"
+            f"example_inputs: {type(model).__name__} does not run on ({given}): {type(error).__name__}: {reason}{hint}"
         ) from error
 
 

@@ -22,7 +22,7 @@ from .checks import has_gradient_hooks, hooked
 from .distributed import full, is_sharded, own_class
 from .errors import InvalidTypeError, InvalidValueError, NothingToCompressError, PatternError
 from .graph import find_groups
-from .matricize import choose_unfolding, has_own_forward, unfoldings
+from .matricize import choose_unfolding, has_own_forward, takes_entries, unfoldings
 from .measure import check_inputs, check_run, count_params, input_shapes, layer_macs, macs_of_batches
 from .readers import not_replaceable, weight_readers
 from .structures import Channels, Entries, LowRank, Neurons, Site, Structure, Weight, WideLayer, inner_site
@@ -179,6 +179,12 @@ def check_structures(
             raise InvalidTypeError(f"structures: expected laconic.LowRank(...) or laconic.Channels(...), got {s!r}")
     if not structures:
         raise InvalidValueError("structures is empty: pass at least one, such as laconic.LowRank()")
+    even = [s for s in structures if isinstance(s, Channels) and s.even]
+    if even and any(isinstance(s, LowRank) or (isinstance(s, Channels) and not s.even) for s in structures):
+        raise InvalidValueError(
+            "Channels(even=True): the same part of all neurons stays, which says nothing of ranks or other neurons beside them; leave out LowRank, "
+            "and make every Channels even, or none"
+        )
     return structures, []
 
 
@@ -305,6 +311,8 @@ def _add_neurons(
             reason = "not selected by include= / exclude="
         elif cut := next((end.path for end, module in ends if hasattr(module, MARK)), None):
             reason = f"{cut} is a pair already: its rank may fall further, its neurons stay"
+        elif cut := next((end.path for end, module in ends if takes_entries(module) and end.path in of_site), None):
+            reason = f"{cut} becomes a smaller table by LowRank(embeddings=True): its width stays"
         elif any(path in of_site and getattr(module, "groups", 1) > 1 for end, module in ends for path in modules[module]):
             reason = "it touches a grouped convolution that may be factorised: exclude that from LowRank"
         elif trained is not None and (
@@ -315,12 +323,19 @@ def _add_neurons(
             plan.neurons.append(Neurons(wanted[0], group, model, np.arange(group.units)))
         else:
             plan.whole[group.name] = reason
+    linear = {id(module.weight) for module in modules if isinstance(module, nn.Linear)}
+
+    def again(module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding) and id(module.weight) in linear
+
     for neurons in plan.neurons:
         for end in neurons.group.ends:
             module = model.get_submodule(end.path)
             costs_nothing = end.own and end.side in module._buffers
             if not costs_nothing and all(layer.name != end.name for layer in plan.layers):
-                plan.layers.append(_own_layer(end, module) if end.own else _wide_layer(end.path, module, of_site.get(end.path)))
+                plan.layers.append(
+                    _own_layer(end, module) if end.own else _wide_layer(end.path, module, of_site.get(end.path), again(module))
+                )
     plan.layers += [
         _wide_layer(site.layer, site.modules[0], site)
         for site in plan.sites
@@ -331,15 +346,17 @@ def _add_neurons(
 
 def _own_layer(end: End, module: nn.Module) -> WideLayer:
     parameter = module.get_parameter(end.side)
-    size = parameter.numel()
-    return WideLayer(end.path, tuple(parameter.shape), (size, size), size, size, None, beside=1.0, side=end.side)
+    size = width(module, end.side)
+    beside = parameter.numel() / size
+    return WideLayer(end.path, tuple(parameter.shape), (size, size), size, size, None, beside=beside, side=end.side)
 
 
-def _wide_layer(path: str, module: Any, site: Site | None) -> WideLayer:
+def _wide_layer(path: str, module: Any, site: Site | None, again: bool = False) -> WideLayer:
+    """`again`: its weight is another layer's, too, and counted there."""
     out = width(module, "out")
     taken = width(module, "in") if site is not None or unfoldings(module) else out
     biases = sum(p.numel() for name, p in module.named_parameters(recurse=False) if name != "weight")
-    own = 0 if site is not None or module.weight is None else module.weight.numel()
+    own = 0 if site is not None or module.weight is None or again else module.weight.numel()
     shape = () if module.weight is None else tuple(module.weight.shape)
     if site is None and (not unfoldings(module) or getattr(module, "groups", 1) > 1):  # norms, depthwise: one part for each channel
         return WideLayer(path, shape, (out, taken), out, taken, None, beside=(biases + own) / out)
@@ -508,7 +525,9 @@ def _why_not(
         return f"{options.m} x {options.n} is too small: even rank 1 needs as many parameters"
     if trained is not None:
         if not parameter.requires_grad:
-            return "frozen (requires_grad is False)"
+            return (
+                "frozen (requires_grad is False) when the Compressor was built: freeze it after that, if it is to be trained and cut later"
+            )
         if parameter not in trained:
             return "not in the optimizer"
     return None

@@ -25,7 +25,8 @@ def not_replaceable(model: nn.Module, layers: Layers, inputs: tuple[Any, ...]) -
 
     It calls the layer, and notes what is asked of it besides: an attribute that a pair does not have, or arguments that it does not take.
     A layer that runs although its stand-in was not called is held somewhere else, too: in a list, say. And where outputs are not
-    what they were, or there are none, the code looks at the class of a layer; which one is found by halving.
+    what they were, or there are none, the code looks at the class of a layer; which one is found by halving. So is a layer whose weight counts although
+    no call of the layer uses it, for example since its `forward` is held somewhere.
     """
     found: dict[nn.Module, str] = {}
     plain = _results(model, {}, inputs)
@@ -55,9 +56,56 @@ def not_replaceable(model: nn.Module, layers: Layers, inputs: tuple[Any, ...]) -
 
     if plain is not None and _same(plain, _results(model, {}, inputs)):  # else a difference says nothing
         search(layers)
+        for layer in _read_elsewhere(model, layers, inputs, plain):
+            found.setdefault(
+                layer,
+                "its weight is used in another way than by a call of the layer: it, or the layer's forward, is held somewhere else, too",
+            )
     else:
         differs(layers)
     return found
+
+
+def _read_elsewhere(model: nn.Module, layers: Layers, inputs: tuple[Any, ...], plain: list[Tensor]) -> list[nn.Module]:
+    """Layers whose weight changes the outputs when it is another one but in their own calls."""
+    weights = dict.fromkeys(w for layer in layers if isinstance(w := getattr(layer, "weight", None), Tensor))
+    true = {w: w.data for w in weights}
+    by_path = {path: _WithItsWeight(layer, true) for layer, paths in layers.items() for path in paths}
+
+    def search(tried: list[Tensor]) -> list[Tensor]:
+        try:
+            for w in tried:
+                w.data = torch.full((), 0.5, dtype=w.dtype, device=w.device).expand(w.shape)  # takes no memory
+            if not tried or _same(plain, _results(model, by_path, inputs)):
+                return []
+        finally:
+            for w in tried:
+                w.data = true[w]
+        half = len(tried) // 2
+        return search(tried[:half]) + search(tried[half:]) if half else tried
+
+    read = {id(w) for w in search(list(weights))}
+    return [layer for layer in layers if id(getattr(layer, "weight", None)) in read]
+
+
+class _WithItsWeight(nn.Module):
+    """The layer, which has its true weight while it is called."""
+
+    def __init__(self, layer: nn.Module, true: Mapping[Tensor, Tensor]):
+        super().__init__()
+        object.__setattr__(self, "_layer", layer)
+        object.__setattr__(self, "_true", true)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        weight: Any = self._layer.weight
+        now, weight.data = weight.data, self._true[weight]
+        try:
+            return self._layer(*args, **kwargs)
+        finally:
+            weight.data = now
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
 
 
 def _results(model: nn.Module, by_path: Mapping[str, nn.Module], inputs: tuple[Any, ...]) -> list[Tensor] | None:
@@ -204,7 +252,7 @@ def _own_chains(base: type) -> frozenset[Use]:
         if isinstance(method, ast.FunctionDef) and "init" not in method.name and "reset" not in method.name:
             for node in ast.walk(method):
                 if isinstance(node, ast.Attribute) and node.attr in _READ and (chain := _from_self(node.value)):
-                    chains.add((chain, "reads {}.weight directly"))
+                    chains.add((chain, f"reads {{}}.{node.attr} directly"))
                 if isinstance(node, ast.Call) and any(k.arg == "output_size" for k in node.keywords) and (chain := _from_self(node.func)):
                     chains.add((chain, "calls {} with output_size, which a pair of layers does not take"))
     return frozenset(chains)

@@ -181,7 +181,9 @@ class Walk:
 
     def counted(self, group: Neurons) -> int:
         """How often a unit's share counts: where a pair can be cut along its inputs, ranks do what neurons do, and keep the best directions
-        instead of the best axes."""
+        instead of the best axes. A unit of a residual stream is lost each time that the stream is read: as often as it is normalised."""
+        if group.norms:
+            return len(group.norms)
         sites = [self.layers[end.name].site for end in self.priced(group)]
         return COUNTED if any(site is not None and inner_site(site) is not None for site in sites) else 1
 
@@ -233,7 +235,8 @@ class Walk:
         return sum((self.cost(path, size) - self.costs[path] for path, size in sizes.items()), np.zeros_like(self.spent))
 
     def best(self, item: Neurons | Site) -> Step | None:
-        """The best step down of a group or a weight: what it loses per cost that it saves, and to how many units or which ranks."""
+        """The best step down of a group or a weight: what it loses per cost that it saves, and to how many units or which ranks. Of an even one
+        the inverse of the part that is then left: the group goes next that has kept most."""
         if isinstance(item, Site):
             return self.best_ranks(item)
         now, shares = self.units[item.name], self.shares[item.name]
@@ -241,7 +244,9 @@ class Walk:
         if count < 1:
             return None
         saved = -float(self.change(self.resized(item, count)) @ self.weights)
-        return ((shares[now - 1] - shares[count - 1]) / saved, (count, 0)) if saved > 0 else None
+        if saved <= 0:
+            return None
+        return (item.group.units / count if item.structure.even else (shares[now - 1] - shares[count - 1]) / saved), (count, 0)
 
     def best_ranks(self, site: Site) -> Step | None:
         if site.name in self.keep_dense:
@@ -287,7 +292,8 @@ class Walk:
         items: list[Neurons | Site] = [*self.plan.neurons, *self.plan.sites]
         steps = {item.name: self.best(item) for item in items}
         self.weights = before
-        return {name: 0.01 * float(step[0]) for name, step in steps.items() if step is not None}
+        even = {group.name for group in self.plan.neurons if group.structure.even}  # which go by no price
+        return {name: 0.01 * float(step[0]) for name, step in steps.items() if step is not None and name not in even}
 
     def down(self) -> list[Walk]:
         """The walk, until the limits hold. Returns where it may end: a head that saves more than is still needed may be the last step, or stay
@@ -346,7 +352,7 @@ class Walk:
     def smallest(self) -> tuple[str, float]:
         """What to say, and the smallest feasible fraction, where the walk has come to its end."""
         dense = model_costs(self.plan, self.currencies)
-        worst = int(np.argmax(self.spent / self.limits))
+        worst = int(np.argmax(self.spent / np.maximum(self.limits, 1e-300)))  # a limit may be less than one parameter
         fraction = math.ceil(float((self.spent / dense)[worst]) * 1e4) / 1e4
         name = self.currencies[worst]
         currency = CURRENCIES[name]
@@ -392,7 +398,7 @@ class Walk:
             self.again.add(site.name)
 
     def fill(self) -> None:
-        """What a step was too long by: units back, the most important first, while they fit."""
+        """What a step was too long by: units back, the most important first (of even groups to the one that has kept least), while they fit."""
         start = {g.name: len(g.kept) for g in self.plan.neurons}
         weights = 1 / np.maximum(self.limits, 1e-300)
         while True:
@@ -404,7 +410,7 @@ class Walk:
                 more = self.change(self.resized(group, count))
                 gain = self.shares[group.name][count - 1] - self.shares[group.name][self.units[group.name] - 1]
                 if gain > 0 and np.all(self.spent + more <= self.limits):
-                    found.append((gain / float(more @ weights), group.name, count))
+                    found.append((-count / group.group.units if group.structure.even else gain / float(more @ weights), group.name, count))
             if not found:
                 return
             _, name, count = max(found)

@@ -18,7 +18,20 @@ from ..checks import has_gradient_hooks, hooked
 from ..distributed import bare
 from ..matricize import has_own_forward, takes_entries, unfoldings
 from ..measure import _countable_attention, call, check_inputs, seeded
-from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, SIDES, End, Group, Ints, channels_kept, groups_of, per_channel
+from ..surgery.channels import (
+    CARRIER,
+    CONSUMER,
+    NORMS,
+    PRODUCER,
+    SIDES,
+    End,
+    Group,
+    Ints,
+    channels_kept,
+    for_channels,
+    groups_of,
+    is_layer_norm,
+)
 from ..surgery.factorize import MARK
 from .labels import leaves
 from .tracer import Decision, Tracer
@@ -72,12 +85,13 @@ def _goes_along(module: nn.Module) -> bool:
 @dataclasses.dataclass(slots=True)
 class Layers:
     """Paths of the layers of a model: those with outputs of their own, those that pass units on, those not looked into; and where the model's own
-    code holds a number for each channel: path and name."""
+    code holds a number for each channel: path and name. And the paths of tables and linear layers that share one weight, by each other."""
 
     producers: list[str] = dataclasses.field(default_factory=list)
     carriers: list[str] = dataclasses.field(default_factory=list)
     opaque: dict[str, str] = dataclasses.field(default_factory=dict)
     own: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    shared: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
@@ -87,7 +101,7 @@ def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 holders.setdefault(id(tensor), []).append(path)
-    found, reasons = Layers(), {}
+    found, reasons = Layers(shared=_tables_read_again(model, holders)), {}
     skip: list[tuple[str, str]] = []
     for path, module in model.named_modules():
         above = next((why for prefix, why in skip if path.startswith(prefix)), None)
@@ -98,9 +112,10 @@ def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
             continue
         kind = type(module).__name__
         pair = hasattr(module, MARK)
-        supported = pair or bool(unfoldings(module))
+        supported = pair or bool(unfoldings(module, embeddings=True))
         parametrized = is_parametrized(module) or any(n in module._parameters for n in ("weight_g", "weight_v", "weight_orig"))
         carrier = isinstance(module, NORMS) or (isinstance(module, nn.PReLU) and module.num_parameters > 1)
+        carrier |= is_layer_norm(module)
         why = None
         if pair and takes_entries(module):
             why = "it is an embedding's pair: its width stays"
@@ -109,7 +124,7 @@ def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
         elif parametrized:
             why = "parametrized (weight_norm, spectral_norm, ...): its weight is computed anew on every forward"
         elif supported or carrier:
-            why = _untouchable(path, module, holders)
+            why = _untouchable(path, module, holders, found.shared)
         if why is None and not supported and not carrier:
             found.own += [(path, name) for name, tensor in _own(module) if len(holders[id(tensor)]) == 1]
             continue
@@ -127,15 +142,26 @@ def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters that are trained and buffers of this module itself with a number for each channel."""
+    """Parameters that are trained and buffers of this module itself with numbers for each channel."""
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is None or name in SIDES or name in module._non_persistent_buffers_set or not per_channel(tensor):
+        if tensor is None or name in SIDES or name in module._non_persistent_buffers_set or not for_channels(tensor):
             continue
         if tensor.requires_grad is isinstance(tensor, nn.Parameter) and not has_gradient_hooks(tensor):
             yield name, tensor
 
 
-def _untouchable(path: str, module: nn.Module, holders: Mapping[int, Sequence[str]]) -> str | None:
+def _tables_read_again(model: nn.Module, holders: Mapping[int, Sequence[str]]) -> dict[str, str]:
+    """Embeddings whose weight one linear layer has, too, to say which entry is next, and that layer: both ways."""
+    pairs: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and len(both := holders[id(module.weight)]) == 2:
+            other = both[both[0] == path]
+            if isinstance(layer := model.get_submodule(other), nn.Linear) and layer.weight is module.weight:
+                pairs |= {path: other, other: path}
+    return pairs
+
+
+def _untouchable(path: str, module: nn.Module, holders: Mapping[int, Sequence[str]], shared: Mapping[str, str]) -> str | None:
     parameters = list(module.parameters())
     if has_own_forward(module):
         return "it has a forward of its own, set on the object, which may rely on its width"
@@ -148,7 +174,7 @@ def _untouchable(path: str, module: nn.Module, holders: Mapping[int, Sequence[st
     if not all(p.requires_grad for p in parameters):
         return "frozen (requires_grad is False)"
     for parameter in parameters:
-        others = sorted(p for p in holders[id(parameter)] if p != path and not p.startswith(f"{path}."))
+        others = sorted(p for p in holders[id(parameter)] if p != path and p != shared.get(path) and not p.startswith(f"{path}."))
         if others:
             return f"its weight is shared with {others[0]}"
     return None
@@ -271,11 +297,20 @@ def _grouped(model: nn.Module, layers: Layers, tracer: Tracer) -> tuple[list[Gro
         if not bucket_units:
             continue
         group, why = _group(model, sorted(paths, key=producers.index), list(bucket_units), roots)
+        if group is not None and (apart := _apart(group, layers.shared)):
+            group, why = None, f"{apart} shares its weight with {layers.shared[apart]}, which does not have the same units"
         if group is not None:
             groups.append(group)
         for path in paths if why else ():
             reasons.setdefault(path, why)
     return sorted(groups, key=lambda g: producers.index(g.name)), reasons
+
+
+def _apart(group: Group, shared: Mapping[str, str]) -> str | None:
+    """A layer of the group whose weight another has, too, without that the same channels of it are in the group."""
+    here = {end.path: end for end in group.ends if end.path in shared}
+    same = (path for path, end in here.items() if shared[path] in here and np.array_equal(end.index, here[shared[path]].index))
+    return next(iter(here.keys() - same), None)
 
 
 def _group(model: nn.Module, paths: list[str], members: list[int], roots: Mapping[tuple[str, str, str], Ints]) -> tuple[Group | None, str]:

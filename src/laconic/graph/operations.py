@@ -198,7 +198,7 @@ def _layer_norm(op: Operation) -> Labels:
     x, label = op.first()
     op.hold_others()
     if label is not None and label.axis >= x.ndim - len(op.args[1]):
-        op.units.hold(label.ids, "LayerNorm or RMSNorm over the units: their statistics would change")
+        op.units.hold(label.ids, "LayerNorm or RMSNorm is called with parameters that laconic does not find")
     return [label] + [None] * (len(op.outputs) - 1)
 
 

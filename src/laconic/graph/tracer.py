@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..matricize import CONVS, TRANSPOSED_CONVS, Layer
-from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, Ints, groups_of, long_axis
+from ..surgery.channels import CARRIER, CONSUMER, NORMS, PRODUCER, Ints, groups_of, is_layer_norm, long_axis
 from ..surgery.factorize import plain_layers
 from .labels import Label, Units, leaves
 from .operations import PLACE_BY_PLACE, Operation, rule_for, unknown
@@ -158,12 +158,18 @@ class Tracer(TorchDispatchMode):
         self.passed_on(x, first, y)
 
     def read_and_made(self, path: str, module: Layer, x: Tensor, y: Tensor) -> None:
+        if isinstance(module, nn.Embedding):
+            self.set_label(y, Label(y.ndim - 1, self.made_by(path, y.shape[-1])))
+            return
         label, channels = self.label(x), _channel_axis(module, x)
+        if is_layer_norm(module) and (label is None or label.axis < channels):
+            self.set_label(y, label)  # over other axes than the units'
+            return
         if label is not None and label.axis != channels:
             self.units.hold(label.ids, f"{path} works along another axis of it")
             label = None
         ids = label.ids if label is not None else np.zeros(x.shape[channels], dtype=np.int64)
-        if isinstance(module, (*NORMS, nn.PReLU)):
+        if isinstance(module, (*NORMS, nn.PReLU)) or is_layer_norm(module):
             self.note(path, "out", CARRIER, ids)
             made = ids
         elif (groups := groups_of(module)) > 1:
@@ -174,16 +180,21 @@ class Tracer(TorchDispatchMode):
             self.note(path, "out", CARRIER, made)
         else:
             self.note(path, "in", CONSUMER, ids)
-            if path not in self.made:
-                self.made[path] = self.units.new(y.shape[channels])
-                self.note(path, "out", PRODUCER, self.made[path])
-            made = self.made[path]
+            made = self.made_by(path, y.shape[channels])
         self.set_label(y, Label(channels, made))
 
+    def made_by(self, path: str, channels: int) -> Ints:
+        """The units that a producer puts out, in all its calls the same."""
+        if path not in self.made:
+            self.made[path] = self.units.new(channels)
+            self.note(path, "out", PRODUCER, self.made[path])
+        return self.made[path]
+
     def own(self, path: str, name: str, tensor: Tensor) -> None:
-        """A parameter or buffer of the model's own, with a number for each channel: of what, will be seen where the two meet."""
-        self.layers[path, name, CARRIER] = ids = self.units.new(tensor.numel())
-        self.set_label(tensor, Label(long_axis(tensor), ids))
+        """A parameter or buffer of the model's own, with numbers for each channel: of what, will be seen where the two meet."""
+        axis = long_axis(tensor)
+        self.layers[path, name, CARRIER] = ids = self.units.new(tensor.shape[axis])
+        self.set_label(tensor, Label(axis, ids))
 
     def forget(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Give up labels of the model's own that have met no layer's units: they belong to something else. Returns the tensors that keep theirs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import first_line
 from ..matricize import Layer, by_inputs
 from ..measure import OneDtype, as_it_was, call, cast, seeded
-from ..surgery.channels import Count, Group, channels_kept, per_channel, slim, slimmed
+from ..surgery.channels import Count, Group, channels_kept, is_layer_norm, per_channel, slim, slimmed
 from ..surgery.factorize import plain_layers
 from .labels import leaves
 
@@ -241,9 +242,17 @@ def _shake(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def unread(model: nn.Module, groups: Sequence[Group], kept: Kept) -> Iterator[None]:
-    """Inside, no consumer reads the units that go: their columns are zero."""
+    """Inside, no consumer reads the units that go: their columns are zero, and LayerNorm has the statistics of the others."""
     before: list[tuple[Tensor, Tensor]] = []
+    patched: list[nn.Module] = []
     try:
+        for group in groups:
+            for end in group.carriers:
+                norm = model.get_submodule(end.path)
+                if is_layer_norm(norm):
+                    stay = np.isin(channels_kept(norm, "out"), np.delete(end.index, kept[group.name], axis=0).ravel(), invert=True)
+                    vars(norm)["forward"] = functools.partial(_over_some, norm, torch.from_numpy(np.flatnonzero(stay)))
+                    patched.append(norm)
         with torch.no_grad():
             for group in groups:
                 for end in group.consumers:
@@ -255,9 +264,21 @@ def unread(model: nn.Module, groups: Sequence[Group], kept: Kept) -> Iterator[No
                     by_inputs(module)[torch.from_numpy(np.flatnonzero(np.isin(here, gone)))] = 0
         yield
     finally:
+        for norm in patched:
+            vars(norm).pop("forward", None)
         with torch.no_grad():
             for weight, old in reversed(before):
                 weight.copy_(old)
+
+
+def _over_some(norm: Layer, stay: Tensor, x: Tensor) -> Tensor:
+    """LayerNorm over these channels alone; the others are 0."""
+    small = copy.deepcopy(norm)
+    for name, parameter in norm.named_parameters(recurse=False):
+        small._parameters[name] = nn.Parameter(parameter[stay])
+    small.normalized_shape = (len(stay),)  # where it has one
+    y = type(norm).forward(small, x[..., stay])
+    return torch.zeros_like(x, dtype=y.dtype).index_copy(-1, stay.to(x.device), y)
 
 
 class NoDropout(TorchFunctionMode):

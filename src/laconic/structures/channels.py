@@ -15,7 +15,7 @@ from ..checks import check_finite, whole_number
 from ..errors import InvalidTypeError
 from ..matricize import INPUTS_FIRST, Layer, Unfolding, inputs_first, unfolding_named, unfoldings
 from ..penalties import L1, LogSum, Penalty
-from ..surgery.channels import NORMS, SIDES, End, Group, channels_kept, width
+from ..surgery.channels import NORMS, SIDES, End, Group, channels_kept, is_layer_norm, width
 from ..surgery.factorize import MARK, plain_layers, product
 from .base import InUnits, Shrinkage, check_options, root_mean_square
 from .low_rank import Site
@@ -109,12 +109,17 @@ class Neurons:
         found = []
         for end in self.group.producers:
             last = plain_layers(self.model.get_submodule(end.path))[-1]
-            found += [p for p in (last.weight, last.bias) if p is not None]
+            found += [p for p in (last.weight, getattr(last, "bias", None)) if p is not None]
         return tuple(found)
 
     @property
     def finite(self) -> bool:
         return all(bool(torch.isfinite(w).all()) for w in self.weights)
+
+    @property
+    def norms(self) -> tuple[End, ...]:
+        """Where LayerNorm takes its statistics over the units. So it is with the residual stream of a transformer, which every block reads and adds to."""
+        return tuple(end for end in self.group.carriers if is_layer_norm(self.model.get_submodule(end.path)))
 
     @property
     def multiple(self) -> int:
@@ -152,6 +157,8 @@ class Channels:
         multiple: keep a multiple of this number of channels (what the hardware likes: 8, 16); an attention head of 64 is one already.
         optional: beside `LowRank`, under a budget in parameters alone: at the first proximal step all these neurons are left alone for the
             whole run, unless ranks alone would keep less of the network (see `laconic.budget.needless`).
+        even: every group keeps about the same part of its neurons, so that the network is the dense one made narrower: their importance says which
+            go, not how many. Without `LowRank` beside it, and for all groups or none.
     """
 
     penalty: Penalty = field(default_factory=LogSum)
@@ -161,12 +168,14 @@ class Channels:
     exclude: str | tuple[str, ...] = ()
     multiple: int = 1
     optional: bool = False
+    even: bool = False
 
     def __post_init__(self) -> None:
         check_options(self)
         object.__setattr__(self, "multiple", whole_number("multiple", self.multiple, least=1))
-        if not isinstance(self.optional, bool):
-            raise InvalidTypeError(f"optional = {self.optional!r}: expected True or False")
+        for name in ("optional", "even"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidTypeError(f"{name} = {getattr(self, name)!r}: expected True or False")
 
     @classmethod
     def as_published(cls, strength: float, **options: Any) -> Channels:
@@ -180,7 +189,7 @@ class Channels:
         for end in site.group.producers:
             module = site.model.get_submodule(end.path)
             energy = slice_energies(module, "out")
-            bias = plain_layers(module)[-1].bias
+            bias = getattr(plain_layers(module)[-1], "bias", None)  # a table has none
             if bias is not None:
                 energy = energy + bias.detach().double().cpu().square()
             total += energy[site.channels(end)].sum(1)
@@ -205,7 +214,7 @@ class Channels:
             axis = 1 if inputs_first(last) else 0
             shape = [-1 if d == axis else 1 for d in range(last.weight.ndim)]
             last.weight.mul_(scale.to(last.weight.device, last.weight.dtype).reshape(shape))
-            if last.bias is not None:
+            if getattr(last, "bias", None) is not None:
                 last.bias.mul_(scale.to(last.bias.device, last.bias.dtype))
         return Shrinkage(shrunk, int((shrunk > 0).sum()), "group", ())
 
@@ -213,8 +222,8 @@ class Channels:
         r"""What the consumers would lose of their input, a share for each unit that is there (float64, sums to 1).
 
         :math:`\sum_c \|W_{c,u}\|_2^2 v_u`, with `variances` of the consumers' inputs by path; where they are unknown, the
-        squared norm of the unit's own row (or the norm's scale behind it) stands for them. Only a unit whose own row is
-        zero counts nothing at all.
+        squared norm of the unit's own row (or the norm's scale behind it) stands for them. Of a residual stream, which many layers read, each
+        reader's share counts the same. Only a unit whose own row is zero counts nothing at all.
         """
         total = torch.zeros(len(site.kept), dtype=torch.float64, device="cpu")
         spread = self.values(site).square()
@@ -230,8 +239,8 @@ class Channels:
             energy = slice_energies(site.model.get_submodule(end.path), "in")
             index = site.channels(end)
             known = (variances or {}).get(end.path)
-            weight = energy[index] * (known[index] if known is not None else spread[:, None])
-            total += weight.sum(1)
+            weight = (energy[index] * (known[index] if known is not None else spread[:, None])).sum(1)
+            total += weight / weight.sum().clamp_min(math.ulp(0.0)) if site.norms else weight
         total = total.clamp_min(SILENT * float(total.sum())).masked_fill(dead, 0.0)
         return (total / total.sum().clamp_min(math.ulp(0.0))).numpy()
 
@@ -240,7 +249,7 @@ def present_unfolding(module: Layer) -> Unfolding:
     """The (first) unfolding of the weight that a layer has, or that a pair stands for, with the channels it has now."""
     mark = getattr(module, MARK, None)
     if mark is None:
-        return unfoldings(module)[0]
+        return unfoldings(module, embeddings=True)[0]
     return unfolding_named(mark["unfolding"], tuple(mark["shape"]), getattr(module[0], "groups", 1))
 
 

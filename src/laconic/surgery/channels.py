@@ -26,6 +26,7 @@ from .optimizer import Replacement, replace, states_to_slice
 Ints = NDArray[np.int64]
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm)
 PRODUCER, CONSUMER, CARRIER = "producer", "consumer", "carrier"
 SIDES = ("out", "in")
 
@@ -37,10 +38,11 @@ class End:
     Attributes:
         path: the layer's path in the dense model (the first of its paths).
         side: `"out"`: rows of the weight, bias, entries of a norm; `"in"`: columns of the weight; else the name of a parameter or
-            buffer that the module at `path`, whose code is the model's own, holds for each channel (a layer scale).
+            buffer that the module at `path`, whose code is the model's own, holds for each channel (a layer scale, embeddings of positions).
         index: `[units, k]`: the channels of that side, in the dense layer's numbering, of each unit.
         role: `"producer"` computes the units from something else, `"consumer"` reads them, `"carrier"` passes each on by
-            itself (BatchNorm, PReLU, depthwise convolution, a parameter of the model's own).
+            itself (BatchNorm, PReLU, depthwise convolution, a parameter of the model's own; LayerNorm, whose statistics are then over the units
+            that are left).
     """
 
     path: str
@@ -129,9 +131,8 @@ def slim(
         SurgeryError: a layer is no longer there, or no longer has the channels that the group says.
     """
     edits = _plan(model, groups, kept)
-    replacements = [
-        Replacement(getattr(edit.module, name), new, select) for edit in edits for name, (new, select) in edit.parameters.items()
-    ]
+    changes = {getattr(edit.module, name): change for edit in edits for name, change in edit.parameters.items()}
+    replacements = [Replacement(old, new, select) for old, (new, select) in changes.items()]
     states = [states_to_slice(optimizer, replacements) for optimizer in optimizers]
     had = [{r.old for r in replacements if getattr(optimizer, "state", {}).get(r.old)} for optimizer in optimizers]
     lost = [p for of_one, found in zip(had, states, strict=True) for p in of_one.difference(r.old for r, _ in found)]
@@ -159,6 +160,15 @@ def _plan(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Sequence
     edits: list[Edit] = []
     for path in gone | counts:
         edits += _edits(path, _module(model, path), gone.get(path, {}), counts.get(path, {}))
+    return tied(edits)
+
+
+def tied(edits: list[Edit]) -> list[Edit]:
+    """A weight that two layers share is shared afterwards, too."""
+    made: dict[int, tuple[nn.Parameter, Callable[[Tensor], Tensor]]] = {}
+    for edit in edits:
+        for name, new in edit.parameters.items():
+            edit.parameters[name] = made.setdefault(id(edit.module._parameters[name]), new)
     return edits
 
 
@@ -197,16 +207,31 @@ def units_kept(model: nn.Module, group: Group) -> list[int]:
     return [int(u) for u in np.flatnonzero(np.isin(end.index, here).all(1))]
 
 
+def is_layer_norm(module: Layer) -> bool:
+    """LayerNorm or RMSNorm over the last axis: PyTorch's, or the model's own, which has its name (of T5, of Llama) and a number for each channel."""
+    if isinstance(module, LAYER_NORMS):
+        return len(module.normalized_shape) == 1
+    own = [*module.parameters(), *module.buffers()]
+    return (
+        type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+        and isinstance(getattr(module, "weight", None), Tensor)
+        and all(x.ndim == 1 and per_channel(x) and x.shape == module.weight.shape for x in own)
+    )
+
+
 def width(module: Layer, side: str) -> int:
-    """Channels of one side of a layer, a pair, or a carrier, as it is now; or the length of a parameter of the model's own."""
+    """Channels of one side of a layer, a pair, or a carrier, as it is now; or of a parameter of the model's own."""
     if side not in SIDES:
-        return int(getattr(module, side).numel())
+        tensor = getattr(module, side)
+        return int(tensor.shape[long_axis(tensor)])
     if hasattr(module, MARK):
         return width(module[0] if side == "in" else module[1], side)
     if is_hf_conv1d(module):
         return int(module.weight.shape[1 if side == "out" else 0])
     if isinstance(module, nn.Embedding):
         return int(module.embedding_dim if side == "out" else module.num_embeddings)
+    if is_layer_norm(module):
+        return int(module.normalized_shape[0] if isinstance(module, LAYER_NORMS) else module.weight.numel())
     for name in (f"{side}_features", f"{side}_channels", "num_features", "num_parameters"):
         if hasattr(module, name):
             return int(getattr(module, name))
@@ -227,7 +252,7 @@ def groups_of(module: Layer) -> int:
     return groups_of(module[0]) if hasattr(module, MARK) else int(getattr(module, "groups", 1))
 
 
-def replayed(path: str, module: nn.Module, kept: Mapping[str, Sequence[int]], sizes: Mapping[str, int]) -> list[Edit]:
+def replayed(path: str, module: nn.Module, kept: Mapping[str, Sequence[int]], sizes: Mapping[str, Any]) -> list[Edit]:
     """The edits that make a dense layer the slim one that kept these channels; of another module they set its counts."""
     gone = {side: np.setdiff1d(np.arange(width(module, side)), np.asarray(stay)) for side, stay in kept.items()}
     return _edits(path, module, gone, sizes)
@@ -271,7 +296,7 @@ def _module(model: nn.Module, path: str) -> nn.Module:
 # ---- new tensors ----------------------------------------------------------------------------------------------------
 
 
-def _edits(path: str, module: nn.Module, gone: Mapping[str, Ints], counts: Mapping[str, int]) -> list[Edit]:
+def _edits(path: str, module: nn.Module, gone: Mapping[str, Ints], counts: Mapping[str, Any]) -> list[Edit]:
     """The edits of one layer without these channels (dense numbers), its counts and its mark included; none where nothing changes."""
     mark = _mark(module)
     positions: dict[str, Ints] = {}
@@ -301,8 +326,14 @@ def per_channel(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.numel() == max(tensor.shape, default=0) > 1
 
 
+def for_channels(tensor: Tensor) -> bool:
+    """May it hold numbers for channels: one for each, or one for each channel of each position, `[1, positions, channels]`?"""
+    return per_channel(tensor) or (tensor.is_floating_point() and tensor.ndim == 3 and tensor.shape[0] == 1 and tensor.shape[2] > 1)
+
+
 def long_axis(tensor: Tensor) -> int:
-    return int(np.argmax(tensor.shape))
+    """Of the channels."""
+    return int(np.argmax(tensor.shape)) if per_channel(tensor) else tensor.ndim - 1
 
 
 def _mark(module: nn.Module) -> dict[str, Any]:
@@ -312,8 +343,14 @@ def _mark(module: nn.Module) -> dict[str, Any]:
     return mark | {key: dict(value) for key, value in getattr(module, SLIM, {}).items() if key != "kind"}
 
 
-def _sizes(module: Layer, out: Ints | None, into: Ints | None) -> dict[str, int]:
+def _sizes(module: Layer, out: Ints | None, into: Ints | None) -> dict[str, int | tuple[int]]:
     """The attributes that say how wide a layer is (of a pair: those of the dense layer that it stands for)."""
+    if is_layer_norm(module):
+        assert out is not None
+        return {"normalized_shape": (len(out),)} if isinstance(module, LAYER_NORMS) else {}
+    if isinstance(module, nn.Embedding):
+        assert out is not None
+        return {"embedding_dim": len(out)}
     if isinstance(module, (*NORMS, nn.PReLU)):
         assert out is not None
         return {"num_parameters" if isinstance(module, nn.PReLU) else "num_features": len(out)}
@@ -337,7 +374,7 @@ def _sliced(path: str, module: Layer, out: Ints | None, into: Ints | None) -> li
     if hasattr(module, MARK):
         return _sliced_pair(path, module, groups, out, into)
     attributes = _sizes(module, out, into)
-    if isinstance(module, (*NORMS, nn.PReLU)):
+    if isinstance(module, (*NORMS, nn.PReLU)) or is_layer_norm(module):
         assert out is not None
         return [_edit(module, [(name, ((0, out),)) for name in ("weight", "bias", "running_mean", "running_var")], attributes)]
     out_axis, in_axis = (1, 0) if inputs_first(module) else (0, 1)

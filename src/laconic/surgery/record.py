@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ArchitectureMismatchError
 from ..matricize import Layer, unfoldings
-from .channels import SIDES, apply, per_channel, replayed, width
+from .channels import SIDES, apply, for_channels, replayed, tied, width
 from .factorize import MARK, SLIM, new_pair
 
 
@@ -61,21 +61,22 @@ class Slim:
         kind: class name of the dense layer.
         dense: channels of the dense layer, for each side (`"out"`, `"in"`, a parameter of the model's own) that lost some.
         kept: for each such side the channels that are left, by their dense numbers.
-        sizes: the module's attributes that say how wide it is, as they are now (`out_features`, `groups`, `num_heads`).
+        sizes: the module's attributes that say how wide it is, as they are now (`out_features`, `groups`, `num_heads`, `normalized_shape`).
     """
 
     names: tuple[str, ...]
     kind: str
     dense: dict[str, int]
     kept: dict[str, list[int]]
-    sizes: dict[str, int]
+    sizes: dict[str, int | tuple[int, ...]]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Slim:
-        dense, sizes = ({str(k): int(v) for k, v in data[key].items()} for key in ("dense", "sizes"))
+        dense = {str(side): int(n) for side, n in data["dense"].items()}
+        sizes = {str(k): int(v) if isinstance(v, int) else tuple(int(n) for n in v) for k, v in data["sizes"].items()}
         kept = {str(side): [int(c) for c in channels] for side, channels in data["kept"].items()}
         return Slim(tuple(data["names"]), str(data["kind"]), dense, kept, sizes)
 
@@ -106,15 +107,16 @@ def replay_slims(model: nn.Module, slims: Sequence[Slim]) -> Callable[[], None]:
             )
         for side, dense in slim.dense.items():
             if width(module, side) != dense:
+                cut = "; it has lost channels already: load needs a fresh dense model" if hasattr(module, SLIM) else ""
                 raise ArchitectureMismatchError(
-                    f"layer {name!r}: saved from a {slim.kind} with {dense} channels on side {side!r}, this model's has {width(module, side)}"
+                    f"layer {name!r}: saved from a {slim.kind} with {dense} channels on side {side!r}, this model's has {width(module, side)}{cut}"
                 )
         edits += replayed(name, module, slim.kept, slim.sizes)
-    return apply(edits)
+    return apply(tied(edits))
 
 
 def _vector(value: Any) -> bool:
-    return isinstance(value, Tensor) and per_channel(value)
+    return isinstance(value, Tensor) and for_channels(value)
 
 
 def _layer(model: nn.Module, name: str, kind: str) -> Layer:

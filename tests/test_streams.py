@@ -1,0 +1,179 @@
+"""Residual streams of transformers: channels that go from embeddings, norms and all blocks at once; and all widths by the same part."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import laconic
+from laconic.graph import find_groups
+from laconic.measure import count_macs, count_params
+from laconic.models import GPT
+from laconic.plan import make_plan
+from laconic.slimming import importances_of, watch_inputs
+from laconic.widths import choose_shapes
+
+from .architectures import CASES
+from .models import assert_same, snapshot
+
+BUDGET = laconic.Budget(params=0.4)
+
+
+def gpt() -> nn.Module:
+    torch.manual_seed(0)
+    return GPT(20, context=12, layers=2, width=32, heads=4)
+
+
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=20, n_positions=12, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, **NO_DROPOUT)
+    )
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=20, tie_word_embeddings=True, **sizes))
+
+
+def tokens(batch: int = 8, seed: int = 0) -> Tensor:
+    return torch.randint(20, (batch, 12), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    y = model(x)
+    return y if isinstance(y, Tensor) else y.logits
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        x = tokens(seed=step)
+        F.cross_entropy(logits(model, x)[:, :-1].flatten(0, 1), x[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+MODELS = {"GPT": (gpt, "token"), "GPT-2, tied": (gpt2, "transformer.wte"), "Llama, tied": (llama, "model.embed_tokens")}
+models = pytest.mark.parametrize(("build", "stream"), MODELS.values(), ids=MODELS)
+
+
+@models
+def test_a_stream_narrows_while_it_trains_and_costs_are_exact(build, stream, tmp_path):
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    compressor = laconic.Compressor(model, optimizer, laconic.Channels(), budget=BUDGET, total_steps=20, example_inputs=(tokens(),))
+    limit = int(0.4 * compressor.plan.params)
+    names = {n: g.group.units for g in compressor.plan.neurons for n in [g.name]}
+    assert names[stream] == 32
+    train(model, optimizer, range(20))
+    report = compressor.compact()
+    assert report.params_after == count_params(model) <= limit
+    assert report.macs_after == count_macs(model, (tokens(),))
+    assert report.params_after > 0.95 * limit  # a head of Llama's is a twentieth
+    kept = {g.name: g.kept for g in report.groups}
+    assert kept[stream] < 32
+    assert {id(p) for p in model.parameters()} == {id(p) for g in optimizer.param_groups for p in g["params"]}
+    assert all(s["exp_avg"].shape == p.shape for p, s in optimizer.state.items())
+    fresh = laconic.load(laconic.save(model, tmp_path / "m", report), build())
+    assert_same(snapshot(fresh), snapshot(model))
+    assert count_params(fresh) == count_params(model)  # what was tied is tied
+    torch.testing.assert_close(logits(fresh.eval(), tokens()), logits(model.eval(), tokens()), rtol=0, atol=0)
+
+
+@models
+def test_a_run_with_a_stream_is_resumed_bit_for_bit(build, stream):
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, laconic.Compressor]:
+        model = build().train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        return model, optimizer, laconic.Compressor(
+            model, optimizer, laconic.Channels(), budget=BUDGET, total_steps=20, example_inputs=(tokens(),)
+        )  # fmt: skip
+
+    model, optimizer, compressor = start()
+    train(model, optimizer, range(6))
+    saved = copy.deepcopy((compressor.state_dict(), model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, range(6, 20))
+    other, again, resumed = start()
+    resumed.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    again.load_state_dict(saved[2])
+    train(other, again, range(6, 20))
+    assert_same(snapshot(other), snapshot(model))
+    assert resumed.compact().params_after == compressor.compact().params_after
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "convnext"])
+def test_costs_of_other_streams_are_exact(name):
+    model, inputs = CASES[name].build(), CASES[name].inputs()
+    dense = count_params(model)
+    for share in (0.7, 0.4):
+        cut = copy.deepcopy(model)
+        report = laconic.compress(cut, laconic.Channels(even=True), laconic.Budget(params=share), example_inputs=inputs)
+        assert 0.9 * share * dense < report.params_after == count_params(cut) <= share * dense
+        assert report.macs_after == count_macs(cut, inputs)
+
+
+def test_without_a_budget_channels_that_nothing_reads_stay():
+    """They count in the statistics of the norms."""
+    model, x = gpt(), tokens()
+    (stream, *_), _ = find_groups(model, (x,))
+    with torch.no_grad():
+        for end in stream.consumers:
+            model.get_submodule(end.path).weight[:, :4] = 0
+    wanted = model.eval()(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    compressor = laconic.Compressor(model, optimizer, laconic.Channels(strength=1.0), example_inputs=(x,))
+    train(model.train(), optimizer, range(1))
+    report = compressor.compact()
+    assert {g.name: g.kept for g in report.groups}["token"] == 32
+    torch.testing.assert_close(model.eval()(x), wanted)
+
+
+def test_a_table_whose_head_reads_something_else_keeps_its_width():
+    class Projected(nn.Module):
+        """The head reads a projection: other channels than those of the table that it shares."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.up, self.project = nn.Embedding(20, 16), nn.Linear(16, 24), nn.Linear(24, 16)
+            self.head = nn.Linear(16, 20, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.project(self.up(self.embed(x)).relu()))
+
+    groups, reasons = find_groups(Projected(), (tokens(),))
+    assert {g.name: g.units for g in groups} == {"up": 24}
+    assert reasons["embed"] == "embed shares its weight with head, which does not have the same units"
+
+
+def test_a_table_that_becomes_a_smaller_one_keeps_its_width():
+    plan = make_plan(gpt(), [laconic.LowRank(embeddings=True), laconic.Channels()], (tokens(),))
+    assert plan.whole["token"] == "token becomes a smaller table by LowRank(embeddings=True): its width stays"
+
+
+@pytest.mark.parametrize("share", [0.6, 0.25])
+def test_even_neurons_keep_the_same_part_of_every_group(share):
+    model, x = gpt(), tokens()
+    plan = make_plan(model, [laconic.Channels(even=True)], (x,))
+    importances = importances_of(plan, watch_inputs(model, plan, [(x,)]))
+    budget = laconic.Budget(params=share)
+    walk = choose_shapes(plan, {}, importances, budget.currencies, budget.limits(plan))
+    parts = {g.name: walk.units[g.name] / g.group.units for g in plan.neurons if g.group.units > 4}
+    assert max(parts.values()) - min(parts.values()) < 0.06
+    heads = {g.name: walk.units[g.name] for g in plan.neurons if g.group.units == 4}
+    assert all(abs(n / 4 - np.mean(list(parts.values()))) <= 0.25 for n in heads.values())
+    for group in plan.neurons:  # which of them go is a matter of importance
+        stay = np.isin(np.arange(group.group.units), walk.kept()[group.name])
+        assert importances[group.name][stay].min() >= importances[group.name][~stay].max(initial=0.0)
