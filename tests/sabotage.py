@@ -1742,6 +1742,10 @@ EDITS = [
         "test_measure",
         "by_name",
     ),
+    Edit(
+        "no default for streams", "compressor.py", "if default and streams_through(self.plan):", "if False:", "test_streams", "by_default"
+    ),
+    Edit("one norm is a stream", "plan.py", "if len(group.norms) > 1 for end", "if group.norms for end", "test_streams", "no_stream"),
 ]
 
 

@@ -152,13 +152,15 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
     return tokens, tokens[:, 3]
 
 
-def test_everything_but_embeddings_is_taken() -> None:
+def test_everything_is_taken() -> None:
     model = laconic.unfuse(Tagger())
     compressor = laconic.Compressor(
         model, torch.optim.AdamW(model.parameters()), budget=laconic.Budget(params=0.5), total_steps=10, example_inputs=(batch(0)[0],)
     )
-    assert {weight.name for weight in compressor.plan.left_alone} == {"embed.weight", "position"}
+    assert compressor.plan.left_alone == []
     groups = {neurons.name: neurons.group.units for neurons in compressor.plan.neurons}
+    assert groups["embed"] == 32
+    assert compressor.plan.whole.keys() == {"head"}
     for i in range(2):
         assert groups[f"encoder.layers.{i}.linear1"] == 64
         assert any(name.startswith(f"encoder.layers.{i}.self_attn.") and units == 4 for name, units in groups.items())

@@ -177,3 +177,37 @@ def test_even_neurons_keep_the_same_part_of_every_group(share):
     for group in plan.neurons:  # which of them go is a matter of importance
         stay = np.isin(np.arange(group.group.units), walk.kept()[group.name])
         assert importances[group.name][stay].min() >= importances[group.name][~stay].max(initial=0.0)
+
+
+@models
+def test_by_default_a_transformer_becomes_narrower_evenly_and_that_is_said(build, stream):
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    compressor = laconic.Compressor(model, optimizer, budget=BUDGET, total_steps=20, example_inputs=(tokens(),))
+    assert not compressor.plan.sites
+    assert {g.structure for g in compressor.plan.neurons} == {laconic.Channels(even=True)}
+    assert stream in {g.name for g in compressor.plan.neurons}
+    assert any("shrink by the same part" in note for note in compressor.plan.notes)
+    train(model, optimizer, range(20))
+    report = compressor.compact()
+    assert report.params_after <= 0.4 * report.params_before
+    parts = [g.kept / g.units for g in report.groups if g.units > 4]
+    assert max(parts) - min(parts) < 0.15
+    assert any("were to shrink by the same part" in note for note in report.notes)
+
+
+def test_where_milliseconds_count_even_neurons_are_in_multiples():
+    model = gpt()
+    compressor = laconic.Compressor(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), budget=laconic.Budget(latency=0.9), total_steps=20, example_inputs=(tokens(),)
+    )
+    assert {g.structure for g in compressor.plan.neurons} == {laconic.Channels(even=True, multiple=8)}
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_norm_behind_each_layer_is_no_stream(layers):
+    hidden = [m for _ in range(layers) for m in (nn.Linear(32, 32), nn.LayerNorm(32), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(8, 32), *hidden, nn.Linear(32, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compressor = laconic.Compressor(model, optimizer, budget=BUDGET, total_steps=20, example_inputs=(torch.randn(4, 8),))
+    assert compressor.plan.sites

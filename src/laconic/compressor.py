@@ -74,12 +74,12 @@ from .optimizers import (
 from .outcome import make_report, run_notes
 from .pace import Scales, gradient_scales, scale_gradients, scale_moments
 from .penalties import check_share
-from .plan import check_structures, make_plan, use_unfoldings
+from .plan import check_structures, make_plan, streams_through, use_unfoldings
 from .report import CompactReport, Snapshot
 from .schedule import Controller, Schedule, too_many_steps
 from .slimming import consumers, importances_of, slim_neurons, unseen, watch_inputs
 from .state import VERSION, RunState
-from .structures import LowRank, Neurons, Site, Structure, Weight, shrink
+from .structures import Channels, LowRank, Neurons, Site, Structure, Weight, shrink
 from .surgery.batchnorm import as_batches, batch_norms
 from .surgery.constants import dead_constants, fold, unread_units
 from .timing import RankTimes, ShapeWatch, layer_times
@@ -95,6 +95,7 @@ NEXT_CUT = 0.8
 # A group of neurons is slimmed in mid-run once it keeps at most this share of those it has.
 NEXT_SLIM = 0.9
 FIRST_CUT_UNMEASURED = 0.6
+STREAMS = "a residual stream runs through most of the model; structures=[LowRank(), Channels()] goes by what each layer has learnt"
 
 
 class Compressor:
@@ -109,8 +110,8 @@ class Compressor:
         optimizer: the optimizer, or a list of several. Hooked; for one without hooks call `compressor.step()` after
             each of its steps.
         structures: what is compressed; None: `[LowRank(), Channels(optional=True)]`: ranks alone, and neurons too where ranks alone would keep less of the network or the budget bounds MACs or milliseconds, and
-            `[LowRank()]` without example inputs or with `cut="end"`, where no training repairs what neurons leave behind; in multiples of 8
-            where the budget is in milliseconds.
+            `[LowRank()]` without example inputs or with `cut="end"`, where no training repairs what neurons leave behind;
+            `[Channels(even=True)]` where residual streams run through most of the model, as in a transformer; in multiples of 8 where the budget is in milliseconds.
         budget: how much the result may cost.
         total_steps: optimizer steps of the whole run; needed with a budget.
         example_inputs: tuple of positional arguments, or a dict of arguments by name; needed for MACs (which a budget in parameters prices, too), for `Channels`, and for the check of the outputs.
@@ -152,6 +153,7 @@ class Compressor:
         trains_on = cut == "early" and not self.sharded
         multiple = budget.multiple if isinstance(budget, Budget) else 1
         in_params = not isinstance(budget, Budget) or budget.currencies == ("params",)
+        default = structures is None
         structures, unasked = check_structures(structures, example_inputs, trains_on, multiple, optional=in_params)
         total_steps, every = check_arguments(structures, budget, total_steps, every, cut, schedule)
         self._compiled = is_compiled(model)
@@ -175,6 +177,10 @@ class Compressor:
         if any(other.model is model for o in optimizers for other in attached_to(o, Compressor)):
             raise OptimizerError("another Compressor is on this model and optimizer already: detach() that one first, or go on with it")
         self.plan = make_plan(model, structures, example_inputs, trained)
+        if default and streams_through(self.plan):
+            found = [g.group for g in self.plan.neurons], self.plan.whole
+            self.plan = make_plan(model, [Channels(multiple=multiple, even=True)], example_inputs, trained, found)
+            unasked.append(f"all widths shrink by the same part, and no rank: {STREAMS}")
         if forgotten := [name for name, p in model.named_parameters() if p.requires_grad and p not in trained]:
             names = ", ".join(forgotten[:5]) + (", ..." if len(forgotten) > 5 else "")
             note = f"{len(forgotten)} parameters that ask for gradients are in none of the optimizers, and stay as they are: {names}"

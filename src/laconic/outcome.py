@@ -43,6 +43,8 @@ def run_notes(model: nn.Module, plan: Plan, state: RunState) -> list[str]:
             "proportion to the gradient, so that in the run the gradients of its two layers were divided by its largest singular value (in brackets); "
             "from here on they are not: if you train on, divide the learning rate by the largest of them"
         )
+    if any(group.structure.even for group in plan.neurons):
+        notes.append("all widths were to shrink by the same part, and no rank: Channels(even=True)")
     for solver in sorted(set(state.solvers.values())):
         weights = ", ".join(name for name, used in state.solvers.items() if used == solver)
         notes.append(f"proximal steps every {state.every} steps, by the solver {solver}: {weights}")

@@ -26,7 +26,7 @@ from .matricize import choose_unfolding, has_own_forward, takes_entries, unfoldi
 from .measure import check_inputs, check_run, count_params, input_shapes, layer_macs, macs_of_batches
 from .readers import not_replaceable, weight_readers
 from .structures import Channels, Entries, LowRank, Neurons, Site, Structure, Weight, WideLayer, inner_site
-from .surgery.channels import End, parameters_at, slimmed, width
+from .surgery.channels import End, Group, parameters_at, slimmed, width
 from .surgery.factorize import MARK, empty_pair
 
 FORGONE = "ranks alone keep as much of the network within the budget, or more; structures=[LowRank(), Channels()] takes both"
@@ -151,7 +151,7 @@ class Plan:
         table = [header, *self.rows()]
         widths = [max(len(row[i]) for row in table) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
-        total = f"{self.params} parameters, {self.fixed_params} of them out of reach"
+        total = f"{self.params} parameters" + (f", {self.fixed_params} of them out of reach" if not self.neurons else "")
         return "\n".join([*lines, total + (f"; {self.macs} MACs" if self.macs is not None else ""), *self.notes])
 
 
@@ -193,12 +193,14 @@ def make_plan(
     structures: Sequence[Structure],
     example_inputs: Any = None,
     trained: set[Tensor] | None = None,
+    found: tuple[list[Group], dict[str, str]] | None = None,
 ) -> Plan:
     """Decide for every weight of two or more dimensions.
 
     Args:
         trained: the parameters that the optimizers own; None where no training is meant (post-hoc compression), then
             frozen weights may be cut as well.
+        found: what `find_groups` gives, where it is known already.
 
     Raises:
         PatternError: a pattern matches nothing.
@@ -266,7 +268,7 @@ def make_plan(
     if inputs is None:
         plan.notes.append("whole neurons stay: it takes example_inputs=(...) to see what is tied to them")
     if any(isinstance(s, Channels) for s in structures):
-        acting |= _add_neurons(model, plan, structures, modules, inputs, trained)
+        acting |= _add_neurons(model, plan, structures, modules, inputs, trained, found)
     if not sites and not plan.neurons and not entries:
         whys = [f"{x.name}: {x.reason}" for x in left] + [f"{path}: {reason}" for path, reason in plan.whole.items()]
         why = "; ".join(whys[:5]) or "it has no weight of two or more dimensions"
@@ -289,12 +291,13 @@ def _add_neurons(
     modules: dict[nn.Module, list[str]],
     inputs: tuple[Any, ...] | None,
     trained: set[Tensor] | None,
+    found: tuple[list[Group], dict[str, str]] | None,
 ) -> set[int]:
     """Fill in the groups of neurons, the layers that they widen, and why the neurons of other layers all stay; which structures select any."""
     acting: set[int] = set()
     if inputs is None:
         raise InvalidValueError("Channels needs example_inputs=(...), to see which layers are tied to which")
-    groups, plan.whole = find_groups(model, inputs)
+    groups, plan.whole = found or find_groups(model, inputs)
     of_site = {path: site for site in plan.sites for paths in site.paths for path in paths}
     for group in groups:
         ends = [(end, model.get_submodule(end.path)) for end in group.ends]
@@ -342,6 +345,13 @@ def _add_neurons(
         if plan.neurons and all(x.site is not site for x in plan.layers)
     ]
     return acting
+
+
+def streams_through(plan: Plan) -> bool:
+    """Do residual streams run through the model: is most of it in layers that read or write one, which several norms see?"""
+    names = {end.name for group in plan.neurons if len(group.norms) > 1 for end in group.group.ends}
+    layers = [x for x in plan.layers if x.name in names]
+    return 2 * sum(x.params_at(*x.dense) + (x.site.whole.dense_params if x.site is not None else 0) for x in layers) > plan.params
 
 
 def _own_layer(end: End, module: nn.Module) -> WideLayer:

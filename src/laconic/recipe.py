@@ -40,7 +40,7 @@ class Recipe:
     penalty_epsilon: of `LogSum`; strength: 0 lets the budget steer it.
     setting: of a rival, what its file names first; 0: its default.
     matricization: of the convolutions.
-    structures: what laconic may use: `low-rank`, `channels`, `channels-optional`.
+    structures: what laconic may use: `low-rank`, `channels`, `channels-optional`, `channels-even`.
     torch_pruning_reg, torch_pruning_at, torch_pruning_global: of the rival: strength of its regularizer; the share of the run
         after which it prunes; whether it ranks the channels of all layers together, or takes the same share of each.
     only_faster: leave dense what does not get faster when cut (only with `settle = 1.0`).
