@@ -158,6 +158,13 @@ def test_a_table_whose_head_reads_something_else_keeps_its_width():
     assert reasons["embed"] == "embed shares its weight with head, which does not have the same units"
 
 
+def test_a_table_whose_weight_is_computed_keeps_its_width():
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Embedding(20, 16)), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4))
+    groups, reasons = find_groups(model, (tokens(),))
+    assert {g.name: g.units for g in groups} == {"1": 24}
+    assert reasons["0"].startswith("parametrized")
+
+
 def test_a_table_that_becomes_a_smaller_one_keeps_its_width():
     plan = make_plan(gpt(), [laconic.LowRank(embeddings=True), laconic.Channels()], (tokens(),))
     assert plan.whole["token"] == "token becomes a smaller table by LowRank(embeddings=True): its width stays"

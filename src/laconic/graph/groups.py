@@ -154,7 +154,7 @@ def _tables_read_again(model: nn.Module, holders: Mapping[int, Sequence[str]]) -
     """Embeddings whose weight one linear layer has, too, to say which entry is next, and that layer: both ways."""
     pairs: dict[str, str] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and len(both := holders[id(module.weight)]) == 2:
+        if isinstance(module, nn.Embedding) and len(both := holders.get(id(module.weight), ())) == 2:
             other = both[both[0] == path]
             if isinstance(layer := model.get_submodule(other), nn.Linear) and layer.weight is module.weight:
                 pairs |= {path: other, other: path}
