@@ -70,13 +70,12 @@ def _read_elsewhere(model: nn.Module, layers: Layers, inputs: tuple[Any, ...], p
     """Layers whose weight changes the outputs when it is another one but in their own calls."""
     weights = dict.fromkeys(w for layer in layers if isinstance(w := getattr(layer, "weight", None), Tensor))
     true = {w: w.data for w in weights}
-    by_path = {path: _WithItsWeight(layer, true) for layer, paths in layers.items() for path in paths}
 
     def search(tried: list[Tensor]) -> list[Tensor]:
         try:
             for w in tried:
                 w.data = torch.full((), 0.5, dtype=w.dtype, device=w.device).expand(w.shape)  # takes no memory
-            if not tried or _same(plain, _results(model, by_path, inputs)):
+            if not tried or _same(plain, _results(model, {}, inputs)):
                 return []
         finally:
             for w in tried:
@@ -84,28 +83,32 @@ def _read_elsewhere(model: nn.Module, layers: Layers, inputs: tuple[Any, ...], p
         half = len(tried) // 2
         return search(tried[:half]) + search(tried[half:]) if half else tried
 
-    read = {id(w) for w in search(list(weights))}
+    with _called_with(true, layers):
+        read = {id(w) for w in search(list(weights))}
     return [layer for layer in layers if id(getattr(layer, "weight", None)) in read]
 
 
-class _WithItsWeight(nn.Module):
-    """The layer, which has its true weight while it is called."""
+@contextmanager
+def _called_with(true: Mapping[Tensor, Tensor], layers: Layers) -> Iterator[None]:
+    """Inside, these layers have their true weights while they are called. Set on the objects: their classes, and what was taken from them before, stay."""
 
-    def __init__(self, layer: nn.Module, true: Mapping[Tensor, Tensor]):
-        super().__init__()
-        object.__setattr__(self, "_layer", layer)
-        object.__setattr__(self, "_true", true)
+    def restoring(layer: Any, forward: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            now, layer.weight.data = layer.weight.data, true[layer.weight]
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                layer.weight.data = now
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        weight: Any = self._layer.weight
-        now, weight.data = weight.data, self._true[weight]
-        try:
-            return self._layer(*args, **kwargs)
-        finally:
-            weight.data = now
+        return call
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_layer"], name)
+    try:
+        for layer in layers:
+            vars(layer)["forward"] = restoring(layer, layer.forward)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
 
 
 def _results(model: nn.Module, by_path: Mapping[str, nn.Module], inputs: tuple[Any, ...]) -> list[Tensor] | None:
@@ -186,7 +189,9 @@ def weight_readers(modules: dict[nn.Module, list[str]]) -> dict[str, str]:
         kind, fused = type(ancestor), not (isinstance(ancestor, nn.TransformerEncoderLayer) and _never_fused(ancestor))
         if (kind, fused) not in cache:
             cache[kind, fused] = _attribute_chains(kind, () if fused else (nn.TransformerEncoderLayer,))
-        for chain, what in cache[kind, fused]:
+        for chain, what in sorted(
+            cache[kind, fused], key=lambda use: (".weight" not in use[1], use)
+        ):  # what is read of it besides says less
             for path in paths:
                 pattern = ".".join([path, *chain] if path else chain)
                 for others in modules.values():
