@@ -1746,6 +1746,15 @@ EDITS = [
         "no default for streams", "compressor.py", "if default and streams_through(self.plan):", "if False:", "test_streams", "by_default"
     ),
     Edit("one norm is a stream", "plan.py", "if len(group.norms) > 1 for end", "if group.norms for end", "test_streams", "no_stream"),
+    Edit("a stream counts once", "widths.py", "return len(group.norms)", "return 1", "test_streams", "counts_as_often"),
+    Edit(
+        "the largest reader of a stream decides",
+        "structures/channels.py",
+        "if site.norms else weight",
+        "if False else weight",
+        "test_streams",
+        "counts_as_often",
+    ),
 ]
 
 

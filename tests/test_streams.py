@@ -14,7 +14,7 @@ from laconic.measure import count_macs, count_params
 from laconic.models import GPT
 from laconic.plan import make_plan
 from laconic.slimming import importances_of, watch_inputs
-from laconic.widths import choose_shapes
+from laconic.widths import Walk, choose_shapes
 
 from .architectures import CASES
 from .models import assert_same, slow_but_for, snapshot
@@ -218,3 +218,17 @@ def test_a_norm_behind_each_layer_is_no_stream(layers):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     compressor = laconic.Compressor(model, optimizer, budget=BUDGET, total_steps=20, example_inputs=(torch.randn(4, 8),))
     assert compressor.plan.sites
+
+
+def test_a_stream_counts_as_often_as_it_is_normalised_and_each_of_its_readers_the_same():
+    model, x = gpt(), tokens()
+    plan = make_plan(model, [laconic.Channels()], (x,))
+    stream = plan.neurons[0]
+    before = importances_of(plan, watch_inputs(model, plan, [(x,)]))
+    walk = Walk(plan, {}, before, ("params",), np.array([1.0]), frozenset())
+    assert walk.counted(stream) == 2 * 2 + 1
+    assert {walk.counted(group) for group in plan.neurons[1:]} == {1}
+    with torch.no_grad():
+        model.head.weight.mul_(100.0)
+    after = importances_of(plan, watch_inputs(model, plan, [(x,)]))
+    np.testing.assert_allclose(after[stream.name], before[stream.name], rtol=1e-6)
