@@ -37,7 +37,7 @@ from laconic.results import provenance, write_json
 from laconic.training import batches, cross_entropy, learning_rate_factor, make_optimizer, steps_per_epoch
 
 BLOCK = 8
-STRUCTURES = {"laconic": ("low-rank", "channels-optional"), "low-rank": ("low-rank",), "channels": ("channels",)}
+STRUCTURES: dict[str, tuple[str, ...]] = {"laconic": (), "low-rank": ("low-rank",), "channels": ("channels",)}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,9 @@ def time_recipe(name: str, options: Options) -> dict[str, Any]:
     for name, structures in STRUCTURES.items():
         start = clock()
         optimizers[name].register_step_post_hook(stopwatch(hooked, name, -1))
-        compressors[name] = compressor_for(models[name], optimizers[name], data, dataclasses.replace(recipe, structures=structures))
+        compressors[name] = compressor_for(
+            models[name], optimizers[name], data, dataclasses.replace(recipe, structures=structures or recipe.structures)
+        )
         optimizers[name].register_step_post_hook(stopwatch(hooked, name, 1))
         once[name] += clock() - start
     loops = {k: training(m, optimizers[k], data, recipe) for k, m in models.items()}

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+import laconic
 from laconic.budget import LANES, Budget
 from laconic.data import load_dataset
+from laconic.errors import RecipeError
 from laconic.matricize import choose_unfolding
 from laconic.measure import count_macs, count_params
 from laconic.methods import (
@@ -253,6 +255,31 @@ def test_a_recipe_can_ask_for_milliseconds(data, monkeypatch):
     assert len(seen["example_inputs"][0]) == 64  # milliseconds of a batch
     trained = Trained(model, Curve())
     assert make_result(recipe, "laconic", 0, {}, trained)["budget"] == {"params": 1.0, "latency": 0.5}
+
+
+def test_a_recipe_that_names_no_structures_gets_what_laconic_chooses(data, monkeypatch):
+    """Ranks, and neurons if they help, of a network of convolutions; even widths of a transformer; without pressure the same ones."""
+    vit = dataclasses.replace(RECIPE, model="vit", kernel=4, depth=2, widths=(16,), heads=2, epochs=1)
+    for recipe, structures in [
+        (RECIPE, [laconic.LowRank(), laconic.Channels(optional=True)]),
+        (vit, [laconic.Channels(even=True)]),
+        (dataclasses.replace(vit, structures=("low-rank",)), [laconic.LowRank()]),
+    ]:
+        model = build(data, recipe, 0)
+        compressor = ours.compressor_for(model, torch.optim.SGD(model.parameters(), 0.1), data, recipe)
+        assert [dataclasses.replace(s, strength=None) for s in compressor.structures] == structures
+    made = []
+    real = ours.Compressor
+    monkeypatch.setattr(ours, "Compressor", lambda *args, **options: made.append(real(*args, **options)) or made[-1])
+    METHODS["unpressed"].run(data, vit, 0)
+    assert made[-1].structures == [laconic.Channels(strength=0.0, even=True)]
+
+
+@pytest.mark.parametrize(("name", "value"), [("strength", 0.5), ("penalty_epsilon", 0.2), ("matricization", "auto")])
+def test_an_option_of_structures_that_no_recipe_names_is_refused(data, name, value):
+    recipe = dataclasses.replace(RECIPE, **{name: value})
+    with pytest.raises(RecipeError, match=f"^recipe: {name} = {value!r} has no effect where laconic chooses"):
+        METHODS["laconic"].run(data, recipe, 0)
 
 
 def test_trp_goes_on_from_weights_of_low_rank(data, monkeypatch):

@@ -179,8 +179,10 @@ class Compressor:
         self.plan = make_plan(model, structures, example_inputs, trained)
         if default and streams_through(self.plan):
             found = [g.group for g in self.plan.neurons], self.plan.whole
-            self.plan = make_plan(model, [Channels(multiple=multiple, even=True)], example_inputs, trained, found)
+            structures = [Channels(multiple=multiple, even=True)]
+            self.plan = make_plan(model, structures, example_inputs, trained, found)
             unasked.append(f"all widths shrink by the same part, and no rank: {STREAMS}")
+        self.structures = structures
         if forgotten := [name for name, p in model.named_parameters() if p.requires_grad and p not in trained]:
             names = ", ".join(forgotten[:5]) + (", ..." if len(forgotten) > 5 else "")
             note = f"{len(forgotten)} parameters that ask for gradients are in none of the optimizers, and stay as they are: {names}"

@@ -37,10 +37,10 @@ class Recipe:
     params: the budget as a fraction of the dense parameters (1: no bound); macs, latency: of the dense MACs, and of the
         milliseconds for a batch of 64 on this machine, too; 0: no bound.
     warmup, settle: `laconic.Schedule`; `settle = 1.0` cuts at the end, without training afterwards.
-    penalty_epsilon: of `LogSum`; strength: 0 lets the budget steer it.
+    structures: what laconic may use: `low-rank`, `channels`, `channels-optional`, `channels-even`; none: what it chooses by itself.
+    penalty_epsilon: of their `LogSum`; strength: 0 lets the budget steer it.
     setting: of a rival, what its file names first; 0: its default.
     matricization: of the convolutions.
-    structures: what laconic may use: `low-rank`, `channels`, `channels-optional`, `channels-even`.
     torch_pruning_reg, torch_pruning_at, torch_pruning_global: of the rival: strength of its regularizer; the share of the run
         after which it prunes; whether it ranks the channels of all layers together, or takes the same share of each.
     only_faster: leave dense what does not get faster when cut (only with `settle = 1.0`).
@@ -81,7 +81,7 @@ class Recipe:
     strength: float = 0.0
     setting: float = 0.0
     matricization: str = "out,in*kh*kw"
-    structures: tuple[str, ...] = ("low-rank", "channels-optional")
+    structures: tuple[str, ...] = ()
     only_faster: bool = False
     torch_pruning_reg: float = 1e-4
     torch_pruning_at: float = 0.35

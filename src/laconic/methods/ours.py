@@ -21,6 +21,8 @@ from ..structures import Channels, LowRank, Structure
 from ..training import Report, Restart, fit, make_optimizer, steps_per_epoch
 from .base import Method, Trained, build, calibration, example
 
+OF_STRUCTURES = ("penalty_epsilon", "strength", "matricization")
+
 
 def train(
     data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None, **options: Any
@@ -52,8 +54,16 @@ def compressor_for(
     return Compressor(model, optimizer, **(defaults | options))
 
 
-def structures_of(recipe: Recipe, multiple: int = 1) -> list[Structure]:
-    """What the recipe lets laconic use, in these multiples."""
+def structures_of(recipe: Recipe, multiple: int = 1) -> list[Structure] | None:
+    """What the recipe lets laconic use, in these multiples; None: what it chooses by itself."""
+    if not recipe.structures:
+        for field in dataclasses.fields(recipe):
+            if field.name in OF_STRUCTURES and (value := getattr(recipe, field.name)) != field.default:
+                raise RecipeError(
+                    f"recipe: {field.name} = {value!r} has no effect where laconic chooses its structures by itself: name them, "
+                    'such as structures = ["low-rank", "channels-optional"]'
+                )
+        return None
     options: dict[str, Any] = {"penalty": LogSum(recipe.penalty_epsilon), "strength": recipe.strength or None}
     known: dict[str, Callable[[], Structure]] = {
         "low-rank": lambda: LowRank(matricization=recipe.matricization, multiple=multiple, **options),
@@ -69,8 +79,9 @@ def structures_of(recipe: Recipe, multiple: int = 1) -> list[Structure]:
 
 def unpressed(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None, restart: Restart | None = None) -> Trained:
     """No proximal step moves a weight; cuts on the way come as they do under pressure, by the spectra that training alone leaves."""
-    structures = [dataclasses.replace(s, strength=0.0) for s in structures_of(recipe)]
-    return train(data, recipe, seed, report, restart, structures=structures)
+    model = build(data, recipe, seed)
+    chosen = compressor_for(model, make_optimizer(model, recipe), data, recipe).structures
+    return train(data, recipe, seed, report, restart, structures=[dataclasses.replace(s, strength=0.0) for s in chosen])
 
 
 def with_recipe(label: str, **changes: Any) -> Method:
