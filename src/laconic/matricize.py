@@ -162,6 +162,11 @@ def takes_entries(module: Layer) -> bool:
     return isinstance(module[0] if isinstance(module, nn.Sequential) and len(module) else module, nn.Embedding)
 
 
+def is_table(module: Layer) -> bool:
+    """An embedding that does no more than look entries up, or one of the model's own on top of it (with an offset, or scaled, as BART's)."""
+    return isinstance(module, nn.Embedding) and module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+
+
 def an_input(module: Layer, shape: Sequence[int], fill: float = 0.0, device: Any = None) -> Tensor:
     """Something of this shape that the layer takes: one number, or a table's entries one after the other; on `device` (None: its weight's)."""
     like = next(module.parameters(), torch.zeros(()))
@@ -186,9 +191,8 @@ def unfoldings(module: Layer, embeddings: bool = False) -> list[Unfolding]:
         return [unfolding_named("out,in", shape)]
     if is_hf_conv1d(module):
         return [unfolding_named("in,out", shape)]
-    if embeddings and isinstance(module, nn.Embedding) and forward is nn.Embedding.forward:
-        rows_alone = module.max_norm is not None or module.scale_grad_by_freq or module.sparse  # which a product would not be
-        return [] if rows_alone else [unfolding_named("entry,out", shape)]
+    if embeddings and forward is nn.Embedding.forward and is_table(module):  # others are not what a product would be
+        return [unfolding_named("entry,out", shape)]
     for transposed in TRANSPOSED_CONVS:
         if isinstance(module, transposed) and forward is transposed.forward:
             return [unfolding_named("in,out*k", shape, module.groups)]

@@ -326,10 +326,12 @@ def _add_neurons(
             plan.neurons.append(Neurons(wanted[0], group, model, np.arange(group.units)))
         else:
             plan.whole[group.name] = reason
-    linear = {id(module.weight) for module in modules if isinstance(module, nn.Linear)}
+    counted: dict[int, nn.Module] = {id(module.weight): module for module in modules if isinstance(module, nn.Embedding)}
+    counted |= {id(module.weight): module for module in modules if isinstance(module, nn.Linear)}
 
     def again(module: nn.Module) -> bool:
-        return isinstance(module, nn.Embedding) and id(module.weight) in linear
+        """Of tables that share a weight one counts, or the linear layer that has it, too."""
+        return isinstance(module, nn.Embedding) and counted[id(module.weight)] is not module
 
     for neurons in plan.neurons:
         for end in neurons.group.ends:

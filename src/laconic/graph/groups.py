@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..attention import Attention
 from ..checks import has_gradient_hooks, hooked
 from ..distributed import bare
-from ..matricize import has_own_forward, takes_entries, unfoldings
+from ..matricize import has_own_forward, is_table, takes_entries, unfoldings
 from ..measure import _countable_attention, call, check_inputs, seeded
 from ..surgery.channels import (
     CARRIER,
@@ -85,13 +85,13 @@ def _goes_along(module: nn.Module) -> bool:
 @dataclasses.dataclass(slots=True)
 class Layers:
     """Paths of the layers of a model: those with outputs of their own, those that pass units on, those not looked into; and where the model's own
-    code holds a number for each channel: path and name. And the paths of tables and linear layers that share one weight, by each other."""
+    code holds a number for each channel: path and name. And the paths of tables that share one weight, with the linear layer that has it, too."""
 
     producers: list[str] = dataclasses.field(default_factory=list)
     carriers: list[str] = dataclasses.field(default_factory=list)
     opaque: dict[str, str] = dataclasses.field(default_factory=dict)
     own: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    shared: dict[str, str] = dataclasses.field(default_factory=dict)
+    shared: list[list[str]] = dataclasses.field(default_factory=list)
 
 
 def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
@@ -101,7 +101,7 @@ def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 holders.setdefault(id(tensor), []).append(path)
-    found, reasons = Layers(shared=_tables_read_again(model, holders)), {}
+    found, reasons = Layers(shared=_shared_tables(model, holders)), {}
     skip: list[tuple[str, str]] = []
     for path, module in model.named_modules():
         above = next((why for prefix, why in skip if path.startswith(prefix)), None)
@@ -112,7 +112,7 @@ def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
             continue
         kind = type(module).__name__
         pair = hasattr(module, MARK)
-        supported = pair or bool(unfoldings(module, embeddings=True))
+        supported = pair or is_table(module) or bool(unfoldings(module))
         parametrized = is_parametrized(module) or any(n in module._parameters for n in ("weight_g", "weight_v", "weight_orig"))
         carrier = isinstance(module, NORMS) or (isinstance(module, nn.PReLU) and module.num_parameters > 1)
         carrier |= is_layer_norm(module)
@@ -124,7 +124,7 @@ def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
         elif parametrized:
             why = "parametrized (weight_norm, spectral_norm, ...): its weight is computed anew on every forward"
         elif supported or carrier:
-            why = _untouchable(path, module, holders, found.shared)
+            why = _untouchable(path, module, holders, next((paths for paths in found.shared if path in paths), [path]))
         if why is None and not supported and not carrier:
             found.own += [(path, name) for name, tensor in _own(module) if len(holders[id(tensor)]) == 1]
             continue
@@ -150,18 +150,19 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _tables_read_again(model: nn.Module, holders: Mapping[int, Sequence[str]]) -> dict[str, str]:
-    """Embeddings whose weight one linear layer has, too, to say which entry is next, and that layer: both ways."""
-    pairs: dict[str, str] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and len(both := holders.get(id(module.weight), ())) == 2:
-            other = both[both[0] == path]
-            if isinstance(layer := model.get_submodule(other), nn.Linear) and layer.weight is module.weight:
-                pairs |= {path: other, other: path}
-    return pairs
+def _shared_tables(model: nn.Module, holders: Mapping[int, list[str]]) -> list[list[str]]:
+    """Paths of embeddings that share one weight, and of the linear layer that has it, too, to say which entry is next."""
+    found = []
+    for paths in holders.values():
+        modules = [model.get_submodule(path) for path in paths]
+        linear = sum(isinstance(m, nn.Linear) for m in modules)
+        alike = all(isinstance(m, (nn.Embedding, nn.Linear)) and m.weight is modules[0].weight for m in modules)
+        if alike and linear <= 1 and linear < len(paths) > 1:
+            found.append(paths)
+    return found
 
 
-def _untouchable(path: str, module: nn.Module, holders: Mapping[int, Sequence[str]], shared: Mapping[str, str]) -> str | None:
+def _untouchable(path: str, module: nn.Module, holders: Mapping[int, Sequence[str]], shared: Sequence[str]) -> str | None:
     parameters = list(module.parameters())
     if has_own_forward(module):
         return "it has a forward of its own, set on the object, which may rely on its width"
@@ -174,7 +175,7 @@ def _untouchable(path: str, module: nn.Module, holders: Mapping[int, Sequence[st
     if not all(p.requires_grad for p in parameters):
         return "frozen (requires_grad is False)"
     for parameter in parameters:
-        others = sorted(p for p in holders[id(parameter)] if p != path and p != shared.get(path) and not p.startswith(f"{path}."))
+        others = sorted(p for p in holders[id(parameter)] if p not in shared and not p.startswith(f"{path}."))
         if others:
             return f"its weight is shared with {others[0]}"
     return None
@@ -215,7 +216,8 @@ def _trace(
             if tracer.inside:
                 return
             given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            if why is None and len(given) == 1 and isinstance(result, Tensor):
+            usual = len(given) == 1 or (given and isinstance(module, nn.Embedding))
+            if why is None and usual and isinstance(result, Tensor):
                 tracer.layer(path, module, given[0], result)
             else:
                 reason = f"{path} reads it, which stays as it is: {why or 'it is called in an unusual way'}"
@@ -258,8 +260,25 @@ def _trace(
         for handle in handles:
             handle.remove()
     tracer.hold_all(outputs, "it is an output of the model")
+    for paths in layers.shared:
+        _tie(twin, paths, layers, tracer)
     groups, reasons = _grouped(twin, layers, tracer)
     return groups, reasons, tracer.decisions
+
+
+def _tie(model: nn.Module, paths: Sequence[str], layers: Layers, tracer: Tracer) -> None:
+    """Layers that share one weight have the same units; a table that nothing has called has those of the others."""
+    sides = {p: (p, "in", CONSUMER) if isinstance(model.get_submodule(p), nn.Linear) else (p, "out", PRODUCER) for p in paths}
+    unknown = next((p for p, side in sides.items() if side not in tracer.layers and (side[1] == "in" or p in layers.opaque)), None)
+    reached = {side: tracer.layers[side] for side in sides.values() if side in tracer.layers}
+    if not reached:
+        return
+    units = next(iter(reached.values()))
+    for (path, *_), here in reached.items():
+        units = tracer.meet(units, here, f"{paths[0]} and {path} share their weight, but not the same units")
+    if unknown is not None:
+        tracer.meet(units, np.zeros_like(units), f"{unknown} has the same weight, and is not followed")
+    tracer.layers |= dict.fromkeys(sides.values(), units)
 
 
 def _grouped(model: nn.Module, layers: Layers, tracer: Tracer) -> tuple[list[Group], dict[str, str]]:
@@ -297,20 +316,11 @@ def _grouped(model: nn.Module, layers: Layers, tracer: Tracer) -> tuple[list[Gro
         if not bucket_units:
             continue
         group, why = _group(model, sorted(paths, key=producers.index), list(bucket_units), roots)
-        if group is not None and (apart := _apart(group, layers.shared)):
-            group, why = None, f"{apart} shares its weight with {layers.shared[apart]}, which does not have the same units"
         if group is not None:
             groups.append(group)
         for path in paths if why else ():
             reasons.setdefault(path, why)
     return sorted(groups, key=lambda g: producers.index(g.name)), reasons
-
-
-def _apart(group: Group, shared: Mapping[str, str]) -> str | None:
-    """A layer of the group whose weight another has, too, without that the same channels of it are in the group."""
-    here = {end.path: end for end in group.ends if end.path in shared}
-    same = (path for path, end in here.items() if shared[path] in here and np.array_equal(end.index, here[shared[path]].index))
-    return next(iter(here.keys() - same), None)
 
 
 def _group(model: nn.Module, paths: list[str], members: list[int], roots: Mapping[tuple[str, str, str], Ints]) -> tuple[Group | None, str]:

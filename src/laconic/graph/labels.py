@@ -75,13 +75,17 @@ class Label:
     ids: Ints
 
 
+# What encoder-decoders of Hugging Face return beside what they are asked for: their decoder has read it, and its width may fall.
+HANDED_ON = "encoder_last_hidden_state"
+
+
 def leaves(values: Any) -> Iterator[Tensor]:
-    """Every tensor in nested lists, dicts and dataclasses; other objects (caches) are not looked into."""
+    """Every tensor in nested lists, dicts and dataclasses but what an encoder has handed on; other objects (caches) are not looked into."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, Mapping):
-        for value in values.values():
-            yield from leaves(value)
+        for key, value in values.items():
+            yield from leaves(value) if key != HANDED_ON else ()
     elif isinstance(values, (list, tuple)):
         for value in values:
             yield from leaves(value)

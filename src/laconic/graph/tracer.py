@@ -159,6 +159,8 @@ class Tracer(TorchDispatchMode):
 
     def read_and_made(self, path: str, module: Layer, x: Tensor, y: Tensor) -> None:
         if isinstance(module, nn.Embedding):
+            if y.shape[-1] != module.embedding_dim:  # of the model's own, which makes something else
+                return
             self.set_label(y, Label(y.ndim - 1, self.made_by(path, y.shape[-1])))
             return
         label, channels = self.label(x), _channel_axis(module, x)
@@ -213,6 +215,13 @@ class Tracer(TorchDispatchMode):
         """What a layer reads or makes; at a second call it must be tied to what it was at the first."""
         before = self.layers.get((path, side, role))
         self.layers[path, side, role] = ids if before is None else self.units.meet(before, ids, f"{path} also reads something else")
+
+    def meet(self, a: Ints, b: Ints, reason: str) -> Ints:
+        """Tie what is known of two layers' units once all has run; a unit that meets no unit is held."""
+        first = len(self.units.holds)
+        met = self.units.meet(a, b, reason)
+        self.seen |= (1 << len(self.units.holds)) - (1 << first)
+        return met
 
     def hold_all(self, values: Any, reason: str, made: Any = None) -> None:
         """Hold the units of these tensors: for good, or in so far as what is `made` of them matters."""

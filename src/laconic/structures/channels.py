@@ -104,13 +104,19 @@ class Neurons:
         return self.group.name
 
     @property
+    def producers(self) -> list[tuple[End, Layer]]:
+        """The layers that put the units out; of tables that share a weight the first."""
+        found: dict[int, tuple[End, Layer]] = {}
+        for end in self.group.producers:
+            module = self.model.get_submodule(end.path)
+            found.setdefault(id(plain_layers(module)[-1].weight), (end, module))
+        return list(found.values())
+
+    @property
     def weights(self) -> tuple[nn.Parameter, ...]:
         """What the penalty acts on: rows and biases of the layers that put the units out."""
-        found = []
-        for end in self.group.producers:
-            last = plain_layers(self.model.get_submodule(end.path))[-1]
-            found += [p for p in (last.weight, getattr(last, "bias", None)) if p is not None]
-        return tuple(found)
+        layers = [plain_layers(module)[-1] for _, module in self.producers]
+        return tuple(p for last in layers for p in (last.weight, getattr(last, "bias", None)) if p is not None)
 
     @property
     def finite(self) -> bool:
@@ -186,8 +192,7 @@ class Channels:
     def values(self, site: Neurons) -> Tensor:
         """Norm of each unit that is there, float64 on CPU: over its rows in every producer, and its biases."""
         total = torch.zeros(len(site.kept), dtype=torch.float64, device="cpu")
-        for end in site.group.producers:
-            module = site.model.get_submodule(end.path)
+        for end, module in site.producers:
             energy = slice_energies(module, "out")
             bias = getattr(plain_layers(module)[-1], "bias", None)  # a table has none
             if bias is not None:
@@ -205,8 +210,7 @@ class Channels:
         size = sum(w.numel() for w in site.weights) / len(site.kept)
         shrunk = InUnits(self.penalty, unit).prox(norms, tau * unit * (1.0 if relative else math.sqrt(size)))
         factors = torch.where(norms > 0, shrunk / norms.clamp_min(math.ulp(0.0)), torch.ones_like(norms))
-        for end in site.group.producers:
-            module = site.model.get_submodule(end.path)
+        for end, module in site.producers:
             last = plain_layers(module)[-1]
             index = site.channels(end)
             scale = torch.ones(width(last, "out"), dtype=torch.float64, device="cpu")
@@ -248,8 +252,10 @@ class Channels:
 def present_unfolding(module: Layer) -> Unfolding:
     """The (first) unfolding of the weight that a layer has, or that a pair stands for, with the channels it has now."""
     mark = getattr(module, MARK, None)
+    if isinstance(module, nn.Embedding):
+        return unfolding_named("entry,out", tuple(module.weight.shape))
     if mark is None:
-        return unfoldings(module, embeddings=True)[0]
+        return unfoldings(module)[0]
     return unfolding_named(mark["unfolding"], tuple(mark["shape"]), getattr(module[0], "groups", 1))
 
 
