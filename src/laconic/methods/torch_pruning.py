@@ -10,10 +10,12 @@ import itertools
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..data import Dataset
 from ..errors import InfeasibleBudgetError, missing_extra
 from ..measure import count_params, evaluating
+from ..models.transformers import Block
 from ..recipe import Recipe
 from ..training import Report, cross_entropy, make_optimizer, steps_per_epoch
 from .base import Method, Trained, build, cut_and_train_on, cut_share, example, sample
@@ -35,7 +37,8 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     options: dict[str, Any] = {
         "importance": tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance(p=2),
         "global_pruning": recipe.torch_pruning_global, "pruning_ratio": 1.0, "max_pruning_ratio": 0.95, "iterative_steps": 400,
-        "ignored_layers": [model.head], "in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {},
+        "ignored_layers": [model.head], "in_channel_groups": {}, "out_channel_groups": {}, "num_heads": heads_of(model),
+        "unwrapped_parameters": [(p, p.ndim - 1) for p in model.parameters(recurse=False)],
     }  # fmt: skip
     with evaluating(model), torch.enable_grad():
         if taylor:
@@ -64,6 +67,12 @@ def train(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None
     curve, _ = cut_and_train_on(model, data, recipe, seed, share, prune, report, optimizer=optimizer)
     how = "Taylor importances" if taylor else f"reg {recipe.torch_pruning_reg}"
     return Trained(model, curve, notes=[f"torch-pruning {tp.__version__}, {how}, pruned at step {last}"])
+
+
+def heads_of(model: nn.Module) -> dict[nn.Module, int]:
+    """Of the layers whose outputs a block splits into heads: the same number of channels has to go from each head."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    return {layer: block.heads for block in blocks for layer in (block.query, block.key, block.value)}
 
 
 def train_taylor(data: Dataset, recipe: Recipe, seed: int, report: Report | None = None) -> Trained:
