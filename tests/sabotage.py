@@ -1693,6 +1693,15 @@ EDITS = [
     ),
     Edit("norms over channels that are gone", "graph/trial.py", "if is_layer_norm(norm):", "if False:", "test_graph", "gpt"),
     Edit(
+        "an optimizer takes over unseen",
+        "compressor.py",
+        "if self._strange == STRANGE_STEPS:",
+        "if False:",
+        "test_compressor",
+        "takes_over",
+    ),
+    Edit("every other optimizer takes over", "compressor.py", "if p in pressed), None)", "), '')", "test_compressor", "takes_over"),
+    Edit(
         "what is tied comes apart",
         "surgery/channels.py",
         "made.setdefault(id(edit.module._parameters[name]), new)",

@@ -127,6 +127,10 @@ BAD = {
     "profile for ever": (lambda: laconic.profile(mlp(), (X,), seconds=float("inf")), errors.InvalidValueError, V, "seconds = inf: must be finite and above 0"),
     "calibration that is a number": (lambda: compressor(by_strength()).compact(calibration=3), errors.InvalidTypeError, T, "calibration: expected an iterable of batches.*got int"),
     "calibration that is one batch": (lambda: compress(energy=0.9, calibration=X), errors.InvalidTypeError, T, "calibration: expected an iterable of batches.*got Tensor"),
+    "a batch of calibration by another name": (
+        lambda: compress(model=nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)), energy=0.9, calibration=[{"x": X}]),
+        errors.InvalidTypeError, T, r"a batch of calibration: x: not among the arguments that Sequential\.forward takes in order: input",
+    ),
     "calibration that is one batch by name": (lambda: compress(energy=0.9, calibration={"input": X}), errors.InvalidTypeError, T, "calibration: expected an iterable of batches.*got dict"),
     "saved below a file": (lambda: laconic.save(mlp(), f"{__file__}/model"), errors.CheckpointError, V, r"model cannot be written: .*test_errors\.py is not a directory"),
     # budgets

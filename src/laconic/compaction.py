@@ -143,7 +143,7 @@ def _cut(
                 after = outputs(model, inputs)
     except BaseException as error:
         undo(model, done)
-        if isinstance(error, InvalidValueError) or not isinstance(error, Exception):
+        if isinstance(error, (InvalidTypeError, InvalidValueError)) or not isinstance(error, Exception):
             raise
         what = f"{type(error).__name__}: {first_line(error)}"
         raise SurgeryError(f"the model no longer runs after the cut ({what}); it was left as it was; {hint}") from error

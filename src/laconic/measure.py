@@ -86,8 +86,11 @@ class Profile:
         return asdict(self)
 
 
-def check_inputs(example_inputs: Any, model: nn.Module) -> tuple[Any, ...]:
+def check_inputs(example_inputs: Any, model: nn.Module, name: str = "example_inputs") -> tuple[Any, ...]:
     """Example inputs as a tuple of positional arguments of the model; a lone tensor is accepted, and a dict of arguments by name, as tokenizers make it.
+
+    Args:
+        name: what errors call them.
 
     Raises:
         InvalidTypeError: something else, or a dict that the model's forward does not take.
@@ -95,16 +98,16 @@ def check_inputs(example_inputs: Any, model: nn.Module) -> tuple[Any, ...]:
     if isinstance(example_inputs, Tensor):
         return (example_inputs,)
     if isinstance(example_inputs, Mapping):
-        return _in_order(example_inputs, model)
+        return _in_order(example_inputs, model, name)
     if not isinstance(example_inputs, (tuple, list)):
         raise InvalidTypeError(
-            "example_inputs must be a tuple of the model's arguments in the order of its forward, such as (ids, mask), or a dict of them by name, "
+            f"{name} must be a tuple of the model's arguments in the order of its forward, such as (ids, mask), or a dict of them by name, "
             f"got {type(example_inputs).__name__}"
         )
     return tuple(example_inputs)
 
 
-def _in_order(named: Mapping[str, Any], model: nn.Module) -> tuple[Any, ...]:
+def _in_order(named: Mapping[str, Any], model: nn.Module, what: str) -> tuple[Any, ...]:
     """Arguments by name as positional ones, with the defaults of those that are left out up to the last that is given."""
     signature = inspect.signature(bare(model).forward)
     kinds = {name: p.kind for name, p in signature.parameters.items()}
@@ -112,13 +115,13 @@ def _in_order(named: Mapping[str, Any], model: nn.Module) -> tuple[Any, ...]:
     forward = f"{type(bare(model)).__name__}.forward"
     if strange := [str(name) for name in named if name not in by_order]:
         raise InvalidTypeError(
-            f"example_inputs: {', '.join(strange)}: not among the arguments that {forward} takes in order: {', '.join(by_order) or 'none'}"
+            f"{what}: {', '.join(strange)}: not among the arguments that {forward} takes in order: {', '.join(by_order) or 'none'}"
         )
     last = max((by_order.index(name) for name in named), default=-1)
     arguments = {name: named.get(name, signature.parameters[name].default) for name in by_order[: last + 1]}
     needed = [name for name in by_order if name not in named and signature.parameters[name].default is inspect.Parameter.empty]
     if needed:
-        raise InvalidTypeError(f"example_inputs: {', '.join(needed)} missing, without which {forward} does not run")
+        raise InvalidTypeError(f"{what}: {', '.join(needed)} missing, without which {forward} does not run")
     return tuple(arguments.values())
 
 

@@ -169,7 +169,7 @@ def watch_inputs(model: nn.Module, plan: Plan, batches: Iterable[Any]) -> dict[s
     try:
         with evaluating(model):
             for batch in batches:
-                call(model, check_inputs(batch, model))
+                call(model, check_inputs(batch, model, "a batch of calibration"))
     except LaconicError:
         raise
     except Exception as error:

@@ -63,7 +63,7 @@ def reestimate(model: nn.Module, calibration: Iterable[Any]) -> tuple[int, list[
             layer.train()
         with torch.no_grad():
             for batch in calibration:
-                call(model, check_inputs(batch, model))
+                call(model, check_inputs(batch, model, "a batch of calibration"))
                 batches += 1
         missed = [layer for layer in layers if layer.num_batches_tracked is not None and int(layer.num_batches_tracked) == 0]
         _restore(before, missed)
