@@ -46,6 +46,11 @@ def test_the_given_model_is_not_changed_and_the_trials_are_told():
     assert tuple(told) == found.trials
     assert {t.good for t in told} == {True, False}
     assert all(t.good == (t.score >= -1e-3) for t in told)
+    first, *lines = str(found).split("\n")
+    assert first == f"{found.budget:.4g} of the dense cost: score {found.score:.4g} (dense 0)"
+    told.sort(key=lambda t: t.budget)
+    assert lines[: len(told)] == [f"  {t.budget:.4g}: {t.score:.4g}, {'' if t.good else 'not '}good enough" for t in told]
+    assert "\n".join(lines[len(told) :]) == str(found.report)
 
 
 def test_where_nothing_may_be_lost_the_dense_model_comes_back():
@@ -53,6 +58,7 @@ def test_where_nothing_may_be_lost_the_dense_model_comes_back():
     found = laconic.smallest(model, fidelity(model), 0.0)
     assert found.report is None
     assert found.budget == 1
+    assert str(found).startswith("no budget that was tried is good enough, the dense model: score 0 (dense 0)")
     assert torch.equal(found.model[0].weight, model[0].weight)
     assert found.model is not model
 

@@ -55,6 +55,19 @@ class SearchResult:
     dense_score: float
     trials: tuple[Trial, ...]
 
+    def __str__(self) -> str:
+        """A line for what was found, one for each trial from the smallest budget up, and the report."""
+        found = (
+            f"{self.budget:.4g} of the dense cost"
+            if self.report is not None
+            else "no budget that was tried is good enough, the dense model"
+        )
+        lines = [f"{found}: score {self.score + 0.0:.4g} (dense {self.dense_score + 0.0:.4g})"]  # and no -0
+        lines += [
+            f"  {t.budget:.4g}: {t.score:.4g}, {'' if t.good else 'not '}good enough" for t in sorted(self.trials, key=lambda t: t.budget)
+        ]
+        return "\n".join(lines if self.report is None else [*lines, str(self.report)])
+
 
 def smallest(
     model: nn.Module,
