@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from render import SAME_NETWORK, load, side_by_side, spread, times_of, variant_runs
 
 from laconic.methods import METHODS
+from laconic.schedule import Schedule
 
 mpl.use("Agg")
 mpl.rcParams["svg.hashsalt"] = "laconic"  # the same bytes for the same results
@@ -71,7 +72,8 @@ def controller(run: dict[str, Any]) -> Figure:
     seen = [(h["step"] / total, h["gap"], h["strength"]) for h in run["history"] if h["gap"] is not None]
     times = [t for t, _, _ in seen]
     top.plot(times, [g for _, g, _ in seen], marker=".", label="gap: what a cut to the budget would lose now")
-    warmup, settle, first, last = run["recipe"]["warmup"], run["recipe"]["settle"], max(seen[0][1], 0.1), 0.1
+    schedule, first, last = schedule_of(run), max(seen[0][1], 0.1), 0.1
+    warmup, settle = schedule.warmup, schedule.settle
     top.plot(
         times, [math.exp(math.log(first) + (t - warmup) / (settle - warmup) * math.log(last / first)) for t in times], "--", label="planned"
     )
@@ -198,9 +200,15 @@ def spread_of(runs: list[dict[str, Any]]) -> float:
     return 100 * spread(runs)
 
 
+def schedule_of(run: dict[str, Any]) -> Schedule:
+    """The recipe's, or that of ranks and neurons where it names none."""
+    recipe = run["recipe"]
+    return Schedule(recipe["warmup"], recipe["settle"]) if recipe["settle"] else Schedule()
+
+
 def phases(axes: Any, run: dict[str, Any]) -> None:
-    for name in ("warmup", "settle"):
-        axes.axvline(run["recipe"][name], color="0.7", linewidth=1)
+    for share in (schedule_of(run).warmup, schedule_of(run).settle):
+        axes.axvline(share, color="0.7", linewidth=1)
 
 
 def main(options: Options) -> None:

@@ -32,6 +32,8 @@ SHARED = {
     "scene-twentieth-rate": ("scene-tenth-rate", "dense"),
     "cifar10-tenth-short-rate": ("cifar10-tenth-rate", "thin-long"),
     "shakespeare-short-rate": ("shakespeare-rate", "thin-long"),
+    "shakespeare-eighth-rate": ("shakespeare-rate", "dense"),
+    "shakespeare-sixteenth-rate": ("shakespeare-rate", "dense"),
 }
 SAME_NETWORK = {"thin-long": "thin", "distilled": "thin"}  # not timed twice
 TIMES_OF = {f"cifar10-full{part}": f"cifar10{part}" for part in ("", "-tenth")}  # the same network, in the same shares of a run
@@ -46,7 +48,7 @@ TASKS = {
     **{f"lenet-300-100{part}": "MNIST, LeNet-300-100" for part in ("-quarter", "")},
     **{f"lenet-5{part}": "MNIST, LeNet-5" for part in ("-tenth", "")},
     "digits": "digits",
-    "shakespeare": "Shakespeare, GPT (bits)",
+    **{f"shakespeare{part}": "Shakespeare, GPT (bits)" for part in ("", "-eighth", "-sixteenth")},
 }
 COSTS = {"params": "parameters", "macs": "MACs", "latency": "milliseconds"}
 

@@ -327,6 +327,21 @@ def test_where_milliseconds_count_even_neurons_are_in_multiples():
     assert {g.structure for g in compressor.plan.neurons} == {laconic.Channels(even=True, multiple=8)}
 
 
+def test_where_all_widths_shrink_evenly_they_are_done_early():
+    def schedule(model: nn.Module, x: Tensor, *structures: laconic.Channels, **options) -> laconic.Schedule:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return laconic.Compressor(
+            model, optimizer, list(structures) or None, budget=laconic.Budget(params=0.7), total_steps=100, example_inputs=(x,), **options
+        ).schedule  # fmt: skip
+
+    early, own = laconic.Schedule(warmup=0.02, settle=0.12), laconic.Schedule(warmup=0.3, settle=0.6)
+    assert schedule(gpt(), tokens()) == early
+    assert schedule(gpt(), tokens(), schedule=own) == own
+    assert schedule(gpt(), tokens(), laconic.Channels()) == laconic.Schedule()
+    perceptron = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    assert schedule(perceptron, torch.randn(4, 8), laconic.Channels(even=True)) == early
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_norm_behind_each_layer_is_no_stream(layers):
     hidden = [m for _ in range(layers) for m in (nn.Linear(32, 32), nn.LayerNorm(32), nn.ReLU())]

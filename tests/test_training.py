@@ -104,6 +104,7 @@ BAD = {
     "milestones in the warm-up": ({"schedule": "steps", "lr_warmup": 0.5}, r"milestones = \[0.5, 0.75\] must be .* after lr_warmup = 0.5"),
     "milestones of words": ({"milestones": ["half"]}, r"milestones = \['half'\] should be a tuple\[float, \.\.\.\]"),
     "milestones no list": ({"milestones": 0.5}, "milestones = 0.5 should be a tuple"),
+    "warmup alone": ({"warmup": 0.05}, "warmup = 0.05 without settle"),
     "tier": ({"tier": "tpu"}, "tier = 'tpu' is unknown"),
     "a rate of words": ({"rates": {"thin": "high"}}, r"rates = \{'thin': 'high'\} should be a dict\[str, float\]"),
     "rates no table": ({"rates": 8e-3}, "rates = 0.008 should be a dict"),

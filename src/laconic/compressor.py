@@ -76,7 +76,7 @@ from .pace import Scales, gradient_scales, scale_gradients, scale_moments
 from .penalties import check_share
 from .plan import check_structures, make_plan, streams_through, use_unfoldings
 from .report import CompactReport, Snapshot
-from .schedule import Controller, Schedule, too_many_steps
+from .schedule import EVEN, Controller, Schedule, too_many_steps
 from .slimming import consumers, importances_of, slim_neurons, unseen, watch_inputs
 from .state import VERSION, RunState
 from .structures import Channels, LowRank, Neurons, Site, Structure, Weight, shrink
@@ -124,7 +124,8 @@ class Compressor:
         rebuild: several processes and `cut="early"`: called with the bare model at the end of every optimizer step that
             cut it, in every process; wrap the model in a new DistributedDataParallel there, and use that from the next
             step on (see docs/distributed.md).
-        schedule: when pressure begins and when the layers are cut, as fractions of the run.
+        schedule: when pressure begins and when the layers are cut, as fractions of the run; None: `Schedule()`, and where all widths shrink by
+            the same part (`Channels(even=True)`) `Schedule(warmup=0.02, settle=0.12)`.
 
     Raises:
         LaconicError and its precise subclasses: neither budget nor strength; a budget without `total_steps`; out of
@@ -174,7 +175,6 @@ class Compressor:
         self.budget = budget
         self.total_steps = total_steps
         self.example_inputs = check_inputs(example_inputs, model) if example_inputs is not None else None
-        self.schedule = schedule or Schedule()
         self.rebuild = rebuild
         self.cut_early = cut == "early" and budget is not None
         check_processes(structures, self.sharded, self.cut_early, budget, rebuild)
@@ -187,6 +187,7 @@ class Compressor:
             self.plan = make_plan(model, structures, example_inputs, trained, found)
             unasked.append(f"all widths shrink by the same part, and no rank: {STREAMS}")
         self.structures = structures
+        self.schedule = schedule or (EVEN if any(isinstance(s, Channels) and s.even for s in structures) else Schedule())
         if forgotten := [name for name, p in model.named_parameters() if p.requires_grad and p not in trained]:
             names = ", ".join(forgotten[:5]) + (", ..." if len(forgotten) > 5 else "")
             note = f"{len(forgotten)} parameters that ask for gradients are in none of the optimizers, and stay as they are: {names}"

@@ -36,7 +36,7 @@ class Recipe:
     thin_epochs: of the rival that is given laconic's training time instead of its steps; 0: twice the epochs.
     params: the budget as a fraction of the dense parameters (1: no bound); macs, latency: of the dense MACs, and of the
         milliseconds for a batch of 64 on this machine, too; 0: no bound.
-    warmup, settle: `laconic.Schedule`; `settle = 1.0` cuts at the end, without training afterwards.
+    warmup, settle: `laconic.Schedule`; `settle = 0.0`: laconic's own; `settle = 1.0` cuts at the end, without training afterwards.
     structures: what laconic may use: `low-rank`, `channels`, `channels-optional`, `channels-even`; none: what it chooses by itself.
     penalty_epsilon: of their `LogSum`; strength: 0 lets the budget steer it.
     setting: of a rival, what its file names first; 0: its default.
@@ -75,8 +75,8 @@ class Recipe:
     params: float = 0.25
     macs: float = 0.0
     latency: float = 0.0
-    warmup: float = 0.1
-    settle: float = 0.35
+    warmup: float = 0.0
+    settle: float = 0.0
     penalty_epsilon: float = 0.1
     strength: float = 0.0
     setting: float = 0.0
@@ -110,6 +110,8 @@ class Recipe:
         for name, rate in {"lr": self.lr, **{f"rates.{method}": rate for method, rate in self.rates.items()}}.items():
             if not rate > 0:
                 raise RecipeError(f"recipe: {name} = {rate} must be above 0")
+        if self.warmup and not self.settle:
+            raise RecipeError(f"recipe: warmup = {self.warmup} without settle: give both, or neither for laconic's own schedule")
         if not 0 <= self.momentum < 1:
             raise RecipeError(f"recipe: momentum = {self.momentum} must be at least 0 and below 1")
         if self.nesterov and not self.momentum:

@@ -48,7 +48,7 @@ def compressor_for(
         "total_steps": recipe.epochs * steps_per_epoch(data, recipe),
         "example_inputs": example(data, 64 if recipe.latency else 1),
         "cut": "early" if recipe.settle < 1 else "end",
-        "schedule": Schedule(warmup=recipe.warmup, settle=recipe.settle),
+        "schedule": Schedule(warmup=recipe.warmup, settle=recipe.settle) if recipe.settle else None,
         "rebuild": (lambda _: None) if world_size() > 1 else None,  # the loop wraps the model anew
     }
     return Compressor(model, optimizer, **(defaults | options))
@@ -99,4 +99,4 @@ BOTH = with_recipe("both, always", structures=("low-rank", "channels"))
 CHANNELS = with_recipe("neurons alone", structures=("channels",))
 UNPRESSED = Method("laconic without pressure", unpressed)
 # Ranks alone: neurons that go at the end are not repaired by any training. BatchNorm is re-estimated.
-LATE = with_recipe("ranks alone, cut last", structures=("low-rank",), settle=1.0)
+LATE = with_recipe("ranks alone, cut last", structures=("low-rank",), warmup=0.1, settle=1.0)
