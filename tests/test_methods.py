@@ -282,7 +282,7 @@ def test_an_option_of_structures_that_no_recipe_names_is_refused(data, name, val
         METHODS["laconic"].run(data, recipe, 0)
 
 
-@pytest.mark.parametrize("name", ["torch-pruning", "torch-pruning-taylor"])
+@pytest.mark.parametrize("name", slow_but_for(["torch-pruning-taylor"], ["torch-pruning", "torch-pruning-taylor"]))
 def test_torch_pruning_takes_the_same_channels_from_each_head(data, name):
     recipe = dataclasses.replace(RECIPE, model="vit", kernel=4, depth=2, widths=(16,), heads=2, epochs=1)
     model = METHODS[name].run(data, recipe, 0).model

@@ -129,6 +129,7 @@ def test_a_stream_narrows_while_it_trains_and_costs_are_exact(build, stream, tmp
     torch.testing.assert_close(logits(fresh.eval(), tokens()), logits(model.eval(), tokens()), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_what_an_encoder_hands_on_beside_the_output_may_be_narrower():
     """Encoder-decoders of Hugging Face return it, too. What they are asked for keeps its width, and they generate as before when loaded."""
     model, x = t5().inner.eval(), tokens()
