@@ -335,7 +335,7 @@ def test_where_all_widths_shrink_evenly_they_are_done_early():
             model, optimizer, list(structures) or None, budget=laconic.Budget(params=0.7), total_steps=100, example_inputs=(x,), **options
         ).schedule  # fmt: skip
 
-    early, own = laconic.Schedule(warmup=0.02, settle=0.12), laconic.Schedule(warmup=0.3, settle=0.6)
+    early, own = laconic.Schedule(warmup=0.05, settle=0.2), laconic.Schedule(warmup=0.3, settle=0.6)
     assert schedule(gpt(), tokens()) == early
     assert schedule(gpt(), tokens(), schedule=own) == own
     assert schedule(gpt(), tokens(), laconic.Channels()) == laconic.Schedule()

@@ -125,7 +125,7 @@ class Compressor:
             cut it, in every process; wrap the model in a new DistributedDataParallel there, and use that from the next
             step on (see docs/distributed.md).
         schedule: when pressure begins and when the layers are cut, as fractions of the run; None: `Schedule()`, and where all widths shrink by
-            the same part (`Channels(even=True)`) `Schedule(warmup=0.02, settle=0.12)`.
+            the same part (`Channels(even=True)`) `Schedule(warmup=0.05, settle=0.2)`.
 
     Raises:
         LaconicError and its precise subclasses: neither budget nor strength; a budget without `total_steps`; out of

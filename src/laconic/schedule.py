@@ -33,7 +33,7 @@ class Schedule:
 
 
 # Widths that all shrink by the same part need not be learnt about first: only which of their channels go is a question.
-EVEN = Schedule(warmup=0.02, settle=0.12)
+EVEN = Schedule(warmup=0.05, settle=0.2)
 
 
 def too_many_steps(total_steps: int) -> int:
