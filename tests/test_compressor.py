@@ -961,31 +961,3 @@ def test_a_layer_without_a_gradient_does_not_hide_what_its_optimizer_is(build):
     train(model, optimizer, 20)
     assert model.unused.__class__ is nn.Sequential
     assert ("unused.weight" in compressor.state.gradient_scales) == isinstance(optimizer, optim.SGD)
-
-
-def test_an_optimizer_that_takes_over_is_named():
-    """Once: from then on nothing is pressed or cut. Optimizers of other weights, those within one that counts, and what comes after `detach` are not meant."""
-    torch.manual_seed(0)
-    model, other = (nn.Sequential(nn.Linear(16, 16)) for _ in range(2))
-    x = torch.randn(8, 16)
-
-    def step(*optimizers: torch.optim.Optimizer) -> None:
-        for trained in (model, other):
-            trained(x).square().sum().backward()
-        for optimizer in optimizers:
-            optimizer.step()
-
-    first, second, beside = (torch.optim.SGD(m.parameters(), lr=1e-3) for m in (model, model, other))
-    compressor = laconic.Compressor(model, first, budget=laconic.Budget(params=0.5), total_steps=100)
-    for _ in range(4):
-        step(second, first, beside)
-    step(second)
-    step(second)
-    step(beside)
-    with pytest.warns(UserWarning, match="another SGD steps 0.weight, and the optimizer that the Compressor was given does not"):
-        step(second)
-    step(second)
-    step(first)
-    compressor.detach()
-    for _ in range(4):
-        step(second)

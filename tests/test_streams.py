@@ -247,6 +247,63 @@ def test_a_table_whose_output_layer_reads_what_is_not_followed_keeps_its_width()
     assert reasons["embed"] == "embed and head share their weight, but not the same units"
 
 
+def test_the_entries_of_a_table_stay_though_its_output_layer_is_read():
+    class Reader(nn.Module):
+        """What the tied layer puts out is read by another: entries, which the table has as rows."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.up, self.back = nn.Embedding(20, 16), nn.Linear(16, 24), nn.Linear(24, 16)
+            self.logits, self.out = nn.Linear(16, 20, bias=False), nn.Linear(20, 8)
+            self.logits.weight = self.embed.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x)
+            return self.out(self.logits(h + self.back(self.up(h).relu())).relu())
+
+    groups, reasons = find_groups(Reader(), (tokens(),))
+    assert {g.name: g.units for g in groups} == {"embed": 16, "up": 24}
+    assert reasons["logits"] == "it says which entry of embed is meant"
+
+
+def test_a_table_that_does_more_than_look_up_is_shared_by_no_group():
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.doc = nn.Embedding(20, 16), nn.Embedding(20, 16, scale_grad_by_freq=True)
+            self.doc.weight = self.query.weight
+            self.first, self.second = (nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(self.query(x)).mean(1) @ self.second(self.doc(x)).mean(1).T
+
+    groups, reasons = find_groups(Towers(), (tokens(),))
+    assert {g.name: g.units for g in groups} == {"first.0": 32, "second.0": 32}
+    assert reasons["query"] == "its weight is shared with doc"
+
+
+def test_an_embedding_with_a_layer_within_is_followed_inside():
+    class Factorised(nn.Embedding):
+        def __init__(self) -> None:
+            super().__init__(20, 8)
+            self.project = nn.Linear(8, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.project(super().forward(x))
+
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.up, self.back, self.out = Factorised(), nn.Linear(32, 48), nn.Linear(48, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x)
+            return self.out(h + self.back(self.up(h).relu()))
+
+    groups, _ = find_groups(Stream(), (tokens(),))
+    assert {g.name: g.units for g in groups} == {"embed.project": 32, "up": 48}
+
+
 def test_a_table_with_a_layer_that_nothing_calls_keeps_its_width():
     class Reader(Translator):
         def forward(self, x: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ from .structures import Channels, LowRank, Neurons, Site, Structure, Weight, shr
 from .surgery.batchnorm import as_batches, batch_norms
 from .surgery.constants import dead_constants, fold, unread_units
 from .timing import RankTimes, ShapeWatch, layer_times
-from .watch import OptimizerWatch, Watch, drop_dead
+from .watch import Watch, drop_dead
 from .widths import choose_shapes
 
 TINY = 1e-12  # a learning rate that is as good as none
@@ -95,11 +95,7 @@ NEXT_CUT = 0.8
 # A group of neurons is slimmed in mid-run once it keeps at most this share of those it has.
 NEXT_SLIM = 0.9
 FIRST_CUT_UNMEASURED = 0.6
-STRANGE_STEPS = 3
 STREAMS = "a residual stream runs through most of the model; structures=[LowRank(), Channels()] goes by what each layer has learnt"
-
-
-NOT_COPIED = frozenset({"_parameters", "_handles", "_scaling", "_watch", "_inputs", "_alarm", "_optimizer_watch"})
 
 
 class Compressor:
@@ -262,12 +258,10 @@ class Compressor:
         self._watch: ShapeWatch | None = None
         self._inputs: InputMoments | None = None
         self._alarm: Watch | None = None
-        self._strange = 0  # steps of optimizers that nobody spoke of, since the last one of those that count
-        self._optimizer_watch = OptimizerWatch(self._strange_step)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle, made together with the model and the optimizers, goes on where this one is."""
-        here = {k: v for k, v in vars(self).items() if k not in NOT_COPIED}
+        here = {k: v for k, v in vars(self).items() if k not in ("_parameters", "_handles", "_scaling", "_watch", "_inputs", "_alarm")}
         # By themselves: a model that holds its compressor, and is being copied, has not got them yet when the compressor has.
         named = {name: p for name, p in self.model.named_parameters() if id(p) in self._parameters}
         read = consumers(self.model, self.plan) if self._inputs is not None else {}
@@ -363,7 +357,7 @@ class Compressor:
     def _after_step(self, index: int, optimizer: Any, *_: Any) -> None:
         if was_skipped(optimizer):
             return
-        state, self._strange = self.state, 0
+        state = self.state
         if state.steps[index] == 0 and self.example_inputs is not None and (now := self._kind()) != self._made_for:
             raise SurgeryError(
                 f"the model's weights are {now} in the first step, and were {self._made_for} when the Compressor was built, for which the "
@@ -380,21 +374,6 @@ class Compressor:
                 self._press(index, optimizer, round_done)
             if round_done:
                 self._watch_inputs()
-
-    def _strange_step(self, optimizer: Any) -> None:
-        """Has another optimizer taken over? Said once."""
-        if not self._attached or self.state.settled or any(o is optimizer for o in self.optimizers):
-            return
-        pressed = {w: x.name for x in self._pressed for w in x.weights}
-        name = next((pressed[p] for g in optimizer.param_groups for p in g["params"] if p in pressed), None)
-        if name is not None:
-            self._strange += 1
-            if self._strange == STRANGE_STEPS:  # fewer may be those of an optimizer within one of ours
-                warnings.warn(
-                    f"laconic: another {type(optimizer).__name__} steps {name}, and the optimizer that the Compressor was given does not, so nothing is "
-                    "pressed or cut: keep that one (its param_groups may change), or detach() and build a Compressor with the new one",
-                    stacklevel=2,
-                )
 
     def _press(self, index: int, optimizer: Any, round_done: bool) -> None:
         """After a step in the phase of pressure: note the rate; every so often a proximal step, and cuts."""
@@ -864,7 +843,7 @@ class Compressor:
         if self.cut_early and not self.state.settled:
             notes.append(
                 f"the run ended after {steps} of {total} steps, before it settled at {self.schedule.settle:.0%}: "
-                "cut to the budget now, without training afterwards, which costs accuracy"
+                "cut to the budget now, without training afterwards, which costs accuracy (steps of the optimizer that the Compressor was given count)"
             )
         for note in notes if self.budget is not None else ():
             warnings.warn(f"laconic: {note}", stacklevel=3)

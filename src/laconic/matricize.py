@@ -164,7 +164,8 @@ def takes_entries(module: Layer) -> bool:
 
 def is_table(module: Layer) -> bool:
     """An embedding that does no more than look entries up, or one of the model's own on top of it (with an offset, or scaled, as BART's)."""
-    return isinstance(module, nn.Embedding) and module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+    alone = isinstance(module, nn.Embedding) and next(module.children(), None) is None
+    return alone and module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
 
 
 def an_input(module: Layer, shape: Sequence[int], fill: float = 0.0, device: Any = None) -> Tensor:

@@ -507,12 +507,10 @@ def _why_not(
         if len(held) > 1 and any(isinstance(m, nn.Embedding) != isinstance(module, nn.Embedding) for m, _ in held):
             return "tied between an embedding and a layer"
         if not here and isinstance(module, nn.Embedding):
-            usual = bool(unfoldings(module, embeddings=True))
-            return (
-                f"{kind} is cut by LowRank(embeddings=True)"
-                if usual
-                else f"{kind} with max_norm, scale_grad_by_freq or sparse is not supported"
-            )
+            if unfoldings(module, embeddings=True):
+                return f"{kind} is cut by LowRank(embeddings=True)"
+            own = type(module).forward is not nn.Embedding.forward
+            return f"{kind} has a forward of its own" if own else f"{kind} with max_norm, scale_grad_by_freq or sparse is not supported"
         if not here:
             beside = next(module.children(), None) is not None
             return f"it is {kind}'s own, beside its layers" if beside else f"{kind} is not supported"

@@ -75,7 +75,7 @@ class Recipe:
     params: float = 0.25
     macs: float = 0.0
     latency: float = 0.0
-    warmup: float = 0.0
+    warmup: float = 0.1
     settle: float = 0.0
     penalty_epsilon: float = 0.1
     strength: float = 0.0
@@ -110,7 +110,7 @@ class Recipe:
         for name, rate in {"lr": self.lr, **{f"rates.{method}": rate for method, rate in self.rates.items()}}.items():
             if not rate > 0:
                 raise RecipeError(f"recipe: {name} = {rate} must be above 0")
-        if self.warmup and not self.settle:
+        if self.warmup != 0.1 and not self.settle:
             raise RecipeError(f"recipe: warmup = {self.warmup} without settle: give both, or neither for laconic's own schedule")
         if not 0 <= self.momentum < 1:
             raise RecipeError(f"recipe: momentum = {self.momentum} must be at least 0 and below 1")

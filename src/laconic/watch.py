@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 See = Callable[[str, nn.Module, Tensor], Any]
 
@@ -29,32 +28,6 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._recompile()
-
-
-class OptimizerWatch:
-    """Calls `stepped(optimizer)` after every step of any optimizer of PyTorch's, as long as somebody holds the watch."""
-
-    def __init__(self, stepped: Callable[[Any], None]):
-        self.stepped = stepped
-        if not _OPTIMIZER_WATCHES.begun:
-            register_optimizer_step_post_hook(_OPTIMIZER_WATCHES.tell)
-            _OPTIMIZER_WATCHES.begun = True
-        _OPTIMIZER_WATCHES.held.add(self)
-
-
-class _OptimizerWatches:
-    """One hook for all: PyTorch does not like hooks to be taken away while it calls them."""
-
-    def __init__(self) -> None:
-        self.held: weakref.WeakSet[OptimizerWatch] = weakref.WeakSet()
-        self.begun = False
-
-    def tell(self, optimizer: Any, *_: Any) -> None:
-        for watch in list(self.held):
-            watch.stepped(optimizer)
-
-
-_OPTIMIZER_WATCHES = _OptimizerWatches()
 
 
 class _Uncompiled:

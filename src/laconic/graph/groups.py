@@ -156,7 +156,7 @@ def _shared_tables(model: nn.Module, holders: Mapping[int, list[str]]) -> list[l
     for paths in holders.values():
         modules = [model.get_submodule(path) for path in paths]
         linear = sum(isinstance(m, nn.Linear) for m in modules)
-        alike = all(isinstance(m, (nn.Embedding, nn.Linear)) and m.weight is modules[0].weight for m in modules)
+        alike = all((is_table(m) or isinstance(m, nn.Linear)) and m.weight is modules[0].weight for m in modules)
         if alike and linear <= 1 and linear < len(paths) > 1:
             found.append(paths)
     return found
@@ -267,9 +267,11 @@ def _trace(
 
 
 def _tie(model: nn.Module, paths: Sequence[str], layers: Layers, tracer: Tracer) -> None:
-    """Layers that share one weight have the same units; a table that nothing has called has those of the others."""
+    """Layers that share one weight have the same units; a table that nothing has called has those of the others. The entries stay."""
     sides = {p: (p, "in", CONSUMER) if isinstance(model.get_submodule(p), nn.Linear) else (p, "out", PRODUCER) for p in paths}
     unknown = next((p for p, side in sides.items() if side not in tracer.layers and (side[1] == "in" or p in layers.opaque)), None)
+    for entries in [tracer.layers[key] for p in paths if sides[p][1] == "in" and (key := (p, "out", PRODUCER)) in tracer.layers]:
+        tracer.meet(entries, np.zeros_like(entries), f"it says which entry of {paths[0]} is meant")
     reached = {side: tracer.layers[side] for side in sides.values() if side in tracer.layers}
     if not reached:
         return

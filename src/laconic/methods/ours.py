@@ -99,4 +99,4 @@ BOTH = with_recipe("both, always", structures=("low-rank", "channels"))
 CHANNELS = with_recipe("neurons alone", structures=("channels",))
 UNPRESSED = Method("laconic without pressure", unpressed)
 # Ranks alone: neurons that go at the end are not repaired by any training. BatchNorm is re-estimated.
-LATE = with_recipe("ranks alone, cut last", structures=("low-rank",), warmup=0.1, settle=1.0)
+LATE = with_recipe("ranks alone, cut last", structures=("low-rank",), settle=1.0)
