@@ -203,7 +203,7 @@ def spread_of(runs: list[dict[str, Any]]) -> float:
 def schedule_of(run: dict[str, Any]) -> Schedule:
     """The recipe's, or that of ranks and neurons where it names none."""
     recipe = run["recipe"]
-    return Schedule(recipe["warmup"], recipe["settle"]) if recipe["settle"] else Schedule()
+    return Schedule(warmup=recipe["warmup"], settle=recipe["settle"]) if recipe["settle"] else Schedule()
 
 
 def phases(axes: Any, run: dict[str, Any]) -> None:

@@ -31,9 +31,9 @@ SHARED = {
 } | {  # recipes that differ in what does not concern a method share its runs
     "scene-twentieth-rate": ("scene-tenth-rate", "dense"),
     "cifar10-tenth-short-rate": ("cifar10-tenth-rate", "thin-long"),
-    "shakespeare-short-rate": ("shakespeare-rate", "thin-long"),
     "shakespeare-eighth-rate": ("shakespeare-rate", "dense"),
     "shakespeare-sixteenth-rate": ("shakespeare-rate", "dense"),
+    "shakespeare-finetune": ("shakespeare-rate", "dense"),  # what they start from
 }
 SAME_NETWORK = {"thin-long": "thin", "distilled": "thin"}  # not timed twice
 TIMES_OF = {f"cifar10-full{part}": f"cifar10{part}" for part in ("", "-tenth")}  # the same network, in the same shares of a run
