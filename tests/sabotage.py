@@ -1757,6 +1757,12 @@ EDITS = [
         "test_streams",
         "look_up",
     ),
+    Edit(
+        "even widths take their time", "compressor.py", "schedule or (EVEN if", "schedule or (Schedule() if", "test_streams", "done_early"
+    ),
+    Edit("recipes choose for laconic", "methods/ours.py", "if not recipe.structures:", "if False:", "test_methods", "names_no_structures"),
+    Edit("heads of a rival", "methods/torch_pruning.py", '"num_heads": heads_of(model)', '"num_heads": {}', "test_methods", "each_head"),
+    Edit("warm-up without an end", "recipe.py", "if self.warmup != 0.1 and not self.settle:", "if False:", "test_training", "bad_value"),
     Edit("what an encoder hands on holds its channels", "graph/labels.py", "if key != HANDED_ON else ()", "", "test_streams", "hands_on"),
     Edit("channels that norms see go without a budget", "compressor.py", "if g.norms}", "if False}", "test_streams", "nothing_reads"),
     Edit("even by price", "widths.py", "item.group.units / count if item.structure.even else ", "", "test_streams", "even"),

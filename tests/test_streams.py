@@ -231,16 +231,27 @@ def test_embeddings_that_share_a_table_keep_the_same_channels():
     assert model.spare.weight.shape[1] == {g.name: g.kept for g in report.groups}["spare"] < 16
 
 
+class TiedTable(nn.Module):
+    """A table that is the output layer, too, and two layers for what is between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.back = nn.Embedding(20, 16), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.head = nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.back(self.up(x).relu())
+
+
 def test_a_table_whose_output_layer_reads_what_is_not_followed_keeps_its_width():
-    class Recurrent(nn.Module):
+    class Recurrent(TiedTable):
         def __init__(self) -> None:
             super().__init__()
-            self.embed, self.up, self.back, self.lstm = nn.Embedding(20, 16), nn.Linear(16, 24), nn.Linear(24, 16), nn.LSTM(16, 16)
-            self.head = nn.Linear(16, 20, bias=False)
-            self.head.weight = self.embed.weight
+            self.lstm = nn.LSTM(16, 16)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.lstm(self.back(self.up(self.embed(x)).relu()))[0])
+            return self.head(self.lstm(self.project(self.embed(x)))[0])
 
     groups, reasons = find_groups(Recurrent(), (tokens(),))
     assert {g.name: g.units for g in groups} == {"up": 24}
@@ -248,22 +259,20 @@ def test_a_table_whose_output_layer_reads_what_is_not_followed_keeps_its_width()
 
 
 def test_the_entries_of_a_table_stay_though_its_output_layer_is_read():
-    class Reader(nn.Module):
+    class Reader(TiedTable):
         """What the tied layer puts out is read by another: entries, which the table has as rows."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.embed, self.up, self.back = nn.Embedding(20, 16), nn.Linear(16, 24), nn.Linear(24, 16)
-            self.logits, self.out = nn.Linear(16, 20, bias=False), nn.Linear(20, 8)
-            self.logits.weight = self.embed.weight
+            self.out = nn.Linear(20, 8)
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.embed(x)
-            return self.out(self.logits(h + self.back(self.up(h).relu())).relu())
+            return self.out(self.head(h + self.project(h)).relu())
 
     groups, reasons = find_groups(Reader(), (tokens(),))
     assert {g.name: g.units for g in groups} == {"embed": 16, "up": 24}
-    assert reasons["logits"] == "it says which entry of embed is meant"
+    assert reasons["head"] == "it says which entry of embed is meant"
 
 
 def test_a_table_that_does_more_than_look_up_is_shared_by_no_group():
@@ -315,21 +324,15 @@ def test_a_table_with_a_layer_that_nothing_calls_keeps_its_width():
 
 
 def test_a_table_goes_with_what_its_output_layer_reads():
-    class Projected(nn.Module):
+    class Projected(TiedTable):
         """The head reads a projection: as many channels as the table has that it shares, and those of the same numbers."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.up, self.project = nn.Embedding(20, 16), nn.Linear(16, 24), nn.Linear(24, 16)
-            self.head = nn.Linear(16, 20, bias=False)
-            self.head.weight = self.embed.weight
-
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.project(self.up(self.embed(x)).relu()))
+            return self.head(self.project(self.embed(x)))
 
     groups, _ = find_groups(Projected(), (tokens(),))
     assert {g.name: g.units for g in groups} == {"embed": 16, "up": 24}
-    assert {(e.path, e.side) for e in groups[0].ends} == {("embed", "out"), ("project", "out"), ("up", "in"), ("head", "in")}
+    assert {(e.path, e.side) for e in groups[0].ends} == {("embed", "out"), ("back", "out"), ("up", "in"), ("head", "in")}
 
 
 def test_a_table_whose_weight_is_computed_keeps_its_width():
