@@ -20,7 +20,8 @@ from laconic.measure import count_macs, count_params
 from laconic.plan import Plan, make_plan
 from laconic.slimming import importances_of, slim_neurons
 from laconic.surgery.factorize import product
-from laconic.widths import Walk, choose_shapes
+from laconic.walk import Walk
+from laconic.widths import choose_shapes
 
 from .models import assert_same, snapshot
 

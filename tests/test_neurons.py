@@ -28,7 +28,8 @@ from laconic.moments import InputMoments
 from laconic.plan import make_plan
 from laconic.slimming import difference, importances_of, slim_neurons, watch_inputs
 from laconic.timing import RankTimes
-from laconic.widths import Walk, choose_shapes, most_important
+from laconic.walk import Walk, most_important
+from laconic.widths import choose_shapes
 
 from .architectures import CASES, Basic, Net, conv
 from .models import assert_same, cnn, inputs_for, mlp, set_clock, slow_but_for, snapshot
@@ -225,7 +226,7 @@ def test_the_walk_takes_the_cheapest_of_all_steps_every_time(build, shape, budge
     """Against a walk that looks at every step anew."""
     plan = make_plan(build(), BOTH, (noise(build(), shape, 0),))
     arguments = (plan, spectra(plan), importances_of(plan, {}), budget.currencies, budget.limits(plan), frozenset())
-    walk, plain = (laconic.widths.Walk(*arguments) for _ in range(2))
+    walk, plain = (laconic.walk.Walk(*arguments) for _ in range(2))
     walk.down()
     items = {x.name: x for x in (*plan.neurons, *plan.sites)}
     while np.any(plain.spent > plain.limits):
@@ -289,7 +290,7 @@ def further(compressor: laconic.Compressor, currency: str, limit: float) -> list
         for s in plan.sites
         if s.rank is not None and s.rank < s.break_even and present_costs(plan, [currency], ranks | {s.name: s.rank + 1})[0] <= limit
     ]
-    walk = laconic.widths.Walk(plan, {}, {}, (currency,), np.array([limit]), frozenset())
+    walk = laconic.walk.Walk(plan, {}, {}, (currency,), np.array([limit]), frozenset())
     fits += [
         g.name
         for g in plan.neurons

@@ -17,7 +17,8 @@ from laconic.errors import InfeasibleBudgetError, InvalidTypeError, NonFiniteErr
 from laconic.plan import FORGONE, _wide_layer, make_plan
 from laconic.slimming import importances_of
 from laconic.timing import RankTimes, grid
-from laconic.widths import choose_shapes, inner_ranks
+from laconic.walk import inner_ranks
+from laconic.widths import choose_shapes
 
 from .models import assert_same
 from .test_neurons import no_clock  # noqa: F401

@@ -19,7 +19,8 @@ from .latency import correct_times, measure_times
 from .measure import check_inputs
 from .plan import Plan
 from .structures import Site
-from .widths import choose_shapes, inner_ranks, unit_costs
+from .walk import inner_ranks, unit_costs
+from .widths import choose_shapes
 
 LANES = 8  # numbers that a vector unit, or a tensor core, takes at once: 17 channels take as long as 24
 Shapes = tuple[dict[str, list[int]], Ranks]  # units that stay in each group, rank of each site

@@ -33,7 +33,7 @@ class CutResult:
         max_abs_diff: largest change of an output by a single round of cuts; None without example inputs, or where outputs cannot be compared.
         kept: units that are left, by their numbers in the dense model, of the groups that lost some.
         shares: what the consumers still receive of such a group, multiplied up.
-        prices: of sites and groups, see `laconic.widths.Walk.prices`, when the structure became final.
+        prices: of sites and groups, see `laconic.walk.Walk.prices`, when the structure became final.
     """
 
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)

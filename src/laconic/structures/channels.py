@@ -128,6 +128,11 @@ class Neurons:
         return tuple(end for end in self.group.carriers if is_layer_norm(self.model.get_submodule(end.path)))
 
     @property
+    def of_heads(self) -> bool:
+        """A unit is several channels."""
+        return self.group.producers[0].index.shape[1] > 1
+
+    @property
     def multiple(self) -> int:
         """Of how many units the structure keeps a multiple: its own number counts channels, of which a unit (a head) may have several."""
         of_unit = math.gcd(*(end.index.shape[1] for end in self.group.producers))
@@ -163,8 +168,8 @@ class Channels:
         multiple: keep a multiple of this number of channels (what the hardware likes: 8, 16); an attention head of 64 is one already.
         optional: beside `LowRank`, under a budget in parameters alone: at the first proximal step all these neurons are left alone for the
             whole run, unless ranks alone would keep less of the network (see `laconic.budget.needless`).
-        even: every group keeps about the same part of its neurons, so that the network is the dense one made narrower: their importance says which
-            go, not how many. Without `LowRank` beside it, and for all groups or none.
+        even: every group keeps the same part of its neurons, so that the network is the dense one made narrower: their importance says which
+            go, not how many (see `laconic.widths.narrowed`). Without `LowRank` beside it, and for all groups or none.
     """
 
     penalty: Penalty = field(default_factory=LogSum)
