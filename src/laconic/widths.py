@@ -54,45 +54,52 @@ def choose_shapes(
 
 
 def narrowed(walk: Walk) -> Walk:
-    """The largest part of every width that the limits allow.
+    """The largest part of every width that the limits allow, or what is left of it.
 
     Tried in this order: the stream as wide as its heads, a whole number of them (that next to the part which would stay of all, above or below,
-    at which the parts differ least), where the parts are not too far apart; a whole number of heads alone; all by one part.
+    at which the parts differ least), where the parts are not too far apart; a whole number of heads alone; all by one part. What has gone already
+    makes no difference, so that a run that looks again and again on its way comes to the same end.
 
     Raises:
         InfeasibleBudgetError: not even one unit of each group fits.
     """
+    dense = _with(walk, {group.name: group.group.units for group in walk.plan.neurons})
     if np.all(walk.spent <= walk.limits):
         return walk
     classes = alike(walk.plan.neurons)
-    part, end = _largest(walk, classes)
+    part, end = _largest(dense, classes)
     if end is None:
-        raise InfeasibleBudgetError(*_at(walk, classes, 0.0).smallest())
+        raise InfeasibleBudgetError(*_at(dense, classes, 0.0).smallest())
     heads = [kind for kind in classes if kind[0].of_heads]
     streams = _as_wide_as_heads(classes)
+    free = classes
     for fixed, most in ((heads + streams, APART), (heads, math.inf)) if streams else ((heads, math.inf),):
-        free = [kind for kind in classes if kind not in fixed]
-        tried = [at for whole in _next_to(part, heads, fixed) if (at := _largest(_at(walk, fixed, whole), free)[1]) is not None]
-        fitting = [(_apart(at), at) for at in tried if any(_part(at, kind) < 1 for kind in free)]  # else more could have stayed
+        others = [kind for kind in classes if kind not in fixed]
+        tried = [at for whole in _next_to(part, heads, fixed) if (at := _largest(_at(dense, fixed, whole), others)[1]) is not None]
+        fitting = [(_apart(at), at) for at in tried if any(_part(at, kind) < 1 for kind in others)]  # else more could have stayed
         if fitting and (least := min(fitting, key=lambda pair: pair[0]))[0] <= most:
-            return _filled(least[1], walk.units, free)
-    return _filled(end, walk.units, classes)
+            end, free = least[1], others
+            break
+    end = _filled(end, dense.units, free)
+    left = _with(walk, {name: min(count, walk.units[name]) for name, count in end.units.items()})
+    return left if left.units == end.units else _filled(left, walk.units, classes)
 
 
 def alike(groups: list[Neurons]) -> list[Alike]:
-    """Groups of as many units each, of as many channels in as many places."""
-    classes: dict[tuple[int, ...], Alike] = defaultdict(list)
+    """Groups of as many units each, heads apart from others: as a configuration has one number for them."""
+    classes: dict[tuple[int, int, bool], Alike] = defaultdict(list)
     for group in groups:
-        classes[group.group.units, group.multiple, *sorted(end.index.shape[1] for end in group.group.ends)].append(group)
+        classes[group.group.units, group.multiple, group.of_heads].append(group)
     return list(classes.values())
 
 
 def _as_wide_as_heads(classes: list[Alike]) -> list[Alike]:
-    """Residual streams of as many channels as the readers of all heads take in; none where there are heads of several sizes."""
-    heads = {
-        (g.group.units, g.group.units * max(end.index.shape[1] for end in g.group.consumers)) for kind in classes if (g := kind[0]).of_heads
-    }
-    return [kind for kind in classes if kind[0].norms and {width for _, width in heads} == {kind[0].group.units}] if len(heads) == 1 else []
+    """Residual streams, and what is as wide, of as many channels as the readers of all heads take in; none where there are heads of several sizes."""
+    heads = [kind[0].group for kind in classes if kind[0].of_heads]
+    widths = {group.units * max(end.index.shape[1] for end in group.consumers) for group in heads}
+    if len({group.units for group in heads}) != 1 or len(widths) != 1:
+        return []
+    return [kind for kind in classes if {kind[0].group.units} == widths and any(group.norms for group in kind)]
 
 
 def _next_to(part: float, heads: list[Alike], fixed: list[Alike]) -> list[float]:
@@ -118,13 +125,17 @@ def _count(group: Neurons, part: float) -> int:
     return max(int(part * group.group.units / group.multiple + 1e-9), 1) * group.multiple
 
 
-def _at(walk: Walk, classes: list[Alike], part: float) -> Walk:
-    """With this part of these groups, or what is left of them."""
+def _with(walk: Walk, units: dict[str, int]) -> Walk:
     walk = walk.copy()
-    for group in itertools.chain(*classes):
-        if (count := _count(group, part)) < walk.units[group.name]:
-            walk.go(group, (count, 0))
+    for group in walk.plan.neurons:
+        if units[group.name] != walk.units[group.name]:
+            walk.go(group, (units[group.name], 0))
     return walk
+
+
+def _at(walk: Walk, classes: list[Alike], part: float) -> Walk:
+    """With this part of these groups."""
+    return _with(walk, walk.units | {group.name: _count(group, part) for group in itertools.chain(*classes)})
 
 
 def _largest(walk: Walk, classes: list[Alike]) -> tuple[float, Walk | None]:
@@ -149,10 +160,8 @@ def _filled(walk: Walk, most: dict[str, int], classes: list[Alike]) -> Walk:
     """What rounding has left over: a class at a time, the one that has kept least first, while it fits."""
     while True:
         for kind in sorted(classes, key=lambda kind: _part(walk, kind)):
-            more = walk.copy()
-            for group in kind:
-                if (count := more.units[group.name] + group.multiple) <= most[group.name]:
-                    more.go(group, (count, 0))
+            counts = {group.name: min(walk.units[group.name] + group.multiple, most[group.name]) for group in kind}
+            more = _with(walk, walk.units | counts)
             if more.units != walk.units and np.all(more.spent <= more.limits):
                 walk = more
                 break

@@ -85,13 +85,15 @@ def _goes_along(module: nn.Module) -> bool:
 @dataclasses.dataclass(slots=True)
 class Layers:
     """Paths of the layers of a model: those with outputs of their own, those that pass units on, those not looked into; and where the model's own
-    code holds a number for each channel: path and name. And the paths of tables that share one weight, with the linear layer that has it, too."""
+    code holds a number for each channel: path and name. And the paths of tables that share one weight, with the linear layer that has it, too; and
+    linear layers whose outputs stay, and why."""
 
     producers: list[str] = dataclasses.field(default_factory=list)
     carriers: list[str] = dataclasses.field(default_factory=list)
     opaque: dict[str, str] = dataclasses.field(default_factory=dict)
     own: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     shared: list[list[str]] = dataclasses.field(default_factory=list)
+    fixed: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
@@ -124,7 +126,9 @@ def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
         elif parametrized:
             why = "parametrized (weight_norm, spectral_norm, ...): its weight is computed anew on every forward"
         elif supported or carrier:
-            why = _untouchable(path, module, holders, next((paths for paths in found.shared if path in paths), [path]))
+            if isinstance(module, nn.Linear) and module.bias is not None and (others := [p for p in holders[id(module.bias)] if p != path]):
+                found.fixed[path] = f"its bias is shared with {others[0]}"  # by the output layer of BERT: its inputs are no matter of the bias
+            why = _untouchable(path, module, holders, next((paths for paths in found.shared if path in paths), [path]), path in found.fixed)
         if why is None and not supported and not carrier:
             found.own += [(path, name) for name, tensor in _own(module) if len(holders[id(tensor)]) == 1]
             continue
@@ -162,7 +166,7 @@ def _shared_tables(model: nn.Module, holders: Mapping[int, list[str]]) -> list[l
     return found
 
 
-def _untouchable(path: str, module: nn.Module, holders: Mapping[int, Sequence[str]], shared: Sequence[str]) -> str | None:
+def _untouchable(path: str, module: nn.Module, holders: Mapping[int, Sequence[str]], shared: Sequence[str], fixed: bool) -> str | None:
     parameters = list(module.parameters())
     if has_own_forward(module):
         return "it has a forward of its own, set on the object, which may rely on its width"
@@ -175,6 +179,8 @@ def _untouchable(path: str, module: nn.Module, holders: Mapping[int, Sequence[st
     if not all(p.requires_grad for p in parameters):
         return "frozen (requires_grad is False)"
     for parameter in parameters:
+        if fixed and parameter is module.bias:
+            continue
         others = sorted(p for p in holders[id(parameter)] if p not in shared and not p.startswith(f"{path}."))
         if others:
             return f"its weight is shared with {others[0]}"
@@ -219,6 +225,8 @@ def _trace(
             usual = len(given) == 1 or (given and isinstance(module, nn.Embedding))
             if why is None and usual and isinstance(result, Tensor):
                 tracer.layer(path, module, given[0], result)
+                if path in layers.fixed:
+                    tracer.hold_all(result, layers.fixed[path])
             else:
                 reason = f"{path} reads it, which stays as it is: {why or 'it is called in an unusual way'}"
                 tracer.hold_all((args, kwargs), reason, list(leaves(result)) or None)
