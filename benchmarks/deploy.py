@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from common import interleaved, write
 from onnxruntime import InferenceSession, SessionOptions
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quant_pre_process, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quant_pre_process, quantize_static
 from torch import Tensor, nn
 
 import laconic
@@ -71,12 +71,12 @@ def to_onnx(model: nn.Module, x: Tensor, file: Path) -> Path:
 
 
 def to_int8(file: Path, x: Tensor) -> Path:
-    """Weights and activations, static ranges, a scale for each output channel."""
+    """Weights and activations, a scale for each output channel; the ranges of activations leave out the largest (with all of them the networks lose up to 0.8 points more)."""
     prepared, quantized = file.with_suffix(".prepared.onnx"), file.with_suffix(".int8.onnx")
     quant_pre_process(file, prepared)
     name = InferenceSession(prepared).get_inputs()[0].name
     kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "quant_format": QuantFormat.QDQ}
-    quantize_static(prepared, quantized, Images(x, name), per_channel=True, **kinds)
+    quantize_static(prepared, quantized, Images(x, name), calibrate_method=CalibrationMethod.Percentile, per_channel=True, **kinds)
     return quantized
 
 
@@ -94,6 +94,7 @@ def milliseconds(served: dict[str, tuple[nn.Module, int]], x: Tensor) -> dict[st
 
 def main(runs: Path) -> None:
     logging.getLogger().setLevel(logging.ERROR)  # quantize_static says on each call what it would like better
+    torch._dynamo.config.recompile_limit = 64  # three networks of one class, in three sizes of batches
     recipe = load_recipe(RECIPE)
     data = load_dataset(recipe.task, None, recipe.train_limit or None, recipe.size)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():

@@ -127,7 +127,9 @@ def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
             why = "parametrized (weight_norm, spectral_norm, ...): its weight is computed anew on every forward"
         elif supported or carrier:
             if isinstance(module, nn.Linear) and module.bias is not None and (others := [p for p in holders[id(module.bias)] if p != path]):
-                found.fixed[path] = f"its bias is shared with {others[0]}"  # by the output layer of BERT: its inputs are no matter of the bias
+                found.fixed[path] = (
+                    f"its bias is shared with {others[0]}"  # by the output layer of BERT: its inputs are no matter of the bias
+                )
             why = _untouchable(path, module, holders, next((paths for paths in found.shared if path in paths), [path]), path in found.fixed)
         if why is None and not supported and not carrier:
             found.own += [(path, name) for name, tensor in _own(module) if len(holders[id(tensor)]) == 1]
