@@ -41,6 +41,7 @@ class Onnx(nn.Module):
         super().__init__()
         options = SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait would take time from the next network
         self.session = InferenceSession(file, options)
         self.anywhere = nn.Parameter(torch.zeros(()))  # the CPU
 
