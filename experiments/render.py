@@ -216,6 +216,17 @@ def attention(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def deploy(_: str) -> str:
+    """Accuracy, bytes and milliseconds in each runtime."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "deploy.json").read_text())["rows"]
+    names = {"dense": "dense", "thin-long": "thin dense", "laconic": "**laconic**"}
+    lines = ["| | network | accuracy, % | file, kB | one image, ms | 64 images, ms |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        cells = f"{r['accuracy']:.2f} | {r['bytes'] / 1e3:,.0f} | {r['ms_one']:.2f} | {r['ms_64']:.2f}"
+        lines.append(f"| {r['runtime']} | {names[r['method']]} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
 def training(_: str) -> str:
     """Training time against the plain loop."""
     if not (ROOT / "benchmarks" / "results" / "training.json").exists():
@@ -472,6 +483,7 @@ TABLES = {
     "rates": rates,
     "milliseconds-scene": lambda _: milliseconds("scene"),
     "inference": inference,
+    "deploy": deploy,
     "attention": attention,
     "training": training,
     "profile": profile,

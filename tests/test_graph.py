@@ -497,6 +497,21 @@ def test_shared_modules_and_tied_weights():
     assert "also reads something else" in reasons["body"]
 
 
+def test_outputs_stay_where_the_bias_is_another_modules_and_inputs_go():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+            self.bias = self.second.bias
+
+        def forward(self, x):
+            return self.third(F.relu(self.second(F.relu(self.first(x))) + self.bias))
+
+    groups, reasons = find_groups(Net(), (torch.randn(4, 8),))
+    assert {g.name: g.units for g in groups} == {"first": 16}
+    assert reasons["second"] == "its bias is shared with the model itself"
+
+
 # ---- failing softly -------------------------------------------------------------------------------------------------
 
 

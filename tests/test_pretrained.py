@@ -79,6 +79,13 @@ def test_each_part_of_a_configuration_has_its_own_sizes():
     assert vision < 0.5
 
 
+def test_the_size_of_a_head_is_said_where_the_stream_is_of_another_width():
+    model = cut(of("Qwen2ForCausalLM", **GROUPED), share=0.6)
+    small = reconfigured(model, WORDS)
+    assert small.config.head_dim == 8
+    assert small.config.hidden_size != 8 * small.config.num_attention_heads
+
+
 def test_a_model_in_another_precision_in_training_stays_so():
     model = cut(gpt2()).to(torch.bfloat16).train()
     small = reconfigured(model, WORDS)

@@ -128,7 +128,7 @@ def _layers(model: nn.Module) -> tuple[Layers, dict[str, str]]:
         elif supported or carrier:
             if isinstance(module, nn.Linear) and module.bias is not None and (others := [p for p in holders[id(module.bias)] if p != path]):
                 found.fixed[path] = (
-                    f"its bias is shared with {others[0]}"  # by the output layer of BERT: its inputs are no matter of the bias
+                    f"its bias is shared with {others[0] or 'the model itself'}"  # by the output layer of BERT: its inputs are no matter of the bias
                 )
             why = _untouchable(path, module, holders, next((paths for paths in found.shared if path in paths), [path]), path in found.fixed)
         if why is None and not supported and not carrier:
@@ -185,7 +185,7 @@ def _untouchable(path: str, module: nn.Module, holders: Mapping[int, Sequence[st
             continue
         others = sorted(p for p in holders[id(parameter)] if p not in shared and not p.startswith(f"{path}."))
         if others:
-            return f"its weight is shared with {others[0]}"
+            return f"its weight is shared with {others[0] or 'the model itself'}"
     return None
 
 
