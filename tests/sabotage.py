@@ -1839,6 +1839,38 @@ EDITS = [
         "generates",
     ),
     Edit(
+        "layers fitted to the wrong channels",
+        "refit.py",
+        'channels_kept(module, "out")',
+        'channels_kept(layer, "out")',
+        "test_refit",
+        "narrower_and_a_pair",
+    ),
+    Edit("no ridge", "refit.py", "RIDGE * gram.diagonal()", "0 * gram.diagonal()", "test_refit", "least_squares"),
+    Edit("bias left out of the fit", "refit.py", "layer.bias.copy_(fitted[:, -1])", "pass", "test_refit", "least_squares"),
+    Edit(
+        "a frozen layer is fitted",
+        "refit.py",
+        "owners[id(p)] == 1 and p.requires_grad",
+        "owners[id(p)] == 1",
+        "test_refit",
+        "stays_as_it_is",
+    ),
+    Edit(
+        "a shared weight is fitted", "refit.py", "owners[id(p)] == 1 and p.requires_grad", "p.requires_grad", "test_refit", "stays_as_it_is"
+    ),
+    Edit("what runs twice is fitted", "refit.py", "if times == 1]", "]", "test_refit", "stays_as_it_is"),
+    Edit("a fit that leads away is kept", "refit.py", "if after > before:", "if False:", "test_refit", "leads_away"),
+    Edit("BatchNorm goes by what the cut layers put out", "refit.py", "            norm.train()\n", "", "test_refit", "convolutions"),
+    Edit(
+        "statistics of before the fit",
+        "compaction.py",
+        "            reestimate(model, batches)\n    result.timings",
+        "    result.timings",
+        "test_refit",
+        "anew",
+    ),
+    Edit(
         "what has gone on the way decides on what stays",
         "widths.py",
         "dense = _with(walk, {group.name: group.group.units for group in walk.plan.neurons})",

@@ -116,6 +116,21 @@ def test_compress_with_inputs_counts_them_and_re_estimates_statistics(tmp_path, 
     torch.testing.assert_close(small[1].running_mean, torch.stack([b.mean(0) for b in inner.split(64)]).mean(0))
     run(
         "compress",
+        "two_nets:normed",
+        "--weights",
+        "normed.pt",
+        "--out",
+        "fitted",
+        "--params",
+        0.5,
+        "--inputs",
+        "x.npy",
+        "--refit",
+        "--json",
+    )
+    assert any(note.startswith("2 layers were fitted") for note in json.loads(capsys.readouterr().out)["notes"])
+    run(
+        "compress",
         "two_nets:tokens",
         "--weights",
         "tokens.pt",
@@ -162,6 +177,7 @@ BAD = [
     ),
     (["compress", "torch:pi", "--weights", "w.pt", "--out", "x", "--params", "0.5"], "called without arguments: TypeError: .*not callable"),
     (["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "typo.toml/x", "--params", "0.5"], "typo.toml is not a directory"),
+    (["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "x", "--params", "0.5", "--refit"], "--refit: needs --inputs"),
     (["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "x", "--macs", "0.5"], "--macs 0.5: needs --inputs, or --input-shape"),
     (
         ["compress", "torch.nn:Identity", "--weights", "w.pt", "--out", "x", "--macs", "0.5", "--input-shape", "-1", "3"],

@@ -28,6 +28,7 @@ from .measure import check_inputs, input_shapes, measure_latency
 from .outcome import make_report
 from .penalties import check_share
 from .plan import Plan, check_structures, make_plan
+from .refit import refit_layers
 from .report import CompactReport
 from .slimming import importances_of, slim_neurons, took_out, unseen, watch_inputs
 from .solvers.gram import COLUMNS
@@ -325,6 +326,7 @@ def compress(
     example_inputs: Any = None,
     calibration: Iterable[Any] | None = None,
     only_faster: bool = False,
+    refit: bool = False,
 ) -> CompactReport:
     """Cut a trained model as it is, in place, without training.
 
@@ -336,6 +338,8 @@ def compress(
         example_inputs: tuple of positional arguments, or a dict of arguments by name; needed for MACs, timings and `max_abs_diff`.
         calibration: batches of inputs on which BatchNorm statistics are re-estimated after the cut.
         only_faster: time every layer and leave dense what does not get faster.
+        refit: then fit the layers, one after the other, by least squares on `calibration` (some hundred inputs) to what they put out before (see
+            `laconic.refit`). Takes a second copy of the model, and two runs over the inputs for each layer.
 
     Raises:
         InfeasibleBudgetError, InvalidValueError, NothingToCompressError, PatternError, SurgeryError.
@@ -358,6 +362,9 @@ def compress(
     plan = make_plan(model, structures, example_inputs)
     values = spectra(plan)
     batches = as_batches(calibration)
+    if refit and batches is None:
+        raise InvalidValueError("refit=True fits layers on calibration inputs: give calibration=, some batches of inputs")
+    before = copy.deepcopy(model) if refit else None
     choosing = bool(plan.neurons) and budget is not None
     moments = watch_inputs(model, plan, batches or [example_inputs]) if choosing else {}
     importances = importances_of(plan, moments)
@@ -387,6 +394,12 @@ def compress(
         ranks, times, notes = choose_ranks(model, plan, values, choose, only_faster, example_inputs)
         left = None if choosing and batches and not batch_norms(model) else batches  # it has had its effect
         result.add(cut_sites(model, plan, values, ranks, example_inputs=example_inputs, calibration=left))
+        if before is not None and batches is not None:
+            try:
+                result.notes.append(refit_layers(model, before, batches))
+            except RuntimeError as error:  # of PyTorch, on a batch that the model does not take
+                raise SurgeryError(f"the model does not run on calibration (RuntimeError: {first_line(error)}); {BATCHES}") from error
+            reestimate(model, batches)
     result.timings = times
     result.notes[:0] = [*unasked, *notes, *(unseen(plan, moments) if budget is not None else [])]
     return make_report(model, plan, result, example_inputs, budget, dense)

@@ -33,6 +33,7 @@ def compress(
     energy: float | None = None,
     input_shape: tuple[int, ...] = (),
     inputs: Path | None = None,
+    refit: bool = False,
     unfuse: bool = False,
     matricization: str = "out,in*kh*kw",
     json: bool = False,
@@ -51,6 +52,7 @@ def compress(
         energy: instead of a budget, the share of squared singular values that each layer keeps.
         input_shape: of one input, batch first, e.g. 1 3 32 32: of random numbers.
         inputs: a .npy file, or a .pt file with one tensor: inputs of the model, batch first. BatchNorm statistics are re-estimated on them.
+        refit: then fit the layers to what they put out on --inputs (some hundred) before the cut.
         unfuse: cut the attention of nn.MultiheadAttention and TransformerEncoderLayer, too, as `laconic.unfuse` does; load with it again.
         matricization: of convolutions: "out,in*kh*kw", "out*kh,in*kw", or "auto".
         json: print the report as JSON.
@@ -60,6 +62,8 @@ def compress(
         raise InvalidValueError(
             f"--input-shape {' '.join(map(str, input_shape))}: every number must be at least 1, batch first, e.g. 1 3 32 32"
         )
+    if refit and inputs is None:
+        raise InvalidValueError("--refit: needs --inputs, some hundred of them")
     if input_shape and inputs is not None:
         raise InvalidValueError("--input-shape and --inputs: give one of them")
     if macs is not None and not input_shape and inputs is None:
@@ -74,10 +78,10 @@ def compress(
     if given is not None and given.is_floating_point():
         given = given.to(next(model.parameters()).dtype)
     example = given[:1] if given is not None else torch.randn(input_shape, generator=torch.Generator().manual_seed(0))
-    calibration = given.split(BATCH) if given is not None and batch_norms(model) else None
+    calibration = given.split(BATCH) if given is not None and (refit or batch_norms(model)) else None
     with console.status("cutting"):
         report = compress_model(
-            model, LowRank(matricization=matricization), budget, energy=energy, calibration=calibration,
+            model, LowRank(matricization=matricization), budget, energy=energy, calibration=calibration, refit=refit,
             example_inputs=(example,) if input_shape or given is not None else None,
         )  # fmt: skip
         folder = checkpoint.save(model, out, report=report)

@@ -21,6 +21,7 @@ from .learning_compression import LC
 from .magnitude import MAGNITUDE
 from .ours import BOTH, CHANNELS, LACONIC, LATE, LOW_RANK, UNPRESSED, compressor_for
 from .pat import PAT
+from .refitted import REFITTED
 from .spectral_penalties import SLORR_HOYER, SLORR_HOYER_TUNED, SLORR_NUC, SPECTRAL_WEIGHT_DECAY
 from .svd import SVD, SVD_ENERGY, SVD_ENERGY_TUNED
 from .svd import cut as cut_after_training
@@ -63,6 +64,7 @@ METHODS: dict[str, Method] = {
     "torch-pruning-taylor": TORCH_PRUNING_TAYLOR,
     "late": LATE,
     "cut-once": CUT_ONCE,
+    "refitted": REFITTED,
     "unpressed": UNPRESSED,
     "low-rank": LOW_RANK,
     "channels": CHANNELS,

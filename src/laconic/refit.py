@@ -1,0 +1,176 @@
+r"""Fit the layers of a cut model, one after the other, to what they put out before the cut.
+
+.. math:: W_l = \operatorname{argmin}_W \sum_x \|W x_l - (y_l)_{K_l}\|_2^2 + \lambda \|W - W_l^0\|_F^2
+
+where :math:`y_l` is what the layer (linear, or a convolution on all its patches; with its bias) puts out in the dense model, :math:`K_l` the channels that
+are left of it, :math:`x_l` what it takes in in the cut model, whose earlier layers are fitted already, and :math:`W_l^0` its weight after the cut. Of a pair
+the last layer is fitted. No gradient, no labels: a few hundred inputs.
+
+Sources: Zhang et al. 2016, *Accelerating Very Deep Convolutional Networks*, on ranks; He et al. 2017, *Channel Pruning*, and Luo et al. 2017, *ThiNet*, on channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .graph.labels import leaves
+from .matricize import has_own_forward, is_hf_conv1d
+from .measure import call, check_inputs, evaluating
+from .surgery.batchnorm import batch_norms
+from .surgery.channels import channels_kept
+from .surgery.factorize import MARK, plain_layers
+
+RIDGE = 1e-3  # lambda, as a part of the mean square of the inputs
+ROWS = 8192  # of patches in a batch: more say little that is new
+
+
+class _Reached(Exception):  # noqa: N818  no error
+    """Nothing behind this layer need run."""
+
+
+def refit_layers(model: nn.Module, dense: nn.Module, batches: Sequence[Any]) -> str:
+    """Fit all layers that can be, in place, and say how far the model's outputs are from the dense one's, before and after.
+
+    Args:
+        dense: the model before it was cut.
+        batches: as of `calibration`.
+    """
+    inputs = [check_inputs(batch, model, "a batch of calibration") for batch in batches]
+    with evaluating(model), evaluating(dense), _statistics_of_the_batch(model), torch.no_grad():
+        before = _distance(model, dense, inputs)
+        paths = _fittable(model, dense, inputs[0])
+        start = [(p, p.clone()) for path in paths for p in plain_layers(model.get_submodule(path))[-1].parameters()]
+        fitted = sum([_fit(model, dense, path, inputs) for path in paths])
+        after = _distance(model, dense, inputs)
+        if after > before:
+            for parameter, value in start:
+                parameter.copy_(value)
+            return (
+                f"no layer was fitted: the outputs would differ from the dense model's by {after:.2g} of their size, as cut by {before:.2g}"
+            )
+    return f"{fitted} layers were fitted to what they put out before: the outputs differ from the dense model's by {after:.2g} of their size, as cut by {before:.2g}"
+
+
+@contextlib.contextmanager
+def _statistics_of_the_batch(model: nn.Module) -> Iterator[None]:
+    """BatchNorm goes by the batch inside: its own statistics are of layers as they were. These stay."""
+    momenta = [(norm, norm.momentum) for norm in batch_norms(model)]
+    try:
+        for norm, _ in momenta:
+            norm.train()
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+
+
+def _fittable(model: nn.Module, dense: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
+    """Paths in the order in which they run. Not what runs twice, shares its weight, is frozen, or has code of its own around it."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    order: list[str] = []
+    handles = []
+    inside = {f"{path}." for path, module in model.named_modules() if hasattr(module, MARK)}
+    for path, module in model.named_modules():
+        if any(path.startswith(pair) for pair in inside) or not (hasattr(module, MARK) or _is_plain(module)):
+            continue
+        last = plain_layers(module)[-1]
+        free = all(owners[id(p)] == 1 and p.requires_grad for p in last.parameters())
+        if free and _is_plain(last) and not has_own_forward(module) and not isinstance(dense.get_submodule(path), nn.Embedding):
+            handles.append(module.register_forward_hook(lambda _m, _a, _o, path=path: order.append(path)))
+    try:
+        call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [path for path, times in Counter(order).items() if times == 1]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Is it linear in patches of its inputs, with one row of weights for each output?"""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return module.groups == 1 and module.padding_mode == "zeros" and isinstance(module.padding, tuple)
+    return type(module) is nn.Linear or is_hf_conv1d(module)
+
+
+def _fit(model: nn.Module, dense: nn.Module, path: str, inputs: Sequence[tuple[Any, ...]]) -> bool:
+    """Normal equations in float64, batch by batch; the weight is the solution where that is finite."""
+    module = model.get_submodule(path)
+    layer = plain_layers(module)[-1]
+    weight = layer.weight.T if is_hf_conv1d(layer) else layer.weight.flatten(1)
+    start = weight.double() if layer.bias is None else torch.cat([weight, layer.bias[:, None]], 1).double()
+    kept = torch.from_numpy(channels_kept(module, "out")).to(weight.device)
+    gram, across = torch.zeros((), dtype=torch.float64, device=weight.device), torch.zeros((), dtype=torch.float64, device=weight.device)
+    for batch in inputs:
+        taken = _patches(layer, _seen(model, layer, batch, given=True))
+        put = _seen(dense, dense.get_submodule(path), batch, given=False)
+        put = put.movedim(1, -1) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else put
+        put = put.flatten(0, -2)[:, kept].double()
+        if len(put) != len(taken):
+            return False
+        some = slice(None, None, -(-len(put) // ROWS))
+        x, y = taken[some].double(), put[some]
+        if layer.bias is not None:
+            x = F.pad(x, (0, 1), value=1.0)
+        gram, across = gram + x.T @ x, across + x.T @ (y - x @ start.T)
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    change, failed = torch.linalg.solve_ex(gram + ridge, across)
+    if int(failed) or not bool(torch.isfinite(change).all()):
+        return False
+    fitted = start + change.T
+    if layer.bias is not None:
+        layer.bias.copy_(fitted[:, -1])
+        fitted = fitted[:, :-1]
+    layer.weight.copy_(fitted.T if is_hf_conv1d(layer) else fitted.reshape(layer.weight.shape))
+    return True
+
+
+def _seen(model: nn.Module, layer: nn.Module, inputs: tuple[Any, ...], given: bool) -> Tensor:
+    """What a layer takes in, or puts out, in one run of the model."""
+    found: list[Tensor] = []
+
+    def stop(x: Any) -> None:
+        found.append(x)
+        raise _Reached
+
+    handle = (
+        layer.register_forward_pre_hook(lambda _, args: stop(args[0]))
+        if given
+        else layer.register_forward_hook(lambda _, a, out: stop(out))
+    )
+    try:
+        call(model, inputs)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """`[positions, inputs of one output]`, in the order of the weight."""
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        return x.flatten(0, -2)
+    assert isinstance(layer.padding, tuple)
+    if isinstance(layer, nn.Conv1d):
+        x = F.unfold(x[:, :, None], (1, *layer.kernel_size), (1, *layer.dilation), (0, *layer.padding), (1, *layer.stride))
+    else:
+        x = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    return x.movedim(1, -1).flatten(0, -2)
+
+
+def _distance(model: nn.Module, dense: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> float:
+    """Of the outputs, relative, in root mean square over all batches."""
+    off = size = 0.0
+    for batch in inputs:
+        for a, b in zip(leaves(call(model, batch)), leaves(call(dense, batch)), strict=False):
+            if a.shape == b.shape and a.is_floating_point():
+                off, size = off + float((a - b).double().square().sum()), size + float(b.double().square().sum())
+    return (off / size) ** 0.5 if size else 0.0
