@@ -216,6 +216,20 @@ def attention(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def refit(_: str) -> str:
+    """Cut without training, as cut and fitted: a row for each share, of photographs in percent, of the text in bits."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "refit.json").read_text())["rows"]
+    tasks = {"scene": ("photographs, %", "accuracy", 2), "tiny-shakespeare": ("GPT, bits", "bits", 3)}
+    lines = ["| | of the parameters | ranks, as cut | fitted | even widths, as cut | fitted |", "|---|---|---|---|---|---|"]
+    for task, (name, key, digits) in tasks.items():
+        of_task = {(r["share"], r["what"], r["refit"]): f"{r[key]:.{digits}f}" for r in rows if r["task"] == task}
+        lines.append(f"| {name} | 1 | {of_task[1.0, 'dense', False]} | | | |")
+        for share in dict.fromkeys(s for s, *_ in of_task if s < 1):
+            cells = [of_task[share, what, fitted] for what in ("ranks", "even widths") for fitted in (False, True)]
+            lines.append(f"| {name} | {share:g} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def deploy(_: str) -> str:
     """Accuracy, bytes and milliseconds in each runtime."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "deploy.json").read_text())["rows"]
@@ -484,6 +498,7 @@ TABLES = {
     "milliseconds-scene": lambda _: milliseconds("scene"),
     "inference": inference,
     "deploy": deploy,
+    "refit": refit,
     "attention": attention,
     "training": training,
     "profile": profile,

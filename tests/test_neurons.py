@@ -1425,3 +1425,37 @@ def test_units_that_do_not_belong_together_are_refused_whatever_the_precision(dt
     with pytest.raises(laconic.SurgeryError, match=r"outputs differ .* more than rounding"):
         slim_neurons(model, plan, {site.name: np.ones(16)}, {site.name: list(range(8))}, example_inputs=(x,))
     assert_same(snapshot(model), before)
+
+
+class SharedBias(nn.Module):
+    """Two heads with one bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.p, self.q = nn.Linear(8, 32), nn.Linear(8, 32), nn.Linear(32, 6), nn.Linear(32, 6)
+        self.q.bias = self.p.bias
+
+    def forward(self, x):
+        return self.p(torch.sigmoid(self.a(x))), self.q(torch.sigmoid(self.b(x)))
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_what_units_put_out_on_the_average_goes_into_no_bias_that_is_anothers_too(zeroed):
+    torch.manual_seed(0)
+    model, x = SharedBias().eval(), torch.randn(64, 8)
+    if zeroed:
+        with torch.no_grad():
+            model.a.weight[:8] = 0
+    wanted = model(x)[1].detach()
+    if zeroed:
+        compressor = laconic.Compressor(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), laconic.Channels(include="a", strength=0.1), example_inputs=(x[:4],)
+        )
+        report = compressor.compact()
+        assert any(
+            "has a bias that is another module's, too" in note for note in [*report.notes, *(layer.note or "" for layer in report.layers)]
+        )
+    else:
+        laconic.compress(model, laconic.Channels(include="a"), laconic.Budget(params=0.8), example_inputs=(x[:4],), calibration=[x])
+        assert model.a.out_features < 32
+    torch.testing.assert_close(model(x)[1], wanted, rtol=0, atol=1e-6)

@@ -94,6 +94,42 @@ def test_a_model_in_another_precision_in_training_stays_so():
     assert small.lm_head.weight is small.transformer.wte.weight
 
 
+def test_what_a_model_keeps_in_float32_stays_so(tmp_path):
+    """Rotary frequencies are no parameters, and are not saved."""
+    of("LlamaForCausalLM", **SIZES).save_pretrained(tmp_path)
+    model = cut(hf.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval())
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    inputs = {"input_ids": torch.randint(20, (2, 256))}
+    small = reconfigured(model, inputs)
+    assert small.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(small(**inputs).logits, model(**inputs).logits)
+
+
+def test_what_is_frozen_in_eval_mode_or_set_stays_so_and_no_random_number_is_drawn():
+    model = of("BertForSequenceClassification", attn_implementation="eager", **SIZES, **POSITIONS)
+    cut(model).train()
+    model.bert.embeddings.requires_grad_(False).eval()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    small = reconfigured(model, WORDS)
+    assert torch.equal(torch.rand(1), expected)
+    assert {n: p.requires_grad for n, p in small.named_parameters()} == {n: p.requires_grad for n, p in model.named_parameters()}
+    assert {n: m.training for n, m in small.named_modules()} == {n: m.training for n, m in model.named_modules()}
+    assert len(small(**WORDS, output_attentions=True).attentions) == 2
+
+
+class Own(hf.BertPreTrainedModel):
+    """Cannot be built from its configuration alone."""
+
+    def __init__(self, config, classes):
+        super().__init__(config)
+        self.bert, self.head = hf.BertModel(config, add_pooling_layer=False), torch.nn.Linear(config.hidden_size, classes)
+
+    def forward(self, input_ids):
+        return self.head(self.bert(input_ids).last_hidden_state)
+
+
 def test_it_generates_as_the_cut_model_does():
     model = cut(gpt2()).eval()
     model.generation_config.max_new_tokens = 3
@@ -135,6 +171,10 @@ REFUSED = {
     ),
     "sizes that the class refuses": (
         lambda: cut(of("LlamaForCausalLM", **GROUPED), share=0.75), errors.InvalidValueError, r"no LlamaConfig describes this model: hidden_size = \d+.*is not a multiple of the number of attention heads",
+    ),
+    "a class that wants more than a configuration": (
+        lambda: cut(Own(hf.BertConfig(vocab_size=20, **SIZES, **POSITIONS), 3)), errors.InvalidValueError,
+        r"^Own cannot be built from its configuration alone \(TypeError: .*\): laconic\.save and laconic\.load keep it$",
     ),
     "wrong example inputs": (lambda: cut(gpt2()), errors.InvalidTypeError, r"example_inputs: strange: not among the arguments"),
 }  # fmt: skip

@@ -437,6 +437,53 @@ def test_a_run_that_looks_again_and_again_ends_where_a_cut_at_once_does(share):
     assert {g.name: g.kept for g in report.groups} == evenly(gpt(), (tokens(),), share)[2].units
 
 
+def convolutions(*widths: int) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [m for i, o in zip((3, *widths), widths, strict=False) for m in (nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 5))
+
+
+@pytest.mark.parametrize(("widths", "share", "multiple"), [((16, 24, 40, 80), 0.5, 8), ((16, 8, 32, 32), 0.264, 4)])
+def test_a_run_without_heads_ends_where_a_cut_at_once_does(widths, share, multiple):
+    x, structure = torch.randn(8, 3, 6, 6), laconic.Channels(even=True, multiple=multiple)
+    model = convolutions(*widths)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    compressor = laconic.Compressor(
+        model, optimizer, structure, budget=laconic.Budget(params=share), total_steps=100, example_inputs=(x[:1],), every=1
+    )
+    for _ in range(100):
+        F.cross_entropy(model(x), torch.arange(8) % 5).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    report = compressor.compact()
+    assert {g.name: g.kept for g in report.groups} == evenly(convolutions(*widths), (x[:1],), share, structure)[2].units
+
+
+def test_a_layer_of_fewer_channels_than_a_multiple_is_counted_as_it_is():
+    report = laconic.compress(
+        convolutions(4, 10, 12),
+        laconic.Channels(even=True, multiple=8),
+        laconic.Budget(params=0.829),
+        example_inputs=(torch.randn(1, 3, 6, 6),),
+    )
+    assert [g.kept for g in report.groups] == [4, 8, 12] or report.params_after <= 0.829 * report.params_before
+    with pytest.raises(laconic.errors.InfeasibleBudgetError, match=r"smallest feasible: params=0\.\d+"):
+        evenly(convolutions(4, 10), (torch.randn(1, 3, 6, 6),), 0.7, laconic.Channels(even=True, multiple=8))
+
+
+def test_gated_hidden_units_in_one_piece_are_no_heads():
+    import transformers as hf
+
+    torch.manual_seed(0)
+    special = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 12}
+    model = hf.ModernBertForMaskedLM(hf.ModernBertConfig(vocab_size=20, **sizes, **special)).eval()
+    _, _, walk = evenly(model, (tokens(2),), 0.3)
+    widths = widths_by_size(walk)
+    assert widths[48] == 4 * widths[12]
+    assert walk.spent > 0.98 * walk.limits
+
+
 def test_even_neurons_of_few_heads_keep_the_nearer_number_of_them():
     """Of two heads for all queries, at six tenths: both, and not one."""
     _, _, walk = evenly(llama(), (tokens(),), 0.6)

@@ -528,7 +528,7 @@ class Compressor:
         walk = choose_shapes(self.plan, state.values, state.importances, self.budget.currencies, limits, dense)
         if way == 1:
             state.cuts.prices = walk.prices()
-        elif walk.has_heads:
+        elif walk.has_heads or any(group.structure.even for group in self.plan.neurons):
             # Not below what the whole way leaves: units that went in a head's place would be missed once the head goes after all.
             with contextlib.suppress(InfeasibleBudgetError):
                 end = choose_shapes(

@@ -23,7 +23,7 @@ from .moments import FEWEST, InputMoments, Moments
 from .plan import Plan
 from .surgery.batchnorm import BATCHES
 from .surgery.channels import Group, channels_kept, parameters_at, slim, slimmed, width
-from .surgery.constants import response
+from .surgery.constants import response, shares_bias
 from .surgery.factorize import plain_layers
 
 UNSAFE = (
@@ -131,6 +131,8 @@ def fold_means(model: nn.Module, groups: Sequence[Group], kept: dict[str, list[i
             module: Layer = model.get_submodule(end.path)
             last = plain_layers(module)[-1]
             if last.bias is None or end.path not in means or isinstance(last, TRANSPOSED_CONVS) or getattr(last, "groups", 1) > 1:
+                continue
+            if shares_bias(model, module):
                 continue
             gone = np.isin(channels_kept(module, "in"), np.delete(end.index, kept[group.name], axis=0).ravel())
             flow = response(module, torch.where(torch.from_numpy(gone), means[end.path], 0.0))

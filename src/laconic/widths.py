@@ -86,7 +86,9 @@ def narrowed(walk: Walk) -> Walk:
 
 
 def alike(groups: list[Neurons]) -> list[Alike]:
-    """Groups of as many units each, heads apart from others: as a configuration has one number for them."""
+    """Groups of as many units each, heads apart from others: as a configuration has one number for them. Without a residual stream each by itself."""
+    if not any(group.norms for group in groups):
+        return [[group] for group in groups]
     classes: dict[tuple[int, int, bool], Alike] = defaultdict(list)
     for group in groups:
         classes[group.group.units, group.multiple, group.of_heads].append(group)
@@ -122,7 +124,7 @@ def _apart(walk: Walk) -> float:
 
 def _count(group: Neurons, part: float) -> int:
     """As many units, in multiples; one multiple at least."""
-    return max(int(part * group.group.units / group.multiple + 1e-9), 1) * group.multiple
+    return min(max(int(part * group.group.units / group.multiple + 1e-9), 1) * group.multiple, group.group.units)
 
 
 def _with(walk: Walk, units: dict[str, int]) -> Walk:

@@ -40,7 +40,17 @@ WIDTHS: tuple[str, ...] = (
     "word_embed_proj_dim",
     "pooler_hidden_size",
 )
-WIDTHS += ("intermediate_size", "n_inner", "d_ff", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim")
+WIDTHS += (
+    "intermediate_size",
+    "n_inner",
+    "d_ff",
+    "hidden_dim",
+    "ffn_dim",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "decoder_hidden_size",
+    "decoder_intermediate_size",
+)
 HEADS = (
     "num_attention_heads",
     "n_head",
@@ -81,8 +91,14 @@ def reconfigured(model: PreTrainedModel, example_inputs: Any) -> PreTrainedModel
         )
     inputs = check_inputs(example_inputs, model)
     wanted = shapes(model)
+    try:
+        dense = shapes(skeleton(model, model.config))
+    except Exception as error:
+        raise InvalidValueError(
+            f"{type(model).__name__} cannot be built from its configuration alone ({type(error).__name__}: {first_line(error)}): laconic.save and laconic.load keep it"
+        ) from None
     nearest: tuple[float, str] = (math.inf, "")
-    for changes in itertools.islice(candidates(model.config, changed_sizes(skeleton(model, model.config), wanted)), TRIED):
+    for changes in itertools.islice(candidates(model.config, changed_sizes(dense, wanted)), TRIED):
         config = with_changes(model.config, changes)
         try:
             found = shapes(skeleton(model, config))
@@ -94,9 +110,9 @@ def reconfigured(model: PreTrainedModel, example_inputs: Any) -> PreTrainedModel
             nearest = min(nearest, (len(wrong), f"with {described(changes)} {wrong[0]} would be {there}, and is {here}"))
             continue
         try:
-            config = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))  # as from a file, when it is checked
+            type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))  # as from a file, when it is checked
         except Exception as error:
-            nearest = min(nearest, (0, f"{described(changes)}: {str(error).splitlines()[-1].strip()}"))
+            nearest = min(nearest, (0, f"{described(changes)}: {' '.join(str(error).split())}"))
             continue
         fresh = filled(model, config)
         before = outputs(model, inputs)
@@ -119,10 +135,10 @@ def skeleton(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedMode
         return type(model)(copy.deepcopy(config))
 
 
-def changed_sizes(dense: nn.Module, now: Shapes) -> dict[int, set[int]]:
+def changed_sizes(dense: Shapes, now: Shapes) -> dict[int, set[int]]:
     """What has become of axes of a size, over all tensors."""
     sizes: dict[int, set[int]] = defaultdict(set)
-    for name, shape in shapes(dense).items():
+    for name, shape in dense.items():
         for old, new in zip(shape, now.get(name, ()), strict=False):
             sizes[old].add(new)
     return sizes
@@ -165,11 +181,23 @@ def described(changes: list[Entry]) -> str:
 
 
 def filled(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
-    """With the model's numbers, in its precision, on its device, in its mode."""
-    fresh = type(model)(config)
-    nn.Module.to(fresh, device=model.device, dtype=model.dtype)
-    fresh.load_state_dict(model.state_dict())
-    fresh.train(model.training)
+    """With the numbers of the model, also those that are not saved, each in its precision and place, what is tied tied, what is frozen frozen."""
+    with torch.random.fork_rng(devices=[]):
+        fresh = type(model)(config)
+    modules = dict(model.named_modules())
+    for path, module in ((path, module) for path, module in fresh.named_modules() if path in modules):
+        module.training = modules[path].training
+        for name, buffer in modules[path]._buffers.items():
+            if buffer is not None and name in module._buffers:
+                # What is not saved is computed from the configuration, here as when it is loaded.
+                computed = name in module._non_persistent_buffers_set
+                module._buffers[name] = module._buffers[name].to(buffer) if computed else buffer.clone()
+    owners: dict[int, nn.Parameter] = {}
+    for path, module in modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                new = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+                fresh.get_submodule(path)._parameters[name] = owners.setdefault(id(parameter), new)
     if getattr(model, "generation_config", None) is not None:
         fresh.generation_config = copy.deepcopy(model.generation_config)
     return fresh

@@ -129,8 +129,8 @@ class Neurons:
 
     @property
     def of_heads(self) -> bool:
-        """A unit is several channels."""
-        return self.group.producers[0].index.shape[1] > 1
+        """A unit is several channels of what reads it. (Of a gated hidden layer in one piece it is two of what puts it out.)"""
+        return any(end.index.shape[1] > 1 for end in self.group.consumers)
 
     @property
     def multiple(self) -> int:

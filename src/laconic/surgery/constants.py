@@ -137,6 +137,12 @@ def _constants(model: nn.Module, group: Group, silent: list[int], watch: _Watch)
     return Constants(tuple(silent[i] for i in goes), {path: v[goes] for path, v in values.items()}, norms, stays)
 
 
+def shares_bias(model: nn.Module, module: Layer) -> bool:
+    """Is the bias of this layer (of a pair the last) another module's, too? What is added to it would be added there."""
+    bias = plain_layers(module)[-1].bias
+    return bias is not None and sum(p is bias for m in model.modules() for p in m._parameters.values()) > 1
+
+
 def _obstacle(module: Layer, path: str, watch: _Watch) -> str | None:
     """Why a consumer cannot take a constant that is not zero."""
     for layer in plain_layers(module):
@@ -146,7 +152,7 @@ def _obstacle(module: Layer, path: str, watch: _Watch) -> str | None:
             return "pads with zeros"
     if plain_layers(module)[-1].bias is None and path not in watch.norms:
         return "has no bias"
-    return None
+    return "has a bias that is another module's, too" if shares_bias(watch.model, module) else None
 
 
 def _pads(layer: Layer) -> bool:
