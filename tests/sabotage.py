@@ -1801,7 +1801,7 @@ EDITS = [
     Edit(
         "a configuration that cannot be read",
         "integrations/pretrained.py",
-        "config = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))",
+        "type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))",
         "pass",
         "test_pretrained",
         "one_line",
