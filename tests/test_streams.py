@@ -471,6 +471,14 @@ def test_a_layer_of_fewer_channels_than_a_multiple_is_counted_as_it_is():
         evenly(convolutions(4, 10), (torch.randn(1, 3, 6, 6),), 0.7, laconic.Channels(even=True, multiple=8))
 
 
+def test_channels_in_front_of_a_flatten_are_no_heads():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5))
+    plan, _, _ = evenly(model, (torch.randn(2, 3, 6, 6),), 0.5)
+    assert [g.of_heads for g in plan.neurons] == [False]
+    plan, _, _ = evenly(gpt(), (tokens(),), 0.5)
+    assert {g.group.units for g in plan.neurons if g.of_heads} == {4}
+
+
 def test_gated_hidden_units_in_one_piece_are_no_heads():
     import transformers as hf
 

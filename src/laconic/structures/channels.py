@@ -129,8 +129,9 @@ class Neurons:
 
     @property
     def of_heads(self) -> bool:
-        """A unit is several channels of what reads it. (Of a gated hidden layer in one piece it is two of what puts it out.)"""
-        return any(end.index.shape[1] > 1 for end in self.group.consumers)
+        """A unit is several channels of what puts it out and of what reads it. (Of a gated hidden layer in one piece it is several of the first alone, in front
+        of a `Flatten` of the second.)"""
+        return all(any(end.index.shape[1] > 1 for end in ends) for ends in (self.group.producers, self.group.consumers))
 
     @property
     def multiple(self) -> int:
