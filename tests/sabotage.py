@@ -1849,6 +1849,14 @@ EDITS = [
     Edit("no ridge", "refit.py", "RIDGE * gram.diagonal()", "0 * gram.diagonal()", "test_refit", "least_squares"),
     Edit("bias left out of the fit", "refit.py", "layer.bias.copy_(fitted[:, -1])", "pass", "test_refit", "least_squares"),
     Edit(
+        "a model that was cut before has all channels",
+        "refit.py",
+        'np.searchsorted(there, channels_kept(module, "out"))',
+        'channels_kept(module, "out")',
+        "test_refit",
+        "cut_before",
+    ),
+    Edit(
         "a frozen layer is fitted",
         "refit.py",
         "owners[id(p)] == 1 and p.requires_grad",

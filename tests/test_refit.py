@@ -108,6 +108,34 @@ def test_a_layer_that_is_narrower_and_a_pair_is_fitted_to_the_channels_that_it_h
     assert off() < before
 
 
+def test_a_model_that_was_cut_before_is_fitted_to_what_it_was_then():
+    model = perceptron()
+    laconic.compress(model, laconic.Channels(), laconic.Budget(params=0.7), example_inputs=(ROWS[:2],))
+    once = copy.deepcopy(model)
+    off = {}
+    for refit in (False, True):
+        again = copy.deepcopy(once)
+        laconic.compress(again, laconic.Channels(), laconic.Budget(params=0.5), example_inputs=(ROWS[:2],), calibration=[ROWS], refit=refit)
+        off[refit] = float((outputs(again, ROWS) - outputs(once, ROWS)).square().mean())
+    assert off[True] < 0.8 * off[False]
+
+
+def test_a_layer_that_is_called_by_name_is_fitted():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = perceptron()
+
+        def forward(self, x):
+            for layer in self.body:
+                x = layer(input=x)
+            return x
+
+    dense, model = Named(), Named()
+    laconic.compress(model, laconic.LowRank(), laconic.Budget(params=0.6))
+    assert "layers were fitted" in refit_layers(model, dense, [ROWS])
+
+
 def test_patches_of_a_convolution_are_what_it_multiplies():
     """Fitted to another convolution of the same shape on enough inputs, it becomes that one."""
     for kind, x, options in (

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -106,7 +107,8 @@ def _fit(model: nn.Module, dense: nn.Module, path: str, inputs: Sequence[tuple[A
     layer = plain_layers(module)[-1]
     weight = layer.weight.T if is_hf_conv1d(layer) else layer.weight.flatten(1)
     start = weight.double() if layer.bias is None else torch.cat([weight, layer.bias[:, None]], 1).double()
-    kept = torch.from_numpy(channels_kept(module, "out")).to(weight.device)
+    there = channels_kept(dense.get_submodule(path), "out")  # which may have been cut before
+    kept = torch.from_numpy(np.searchsorted(there, channels_kept(module, "out"))).to(weight.device)
     gram, across = torch.zeros((), dtype=torch.float64, device=weight.device), torch.zeros((), dtype=torch.float64, device=weight.device)
     for batch in inputs:
         taken = _patches(layer, _seen(model, layer, batch, given=True))
@@ -136,15 +138,15 @@ def _seen(model: nn.Module, layer: nn.Module, inputs: tuple[Any, ...], given: bo
     """What a layer takes in, or puts out, in one run of the model."""
     found: list[Tensor] = []
 
-    def stop(x: Any) -> None:
-        found.append(x)
+    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
         raise _Reached
 
-    handle = (
-        layer.register_forward_pre_hook(lambda _, args: stop(args[0]))
-        if given
-        else layer.register_forward_hook(lambda _, a, out: stop(out))
-    )
+    def put(_: nn.Module, args: Any, out: Tensor) -> None:
+        found.append(out)
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(take, with_kwargs=True) if given else layer.register_forward_hook(put)
     try:
         call(model, inputs)
     except _Reached:
