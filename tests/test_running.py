@@ -513,3 +513,21 @@ def test_resuming_nothing_or_something_else_is_said(tmp_path, capsys):
     assert "the method lc writes no running checkpoints" in " ".join(capsys.readouterr().err.split())
     main([*arguments[:-1], "lc"])
     assert (tmp_path / "tiny" / "lc-seed0" / "result.json").exists()
+
+
+def test_another_run_that_clears_the_directory_is_said(tmp_path, monkeypatch):
+    """Two runs of one name at once: the second removes what the first has just written."""
+    model = nn.Linear(3, 3)
+    mine, other = (laconic.RunCheckpoints(tmp_path, model) for _ in range(2))
+    mine.save(1)
+    steps, cleared = mine.steps, []
+
+    def race():
+        if not cleared and (tmp_path / "step-00000002").exists():
+            cleared.append(True)
+            other.clear()
+        return steps()
+
+    monkeypatch.setattr(mine, "steps", race)
+    with pytest.raises(laconic.errors.CheckpointError, match=r"step-00000002 is gone as soon as it was written: does another run write to"):
+        mine.save(2)

@@ -167,6 +167,10 @@ class RunCheckpoints:
             raise
         sync_directory(self.directory)
         there = self.steps()
+        if step not in there:
+            raise CheckpointError(
+                f"{target} is gone as soon as it was written: does another run write to {self.directory}? Give each its own directory"
+            )
         at = there.index(step) + 1  # what follows is of a future that this run does not have
         for other in (*there[at:], *there[:at][: -self.keep]):
             self._discard(self._path(other))
