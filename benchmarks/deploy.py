@@ -72,7 +72,7 @@ def to_onnx(model: nn.Module, x: Tensor, file: Path) -> Path:
 
 
 def to_int8(file: Path, x: Tensor) -> Path:
-    """Weights and activations, a scale for each output channel; the ranges of activations leave out the largest (with all of them the networks lose up to 0.8 points more)."""
+    """Weights and activations, a scale for each output channel; the ranges of activations leave out the largest, which costs less."""
     prepared, quantized = file.with_suffix(".prepared.onnx"), file.with_suffix(".int8.onnx")
     quant_pre_process(file, prepared)
     name = InferenceSession(prepared).get_inputs()[0].name

@@ -1872,9 +1872,9 @@ EDITS = [
     Edit("BatchNorm goes by what the cut layers put out", "refit.py", "            norm.train()\n", "", "test_refit", "convolutions"),
     Edit(
         "statistics of before the fit",
-        "compaction.py",
-        "            reestimate(model, batches)\n    result.timings",
-        "    result.timings",
+        "refit.py",
+        "    reestimate(model, batches)\n",
+        "",
         "test_refit",
         "anew",
     ),

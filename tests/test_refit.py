@@ -168,6 +168,7 @@ def test_what_runs_twice_is_frozen_or_shared_stays_as_it_is():
     before = copy.deepcopy(model.state_dict())
     note = refit_layers(model, dense, [ROWS])
     assert note.startswith("1 layers were fitted")
+    assert note.endswith("; not fitted: twice, frozen, one, two")
     changed = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
     assert changed == {"last.weight", "last.bias"}
 

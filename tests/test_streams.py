@@ -466,7 +466,7 @@ def test_a_layer_of_fewer_channels_than_a_multiple_is_counted_as_it_is():
         laconic.Budget(params=0.829),
         example_inputs=(torch.randn(1, 3, 6, 6),),
     )
-    assert [g.kept for g in report.groups] == [4, 8, 12] or report.params_after <= 0.829 * report.params_before
+    assert [g.kept for g in report.groups] == [4, 8, 12]
     with pytest.raises(laconic.errors.InfeasibleBudgetError, match=r"smallest feasible: params=0\.\d+"):
         evenly(convolutions(4, 10), (torch.randn(1, 3, 6, 6),), 0.7, laconic.Channels(even=True, multiple=8))
 

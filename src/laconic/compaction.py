@@ -338,8 +338,7 @@ def compress(
         example_inputs: tuple of positional arguments, or a dict of arguments by name; needed for MACs, timings and `max_abs_diff`.
         calibration: batches of inputs on which BatchNorm statistics are re-estimated after the cut.
         only_faster: time every layer and leave dense what does not get faster.
-        refit: then fit the layers, one after the other, by least squares on `calibration` (some hundred inputs) to what they put out before (see
-            `laconic.refit`). Takes a second copy of the model, and two runs over the inputs for each layer.
+        refit: then fit the layers by least squares on `calibration`, some hundred inputs, to what they put out before (see `laconic.refit`).
 
     Raises:
         InfeasibleBudgetError, InvalidValueError, NothingToCompressError, PatternError, SurgeryError.
@@ -395,11 +394,7 @@ def compress(
         left = None if choosing and batches and not batch_norms(model) else batches  # it has had its effect
         result.add(cut_sites(model, plan, values, ranks, example_inputs=example_inputs, calibration=left))
         if before is not None and batches is not None:
-            try:
-                result.notes.append(refit_layers(model, before, batches))
-            except RuntimeError as error:  # of PyTorch, on a batch that the model does not take
-                raise SurgeryError(f"the model does not run on calibration (RuntimeError: {first_line(error)}); {BATCHES}") from error
-            reestimate(model, batches)
+            result.notes.append(refit_layers(model, before, batches))
     result.timings = times
     result.notes[:0] = [*unasked, *notes, *(unseen(plan, moments) if budget is not None else [])]
     return make_report(model, plan, result, example_inputs, budget, dense)

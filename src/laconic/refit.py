@@ -4,7 +4,7 @@ r"""Fit the layers of a cut model, one after the other, to what they put out bef
 
 where :math:`y_l` is what the layer (linear, or a convolution on all its patches; with its bias) puts out in the dense model, :math:`K_l` the channels that
 are left of it, :math:`x_l` what it takes in in the cut model, whose earlier layers are fitted already, and :math:`W_l^0` its weight after the cut. Of a pair
-the last layer is fitted. No gradient, no labels: a few hundred inputs.
+the last layer is fitted. No gradient, no labels: a few hundred inputs, a second copy of the model, two runs over the inputs for each layer.
 
 Sources: Zhang et al. 2016, *Accelerating Very Deep Convolutional Networks*, on ranks; He et al. 2017, *Channel Pruning*, and Luo et al. 2017, *ThiNet*, on channels.
 """
@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import SurgeryError, first_line
 from .graph.labels import leaves
-from .matricize import has_own_forward, is_hf_conv1d
+from .matricize import has_own_forward, is_hf_conv1d, takes_entries, unfoldings
 from .measure import call, check_inputs, evaluating
-from .surgery.batchnorm import batch_norms
+from .surgery.batchnorm import BATCHES, batch_norms, reestimate
 from .surgery.channels import channels_kept
 from .surgery.factorize import MARK, plain_layers
 
@@ -37,18 +38,25 @@ class _Reached(Exception):  # noqa: N818  no error
 
 
 def refit_layers(model: nn.Module, dense: nn.Module, batches: Sequence[Any]) -> str:
-    """Fit all layers that can be, in place, and say how far the model's outputs are from the dense one's, before and after.
+    """Fit all layers that can be, in place, re-estimate BatchNorm, and say how far the model's outputs are from the dense one's, before and after, and
+    which layers stay as they were cut.
 
     Args:
         dense: the model before it was cut.
         batches: as of `calibration`.
+
+    Raises:
+        SurgeryError: the model does not run on a batch.
     """
     inputs = [check_inputs(batch, model, "a batch of calibration") for batch in batches]
     with evaluating(model), evaluating(dense), _statistics_of_the_batch(model), torch.no_grad():
-        before = _distance(model, dense, inputs)
-        paths = _fittable(model, dense, inputs[0])
+        try:
+            before = _distance(model, dense, inputs)
+        except RuntimeError as error:  # of PyTorch
+            raise SurgeryError(f"the model does not run on calibration (RuntimeError: {first_line(error)}); {BATCHES}") from error
+        paths = _fittable(model, inputs[0])
         start = [(p, p.clone()) for path in paths for p in plain_layers(model.get_submodule(path))[-1].parameters()]
-        fitted = sum([_fit(model, dense, path, inputs) for path in paths])
+        fitted = [path for path in paths if _fit(model, dense, path, inputs)]
         after = _distance(model, dense, inputs)
         if after > before:
             for parameter, value in start:
@@ -56,7 +64,12 @@ def refit_layers(model: nn.Module, dense: nn.Module, batches: Sequence[Any]) -> 
             return (
                 f"no layer was fitted: the outputs would differ from the dense model's by {after:.2g} of their size, as cut by {before:.2g}"
             )
-    return f"{fitted} layers were fitted to what they put out before: the outputs differ from the dense model's by {after:.2g} of their size, as cut by {before:.2g}"
+    reestimate(model, batches)
+    left = [path for path, _ in _layers(model) if path not in fitted]
+    return (
+        f"{len(fitted)} layers were fitted to what they put out before: the outputs differ from the dense model's by {after:.2g} of their size, as cut by {before:.2g}"
+        + (f"; not fitted: {', '.join(left)}" if left else "")
+    )
 
 
 @contextlib.contextmanager
@@ -73,18 +86,15 @@ def _statistics_of_the_batch(model: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def _fittable(model: nn.Module, dense: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
+def _fittable(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
     """Paths in the order in which they run. Not what runs twice, shares its weight, is frozen, or has code of its own around it."""
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     order: list[str] = []
     handles = []
-    inside = {f"{path}." for path, module in model.named_modules() if hasattr(module, MARK)}
-    for path, module in model.named_modules():
-        if any(path.startswith(pair) for pair in inside) or not (hasattr(module, MARK) or _is_plain(module)):
-            continue
+    for path, module in _layers(model):
         last = plain_layers(module)[-1]
         free = all(owners[id(p)] == 1 and p.requires_grad for p in last.parameters())
-        if free and _is_plain(last) and not has_own_forward(module) and not isinstance(dense.get_submodule(path), nn.Embedding):
+        if free and _is_plain(last) and not has_own_forward(module):
             handles.append(module.register_forward_hook(lambda _m, _a, _o, path=path: order.append(path)))
     try:
         call(model, inputs)
@@ -92,6 +102,14 @@ def _fittable(model: nn.Module, dense: nn.Module, inputs: tuple[Any, ...]) -> li
         for handle in handles:
             handle.remove()
     return [path for path, times in Counter(order).items() if times == 1]
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Layers and pairs, without what is within a pair, and without tables."""
+    inside = tuple(f"{path}." for path, module in model.named_modules() if hasattr(module, MARK))
+    for path, module in model.named_modules():
+        if not path.startswith(inside) and (hasattr(module, MARK) or unfoldings(module)) and not takes_entries(module):
+            yield path, module
 
 
 def _is_plain(module: nn.Module) -> bool:
