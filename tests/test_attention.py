@@ -163,7 +163,7 @@ def test_everything_is_taken() -> None:
     assert compressor.plan.whole.keys() == {"head"}
     for i in range(2):
         assert groups[f"encoder.layers.{i}.linear1"] == 64
-        assert any(name.startswith(f"encoder.layers.{i}.self_attn.") and units == 4 for name, units in groups.items())
+        assert any(name.startswith(f"encoder.layers.{i}.self_attn.") and units == 8 for name, units in groups.items())
 
 
 @pytest.mark.slow

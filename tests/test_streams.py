@@ -360,7 +360,7 @@ def test_a_table_that_becomes_a_smaller_one_keeps_its_width():
 
 def evenly(model: nn.Module, inputs: tuple, share: float, structure: laconic.Channels | None = None):
     """A plan, the importances, and the widths that a budget leaves."""
-    plan = make_plan(model, [structure or laconic.Channels(even=True)], inputs)
+    plan = make_plan(model, [structure or laconic.Channels(even=True, principal=False)], inputs)
     importances = importances_of(plan, watch_inputs(model, plan, [inputs]))
     budget = laconic.Budget(params=share)
     return plan, importances, choose_shapes(plan, {}, importances, budget.currencies, budget.limits(plan))
@@ -429,8 +429,9 @@ def test_widths_that_went_on_the_way_end_where_the_others_do():
 def test_a_run_that_looks_again_and_again_ends_where_a_cut_at_once_does(share):
     model = gpt()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    structure = laconic.Channels(even=True, principal=False)  # cut on the way
     compressor = laconic.Compressor(
-        model, optimizer, budget=laconic.Budget(params=share), total_steps=100, example_inputs=(tokens(),), every=1
+        model, optimizer, structure, budget=laconic.Budget(params=share), total_steps=100, example_inputs=(tokens(),), every=1
     )
     train(model, optimizer, range(100))
     report = compressor.compact()
@@ -501,7 +502,7 @@ def test_even_neurons_of_few_heads_keep_the_nearer_number_of_them():
 
 
 def test_a_stream_is_as_wide_as_its_heads_only_in_multiples_that_allow_it():
-    _, _, walk = evenly(gpt(), (tokens(),), 0.6, laconic.Channels(even=True, multiple=16))
+    _, _, walk = evenly(gpt(), (tokens(),), 0.6, laconic.Channels(even=True, multiple=16, principal=False))
     widths = widths_by_size(walk)
     assert widths[32] == 16
     assert widths[128] % 16 == 0
@@ -548,7 +549,8 @@ def test_where_all_widths_shrink_evenly_they_are_done_early():
         ).schedule  # fmt: skip
 
     early, own = laconic.Schedule(warmup=0.05, settle=0.2), laconic.Schedule(warmup=0.3, settle=0.6)
-    assert schedule(gpt(), tokens()) == early
+    assert schedule(gpt(), tokens()) == laconic.Schedule(warmup=0.05, settle=0.1)  # turned, and cut at once
+    assert schedule(gpt(), tokens(), laconic.Channels(even=True, principal=False)) == early
     assert schedule(gpt(), tokens(), schedule=own) == own
     assert schedule(gpt(), tokens(), laconic.Channels()) == laconic.Schedule()
     perceptron = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .allocate import Floats, energy_rule, log_shares
+from .axes import covariances, turn
 from .budget import Budget, needless, no_options, prepare, ranks_for_budget
 from .checks import check_module, has_gradient_hooks, hooked
 from .costs import Ranks
@@ -383,18 +384,23 @@ def compress(
     if budget is not None:
         plan.forgo(needless(plan, values, importances, budget))
     with all_or_nothing(model, plan):
-        result = CutResult()
+        result, axes = CutResult(), None
         if budget is not None and plan.neurons:
             walk = choose_shapes(plan, values, importances, budget.currencies, budget.limits(plan))
             means = {path: m.mean for path, m in moments.items()}
-            result = slim_neurons(model, plan, importances, walk.kept(), example_inputs=example_inputs, means=means)
+            axes = turn(model, plan.neurons, walk.kept(), covariances(model, plan.neurons, batches or []), means, example_inputs)
+            before = copy.deepcopy(model) if refit else None
+            result = slim_neurons(
+                model, plan, importances | axes.shares, axes.kept, example_inputs=example_inputs, means=means, gains=axes.gains
+            )
+            result.notes += axes.notes
             result.prices = walk.prices()
             values = spectra(plan)
         ranks, times, notes = choose_ranks(model, plan, values, choose, only_faster, example_inputs)
         left = None if choosing and batches and not batch_norms(model) else batches  # it has had its effect
         result.add(cut_sites(model, plan, values, ranks, example_inputs=example_inputs, calibration=left))
         if before is not None and batches is not None:
-            result.notes.append(refit_layers(model, before, batches))
+            result.notes.append(refit_layers(model, before, batches, axes.factors if axes is not None else {}))
     result.timings = times
     result.notes[:0] = [*unasked, *notes, *(unseen(plan, moments) if budget is not None else [])]
     return make_report(model, plan, result, example_inputs, budget, dense)

@@ -24,6 +24,7 @@ from torch import nn
 
 from .allocate import Floats, log_shares, numerical_rank
 from .arguments import check_arguments, check_processes
+from .axes import Covariances, Sums, covariances, turn
 from .budget import (
     Budget,
     Shapes,
@@ -75,8 +76,9 @@ from .outcome import make_report, run_notes
 from .pace import Scales, gradient_scales, scale_gradients, scale_moments
 from .penalties import check_share
 from .plan import check_structures, make_plan, streams_through, use_unfoldings
+from .refit import refit_layers
 from .report import CompactReport, Snapshot
-from .schedule import EVEN, Controller, Schedule, too_many_steps
+from .schedule import EVEN, TURNED, Controller, Schedule, too_many_steps
 from .slimming import consumers, importances_of, slim_neurons, unseen, watch_inputs
 from .state import VERSION, RunState
 from .structures import Channels, LowRank, Neurons, Site, Structure, Weight, shrink
@@ -121,7 +123,7 @@ class Compressor:
             cut it, in every process; wrap the model in a new DistributedDataParallel there, and use that from the next
             step on (see docs/distributed.md).
         schedule: when pressure begins and when the layers are cut, as fractions of the run; None: `Schedule()`, and where all widths shrink by
-            the same part (`Channels(even=True)`) `Schedule(warmup=0.05, settle=0.2)`.
+            the same part (`Channels(even=True)`) `Schedule(warmup=0.05, settle=0.1)`, or 0.2 where no channels can be turned to principal axes.
 
     Raises:
         LaconicError and its precise subclasses: neither budget nor strength; a budget without `total_steps`; out of
@@ -183,7 +185,15 @@ class Compressor:
             self.plan = make_plan(model, structures, example_inputs, trained, found)
             unasked.append(f"all widths shrink by the same part, and no rank: {STREAMS}")
         self.structures = structures
-        self.schedule = schedule or (EVEN if any(isinstance(s, Channels) and s.even for s in structures) else Schedule())
+        even = TURNED if self._turns else EVEN
+        if self._turns:
+            turned = ", ".join(g.name for g in self.plan.neurons if g.basis is not None)
+            unasked.append(
+                f"the channels of {turned} are turned to principal axes before some go: nothing is pressed, and all widths are cut at once"
+            )
+            if any(x.structure.strength for x in self.plan.neurons):
+                unasked.append("strength has no effect beside it; Channels(even=True, principal=False) presses channels as they are")
+        self.schedule = schedule or (even if any(isinstance(s, Channels) and s.even for s in structures) else Schedule())
         if forgotten := [name for name, p in model.named_parameters() if p.requires_grad and p not in trained]:
             names = ", ".join(forgotten[:5]) + (", ..." if len(forgotten) > 5 else "")
             note = f"{len(forgotten)} parameters that ask for gradients are in none of the optimizers, and stay as they are: {names}"
@@ -257,28 +267,37 @@ class Compressor:
         self._hook_gradients()
         self._watch: ShapeWatch | None = None
         self._inputs: InputMoments | None = None
+        self._axes: Covariances | None = None  # beside it
+        self._sums: Sums = {}
+        self._fitted_on: Sequence[Any] = ()
         self._alarm: Watch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle, made together with the model and the optimizers, goes on where this one is."""
-        here = {k: v for k, v in vars(self).items() if k not in ("_parameters", "_handles", "_scaling", "_watch", "_inputs", "_alarm")}
+        here = {
+            k: v
+            for k, v in vars(self).items()
+            if k not in ("_parameters", "_handles", "_scaling", "_watch", "_inputs", "_axes", "_sums", "_fitted_on", "_alarm")
+        }
         # By themselves: a model that holds its compressor, and is being copied, has not got them yet when the compressor has.
         named = {name: p for name, p in self.model.named_parameters() if id(p) in self._parameters}
         read = consumers(self.model, self.plan) if self._inputs is not None else {}
+        seen_through = self._axes.layers if self._axes is not None else []
         unreached = {path: self.model.get_submodule(path) for path in self._unreached}
-        return here | {"copied": (named, read, unreached)}
+        return here | {"copied": (named, read, unreached, seen_through)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        named, read, unreached = state.pop("copied")
+        named, read, unreached, seen_through = state.pop("copied")
         vars(self).update(state)
         self._parameters = {id(p): name for name, p in named.items()}
-        drop_dead([*read.values(), *unreached.values(), *(module for site in self.plan.sites for module in site.modules)])
+        drop_dead([*read.values(), *seen_through, *unreached.values(), *(module for site in self.plan.sites for module in site.modules)])
         attached = self._attached
         self._attach()
         if not attached:
             self.detach()
             return
-        self._inputs = InputMoments(read) if read else None
+        if read:
+            self._see(read)
         self._alarm = Watch(unreached, self._reached)
 
     @classmethod
@@ -313,6 +332,11 @@ class Compressor:
     def _pressed(self) -> list[Weight | Site | Neurons]:
         """Everything under a structure, in the order of the proximal steps: entries, ranks, then whole neurons."""
         return [*self.plan.entries, *self.plan.sites, *self.plan.neurons]
+
+    @property
+    def _turns(self) -> bool:
+        """Nothing is pressed, and all neurons go in one cut: their channels are turned to principal axes first, and training goes on."""
+        return self.cut_early and self.plan.turns
 
     def _kind(self) -> str:
         weight = self._pressed[0].weights[0]
@@ -409,7 +433,12 @@ class Compressor:
         next_progress = (self.steps + 1) / (self.total_steps or 1)
         settles = self.cut_early and next_progress >= self.schedule.settle
         if next_progress >= self.schedule.warmup and (settles or (self.steps + 1) % self.state.every == 0):
-            self._inputs = InputMoments(consumers(self.model, self.plan))
+            self._see(consumers(self.model, self.plan))
+
+    def _see(self, read: dict[str, nn.Module]) -> None:
+        """What these layers take in, and what runs through groups that can be turned, from now on."""
+        self._inputs = InputMoments(read)
+        self._axes = Covariances(self.model, self.plan.neurons)
 
     def strength(self, site: Weight | Site | Neurons) -> float:
         """The strength that holds for a weight now: its structure's own, or the controller's times the weight of its cost."""
@@ -427,6 +456,8 @@ class Compressor:
             state.controller.see(peak_learning_rate(self.optimizers, [x.weights[0] for x in self._pressed]))
         if self._inputs is not None:
             state.moments, self._inputs = self._inputs.finish(), None
+            if self._axes is not None:
+                self._sums, self._fitted_on = self._axes.finish(), [x for x in (self._axes.called_with,) if x is not None]
         if state.forgone is None and all(s.finite for s in self.plan.sites):  # else the steps below say it better
             self._decide(spectra(self.plan), importances_of(self.plan, state.moments))
         for site in sites:
@@ -434,7 +465,7 @@ class Compressor:
                 continue
             owed, state.owed[site.name] = state.owed[site.name], 0.0
             tau = self.strength(site) * owed
-            if tau == 0 or not site.weights[0].requires_grad:
+            if tau == 0 or not site.weights[0].requires_grad or self._turns:
                 if self.budget is not None and isinstance(site, Site):
                     state.values |= values_of(site)  # pressed or not, the controller and cuts on the way go by the spectra
                 continue
@@ -511,7 +542,7 @@ class Compressor:
         way = self.schedule.way(self.progress)
         dense = self._held_back()
         try:
-            if self.plan.neurons:
+            if self.plan.neurons and not self._turns:
                 self._slim(way, dense, NEXT_SLIM)
             ranks = self._ranks(self.state.values, dense, way)
         except InfeasibleBudgetError:  # only without the layers whose state cannot be carried: wait for the end
@@ -540,13 +571,22 @@ class Compressor:
         before = {s.name: s.unfolding for s in self.plan.sites}
         units = {g.name: g.kept for g in self.plan.neurons}
         blind = unseen(self.plan, state.moments)
-        result = slim_neurons(
-            self.model, self.plan, state.importances, kept, example_inputs=self.example_inputs, optimizers=self.optimizers,
-            means={path: m.mean for path, m in state.moments.items()},
-        )  # fmt: skip
+        means = {path: m.mean for path, m in state.moments.items()}
+        together = all_or_nothing(self.model, self.plan, self.optimizers) if self.plan.turns else contextlib.nullcontext()
+        with together:
+            axes = turn(self.model, self.plan.neurons, kept, self._sums, means, self.example_inputs, self.optimizers)
+            turned = copy.deepcopy(self.model) if axes.shares and self._fitted_on else None
+            result = slim_neurons(
+                self.model, self.plan, state.importances | axes.shares, axes.kept,
+                example_inputs=self.example_inputs, optimizers=self.optimizers, means=means, gains=axes.gains,
+            )  # fmt: skip
+            if turned is not None:
+                result.notes.append(refit_layers(self.model, turned, self._fitted_on, axes.factors))
         if not result.kept:
             return
-        result.notes += blind
+        self._sums, self._fitted_on = {}, ()
+        state.importances |= axes.shares
+        result.notes += blind + axes.notes
         for group in self.plan.neurons:
             if group.name in result.kept:
                 share = state.importances[group.name][np.isin(units[group.name], group.kept)]
@@ -789,6 +829,7 @@ class Compressor:
             state.values = values
             if calibration is not None or not state.moments:  # else of the last step that was watched in training
                 state.moments = watch_inputs(self.model, self.plan, calibration or [self.example_inputs])
+                self._sums, self._fitted_on = covariances(self.model, self.plan.neurons, calibration or []), calibration or ()
             state.importances = importances_of(self.plan, state.moments)
             if state.forgone is None:
                 self._decide(values, state.importances)
@@ -910,7 +951,9 @@ class Compressor:
             self._watch.finish()
         if self._inputs is not None:
             self._inputs.drop()
-        self._watch = self._inputs = None
+        if self._axes is not None:
+            self._axes.drop()
+        self._watch = self._inputs = self._axes = None
 
     def metrics(self) -> dict[str, float]:
         """A flat dict for any logger: step, strength, ranks, and the share of parameters that these ranks would leave."""
@@ -1038,6 +1081,8 @@ class Compressor:
         except BaseException:
             if self._inputs is not None and self._inputs is not mine["_inputs"]:
                 self._inputs.drop()
+                if self._axes is not None:
+                    self._axes.drop()
             vars(self).update(mine | {"_watch": self._watch, "_alarm": self._alarm})  # a watch that was ended stays so, and starts anew
             self._watch_unreached()
             raise

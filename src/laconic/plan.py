@@ -21,11 +21,12 @@ from torch.nn.parameter import UninitializedParameter
 from .checks import has_gradient_hooks, hooked
 from .distributed import full, is_sharded, own_class
 from .errors import InvalidTypeError, InvalidValueError, NothingToCompressError, PatternError
-from .graph import find_groups
+from .graph import find_groups, free_bases
 from .matricize import choose_unfolding, has_own_forward, takes_entries, unfoldings
 from .measure import check_inputs, check_run, count_params, input_shapes, layer_macs, macs_of_batches
 from .readers import not_replaceable, weight_readers
 from .structures import Channels, Entries, LowRank, Neurons, Site, Structure, Weight, WideLayer, inner_site
+from .surgery.basis import Heads, Stream
 from .surgery.channels import End, Group, parameters_at, slimmed, width
 from .surgery.factorize import MARK, empty_pair
 
@@ -78,6 +79,11 @@ class Plan:
     def inner(self) -> list[Site]:
         """The sites within the pairs of others."""
         return [s.inner for s in self.sites if s.inner is not None]
+
+    @property
+    def turns(self) -> bool:
+        """Are there widths whose channels are turned to principal axes before they go? Then nothing presses them, and all go in one cut."""
+        return any(group.basis is not None for group in self.neurons)
 
     @property
     def out_of_reach(self) -> str:
@@ -299,6 +305,13 @@ def _add_neurons(
         raise InvalidValueError("Channels needs example_inputs=(...), to see which layers are tied to which")
     groups, plan.whole = found or find_groups(model, inputs)
     of_site = {path: site for site in plan.sites for paths in site.paths for path in paths}
+    bases: dict[str, Stream | Heads] = {}
+    if any(isinstance(s, Channels) and s.even and s.principal for s in structures):
+        groups, bases, whys = free_bases(model, groups, inputs)
+        alike: dict[str, list[str]] = {}
+        for name, why in whys.items():
+            alike.setdefault(why, []).append(name)
+        plan.notes += [f"{', '.join(names)}: channels go as they are, and heads as a whole: {why}" for why, names in alike.items()]
     for group in groups:
         ends = [(end, model.get_submodule(end.path)) for end in group.ends]
         held = [(model.get_submodule(end.path), "weight") for end in group.producers]
@@ -323,7 +336,7 @@ def _add_neurons(
         ):
             reason = f"{gone} is frozen or not in the optimizer"
         if reason is None:
-            plan.neurons.append(Neurons(wanted[0], group, model, np.arange(group.units)))
+            plan.neurons.append(Neurons(wanted[0], group, model, np.arange(group.units), bases.get(group.name)))
         else:
             plan.whole[group.name] = reason
     counted: dict[int, nn.Module] = {id(module.weight): module for module in modules if isinstance(module, nn.Embedding)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .distributed import gathered
 from .errors import SurgeryError, first_line
 from .graph.labels import leaves
 from .matricize import has_own_forward, is_hf_conv1d, takes_entries, unfoldings
 from .measure import call, check_inputs, evaluating
 from .surgery.batchnorm import BATCHES, batch_norms, reestimate
-from .surgery.channels import channels_kept
+from .surgery.channels import Ints, channels_kept
 from .surgery.factorize import MARK, plain_layers
 
 RIDGE = 1e-3  # lambda, as a part of the mean square of the inputs
@@ -37,13 +38,16 @@ class _Reached(Exception):  # noqa: N818  no error
     """Nothing behind this layer need run."""
 
 
-def refit_layers(model: nn.Module, dense: nn.Module, batches: Sequence[Any]) -> str:
+def refit_layers(
+    model: nn.Module, dense: nn.Module, batches: Sequence[Any], factors: Mapping[str, tuple[Ints, float]] | None = None
+) -> str:
     """Fit all layers that can be, in place, re-estimate BatchNorm, and say how far the model's outputs are from the dense one's, before and after, and
     which layers stay as they were cut.
 
     Args:
         dense: the model before it was cut.
-        batches: as of `calibration`.
+        batches: as of `calibration`. Of several processes each has its own, and all fit the same.
+        factors: by path: these of the channels that a layer puts out (dense numbers) are to be so many times what they were.
 
     Raises:
         SurgeryError: the model does not run on a batch.
@@ -56,7 +60,7 @@ def refit_layers(model: nn.Module, dense: nn.Module, batches: Sequence[Any]) -> 
             raise SurgeryError(f"the model does not run on calibration (RuntimeError: {first_line(error)}); {BATCHES}") from error
         paths = _fittable(model, inputs[0])
         start = [(p, p.clone()) for path in paths for p in plain_layers(model.get_submodule(path))[-1].parameters()]
-        fitted = [path for path in paths if _fit(model, dense, path, inputs)]
+        fitted = [path for path in paths if _fit(model, dense, path, inputs, (factors or {}).get(path))]
         after = _distance(model, dense, inputs)
         if after > before:
             for parameter, value in start:
@@ -119,7 +123,7 @@ def _is_plain(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_hf_conv1d(module)
 
 
-def _fit(model: nn.Module, dense: nn.Module, path: str, inputs: Sequence[tuple[Any, ...]]) -> bool:
+def _fit(model: nn.Module, dense: nn.Module, path: str, inputs: Sequence[tuple[Any, ...]], factor: tuple[Ints, float] | None) -> bool:
     """Normal equations in float64, batch by batch; the weight is the solution where that is finite."""
     module = model.get_submodule(path)
     layer = plain_layers(module)[-1]
@@ -127,12 +131,15 @@ def _fit(model: nn.Module, dense: nn.Module, path: str, inputs: Sequence[tuple[A
     start = weight.double() if layer.bias is None else torch.cat([weight, layer.bias[:, None]], 1).double()
     there = channels_kept(dense.get_submodule(path), "out")  # which may have been cut before
     kept = torch.from_numpy(np.searchsorted(there, channels_kept(module, "out"))).to(weight.device)
+    times = torch.ones(len(kept), dtype=torch.float64, device=weight.device)
+    if factor is not None:
+        times[np.isin(channels_kept(module, "out"), factor[0])] = factor[1]
     gram, across = torch.zeros((), dtype=torch.float64, device=weight.device), torch.zeros((), dtype=torch.float64, device=weight.device)
     for batch in inputs:
         taken = _patches(layer, _seen(model, layer, batch, given=True))
         put = _seen(dense, dense.get_submodule(path), batch, given=False)
         put = put.movedim(1, -1) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else put
-        put = put.flatten(0, -2)[:, kept].double()
+        put = put.flatten(0, -2)[:, kept].double() * times
         if len(put) != len(taken):
             return False
         some = slice(None, None, -(-len(put) // ROWS))
@@ -140,6 +147,7 @@ def _fit(model: nn.Module, dense: nn.Module, path: str, inputs: Sequence[tuple[A
         if layer.bias is not None:
             x = F.pad(x, (0, 1), value=1.0)
         gram, across = gram + x.T @ x, across + x.T @ (y - x @ start.T)
+    gram, across = (torch.stack([y.to(x.device) for y in gathered(x)]).sum(0) for x in (gram, across))
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     change, failed = torch.linalg.solve_ex(gram + ridge, across)
     if int(failed) or not bool(torch.isfinite(change).all()):
@@ -193,4 +201,5 @@ def _distance(model: nn.Module, dense: nn.Module, inputs: Sequence[tuple[Any, ..
         for a, b in zip(leaves(call(model, batch)), leaves(call(dense, batch)), strict=False):
             if a.shape == b.shape and a.is_floating_point():
                 off, size = off + float((a - b).double().square().sum()), size + float(b.double().square().sum())
+    off, size = (sum(gathered(x)) for x in (off, size))
     return (off / size) ** 0.5 if size else 0.0

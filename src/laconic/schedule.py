@@ -34,6 +34,8 @@ class Schedule:
 
 # Widths that all shrink by the same part need not be learnt about first: only which of their channels go is a question.
 EVEN = Schedule(warmup=0.05, settle=0.2)
+# Where their channels are turned to principal axes first, nothing needs to be pressed: all go at once.
+TURNED = Schedule(warmup=0.05, settle=0.1)
 
 
 def too_many_steps(total_steps: int) -> int:

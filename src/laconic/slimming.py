@@ -21,6 +21,7 @@ from .matricize import TRANSPOSED_CONVS, Layer
 from .measure import OneDtype, call, cast, check_inputs, evaluating
 from .moments import FEWEST, InputMoments, Moments
 from .plan import Plan
+from .surgery.basis import scale_norms, scale_queries
 from .surgery.batchnorm import BATCHES
 from .surgery.channels import Group, channels_kept, parameters_at, slim, slimmed, width
 from .surgery.constants import response, shares_bias
@@ -41,12 +42,14 @@ def slim_neurons(
     example_inputs: Any,
     optimizers: Sequence[torch.optim.Optimizer] = (),
     means: dict[str, Tensor] | None = None,
+    gains: dict[str, float] | None = None,
 ) -> CutResult:
     """Take units out of the groups that keep fewer than they have. On any failure model, plan and optimizers are as they were.
 
     Args:
         kept: units that stay, by group, by their numbers in the dense model.
         means: of the consumers' inputs, by path and channel: what a unit put out on the average is added to their biases.
+        gains: of norms over the units, by group: by what they are multiplied once these are gone.
 
     Raises:
         SurgeryError: the model without the units differs, by more than rounding, from the one in which nothing reads them.
@@ -93,6 +96,11 @@ def slim_neurons(
             f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}: the optimizer's state could not be sliced with the neurons, and starts anew; Adam, AdamW and SGD keep theirs"
         )
         warnings.warn(f"laconic: {notes[-1]}", stacklevel=2)
+    for g in groups:
+        if gains and g.name in gains:
+            scale_norms(model, g.group, gains[g.name], optimizers)
+        if g.group.queries:
+            scale_queries(model, g.group, math.sqrt(len(kept[g.name]) / len(g.kept)), optimizers)
     took_out(model, plan, kept)
     change, why = largest_difference(before, outputs(model, inputs))
     unsafe = ", ".join(path for path in unsafe_convolutions(model) if path not in unsafe_before)

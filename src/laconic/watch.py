@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-See = Callable[[str, nn.Module, Tensor], Any]
+See = Callable[[str, nn.Module, Any], Any]
 
 
 class Watch:
     """Shows `see(name, layer, first tensor)` what layers take in, from now on until `close`.
 
     Of training steps only, or (`training=False`) of whatever runs: a validation between two steps must leave no trace.
-    With `uncompiled`, what torch.compile has compiled runs as it is written until then: it does not see hooks that came later.
+    With `whole`, it is shown all arguments, `(args, kwargs)`. With `uncompiled`, what torch.compile has compiled runs as it is written until then: it does not see hooks that came later.
     """
 
-    def __init__(self, layers: dict[str, nn.Module], see: See, training: bool = True, uncompiled: bool = False):
-        self._handles = [m.register_forward_pre_hook(_Hook(see, name, training), with_kwargs=True) for name, m in layers.items()]
+    def __init__(self, layers: dict[str, nn.Module], see: See, training: bool = True, uncompiled: bool = False, whole: bool = False):
+        self._handles = [m.register_forward_pre_hook(_Hook(see, name, training, whole), with_kwargs=True) for name, m in layers.items()]
         self._recompile = _UNCOMPILED.begin(self) if uncompiled else lambda: None
 
     def close(self) -> None:
@@ -68,14 +68,17 @@ class _Hook:
 
     see: See | None = None
 
-    def __init__(self, see: See, name: str, training: bool):
-        self.see, self.name, self.training = see, name, training
+    def __init__(self, see: See, name: str, training: bool, whole: bool):
+        self.see, self.name, self.training, self.whole = see, name, training, whole
 
     def __getstate__(self) -> None:
         return None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.see is None or (self.training and not (module.training and torch.is_grad_enabled())):
+            return
+        if self.whole:
+            self.see(self.name, module, (args, kwargs))
             return
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         if given:

@@ -16,8 +16,12 @@ times: the model without some units must give what the model gives when nothing 
 """
 
 from ..surgery.channels import Count, End, Group
+from .bases import across_the_mean, free_bases, random_rotation
 from .groups import NOT_REACHED, find_groups
 from .labels import leaves, outputs
 from .trial import gap, largest, unread, unsafe_convolutions
 
-__all__ = ["NOT_REACHED", "Count", "End", "Group", "find_groups", "gap", "largest", "leaves", "outputs", "unread", "unsafe_convolutions"]
+__all__ = [
+    "NOT_REACHED", "Count", "End", "Group", "across_the_mean", "find_groups", "free_bases", "gap", "largest", "leaves", "outputs", "random_rotation",
+    "unread", "unsafe_convolutions",
+]  # fmt: skip

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import first_line
-from ..matricize import Layer, by_inputs
+from ..matricize import Layer, by_inputs, by_outputs
 from ..measure import OneDtype, as_it_was, call, cast, seeded
-from ..surgery.channels import Count, Group, channels_kept, is_layer_norm, per_channel, slim, slimmed
+from ..surgery.basis import positions
+from ..surgery.channels import Count, Group, channels_kept, is_layer_norm, per_channel, slim, slimmed, units_kept
 from ..surgery.factorize import plain_layers
 from .labels import leaves
 
@@ -41,6 +42,12 @@ def tried(model: nn.Module, groups: Sequence[Group], inputs: Sequence[Any]) -> t
         trial = Trial(model, inputs)
     except Exception as error:
         return [], {end.path: f"the trial failed ({line(error)})" for group in groups for end in group.producers}
+    good, failed = settled(trial, groups)
+    return good, {end.path: failed[group.name] for group in groups if group.name in failed for end in group.producers}
+
+
+def settled(trial: Trial, groups: Sequence[Group]) -> tuple[list[Group], dict[str, str]]:
+    """The groups that pass, all together; why the others fail, by their names."""
     good, failed = list(groups), dict[str, str]()
     for check, repair in ((trial.evaluated, trial.with_counts), (trial.trained, None)):
         if not good:
@@ -50,7 +57,7 @@ def tried(model: nn.Module, groups: Sequence[Group], inputs: Sequence[Any]) -> t
         if not together and (why := check(good)) is not None:
             failed |= dict.fromkeys((group.name for group in good), f"all groups together: {why}")
             good = []
-    return good, {end.path: failed[group.name] for group in groups if group.name in failed for end in group.producers}
+    return good, failed
 
 
 def _passing(
@@ -140,6 +147,16 @@ class Trial:
             if off > TOLERANCE:
                 return f"without some of its units the outputs{when} are off by {off:.1g} of the largest"
         return None
+
+    def changed(self, change: Callable[[nn.Module], Any]) -> bool:
+        """Does a change in place of a copy's weights show in the outputs?"""
+        twin = copy.deepcopy(self.twin)
+        change(twin)
+        for dtype in self.dtypes:
+            off = _distance(self._run(self.twin, dtype, self.inputs), self._run(twin, dtype, self.inputs))
+            if off <= TOLERANCE or off > 0.1:
+                break
+        return off > TOLERANCE
 
     def with_counts(self, groups: Sequence[Group]) -> list[Group] | None:
         """One group with the numbers in its parents that must shrink with it, if there are some that make it pass; several
@@ -242,7 +259,8 @@ def _shake(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def unread(model: nn.Module, groups: Sequence[Group], kept: Kept) -> Iterator[None]:
-    """Inside, no consumer reads the units that go: their columns are zero, and LayerNorm has the statistics of the others."""
+    """Inside, no consumer reads the units that go: their columns are zero, and LayerNorm has the statistics of the others. Of places within heads
+    the products of queries and keys are over those that stay, and divided by the root of *their* number."""
     before: list[tuple[Tensor, Tensor]] = []
     patched: list[nn.Module] = []
     try:
@@ -262,6 +280,15 @@ def unread(model: nn.Module, groups: Sequence[Group], kept: Kept) -> Iterator[No
                     gone = np.delete(end.index, kept[group.name], axis=0).ravel()
                     before.append((module.weight, module.weight.clone()))
                     by_inputs(module)[torch.from_numpy(np.flatnonzero(np.isin(here, gone)))] = 0
+                for end in group.queries:
+                    module = plain_layers(model.get_submodule(end.path))[-1]
+                    before += [(p, p.clone()) for p in module.parameters()]
+                    units, left = units_kept(model, group), kept[group.name]
+                    factor = torch.from_numpy(np.where(np.isin(units, left), math.sqrt(len(units) / len(left)), 0.0))
+                    where = positions(model, group, end)
+                    for rows in (by_outputs(module), *(p for name, p in module.named_parameters(recurse=False) if name == "bias")):
+                        shape = (-1, *(1,) * rows.ndim)
+                        rows[where] *= factor.reshape(shape).to(rows)
         yield
     finally:
         for norm in patched:

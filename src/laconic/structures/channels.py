@@ -15,6 +15,7 @@ from ..checks import check_finite, whole_number
 from ..errors import InvalidTypeError
 from ..matricize import INPUTS_FIRST, Layer, Unfolding, inputs_first, unfolding_named, unfoldings
 from ..penalties import L1, LogSum, Penalty
+from ..surgery.basis import Heads, Stream
 from ..surgery.channels import NORMS, SIDES, End, Group, channels_kept, is_layer_norm, width
 from ..surgery.factorize import MARK, plain_layers, product
 from .base import InUnits, Shrinkage, check_options, root_mean_square
@@ -92,12 +93,14 @@ class Neurons:
         group: what is tied to what, in the dense model's numbering.
         model: where the layers are looked up: they change when they are cut.
         kept: numbers of the units that are still there, increasing.
+        basis: what is needed to turn their basis, where that is free.
     """
 
     structure: Channels
     group: Group
     model: nn.Module
     kept: NDArray[np.int64]
+    basis: Stream | Heads | None = None
 
     @property
     def name(self) -> str:
@@ -129,9 +132,7 @@ class Neurons:
 
     @property
     def of_heads(self) -> bool:
-        """A unit is several channels of what puts it out and of what reads it. (Of a gated hidden layer in one piece it is several of the first alone, in front
-        of a `Flatten` of the second.)"""
-        return all(any(end.index.shape[1] > 1 for end in ends) for ends in (self.group.producers, self.group.consumers))
+        return self.group.of_heads
 
     @property
     def multiple(self) -> int:
@@ -171,6 +172,8 @@ class Channels:
             whole run, unless ranks alone would keep less of the network (see `laconic.budget.needless`).
         even: every group keeps the same part of its neurons, so that the network is the dense one made narrower: their importance says which
             go, not how many (see `laconic.widths.narrowed`). Without `LowRank` beside it, and for all groups or none.
+        principal: with `even`, where the basis of channels is free (a residual stream, the places within attention heads), it is turned before some go,
+            so that those which stay hold most (see `laconic.axes`), and nothing presses them; False: channels as they are, and whole heads.
     """
 
     penalty: Penalty = field(default_factory=LogSum)
@@ -181,11 +184,12 @@ class Channels:
     multiple: int = 1
     optional: bool = False
     even: bool = False
+    principal: bool = True
 
     def __post_init__(self) -> None:
         check_options(self)
         object.__setattr__(self, "multiple", whole_number("multiple", self.multiple, least=1))
-        for name in ("optional", "even"):
+        for name in ("optional", "even", "principal"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidTypeError(f"{name} = {getattr(self, name)!r}: expected True or False")
 

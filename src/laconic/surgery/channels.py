@@ -79,12 +79,14 @@ class Group:
         units: how many there are in the dense model; a unit is a neuron, a filter, or a whole attention head.
         ends: every side of every layer that has a share in them.
         counts: whole numbers in the model's own code that shrink in proportion.
+        queries: where the units are places within heads, the side whose product with another is taken over them, divided by the root of their number.
     """
 
     name: str
     units: int
     ends: tuple[End, ...]
     counts: tuple[Count, ...] = ()
+    queries: tuple[End, ...] = ()
 
     @property
     def producers(self) -> tuple[End, ...]:
@@ -97,6 +99,12 @@ class Group:
     @property
     def carriers(self) -> tuple[End, ...]:
         return tuple(end for end in self.ends if end.role == CARRIER)
+
+    @property
+    def of_heads(self) -> bool:
+        """A unit is several channels of what puts it out and of what reads it. (Of a gated hidden layer in one piece it is several of the first alone, in front
+        of a `Flatten` of the second.)"""
+        return all(any(end.index.shape[1] > 1 for end in ends) for ends in (self.producers, self.consumers))
 
 
 @dataclass(frozen=True, slots=True)
