@@ -2114,7 +2114,7 @@ EDITS = [
         "if off is not None and not off <= TOLERANCE * scale:",
         "if False:",
         "test_axes",
-        "left_as_it_was",
+        "cut_as_it_is",
     ),
     Edit("a tied table turned", "graph/bases.py", "if weights[0] & weights[1]:", "if False:", "test_axes", "tied_head"),
 ]

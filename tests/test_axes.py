@@ -305,10 +305,38 @@ def test_a_run_turns_cuts_at_once_and_fits(tmp_path):
     assert gap(*(outputs(m, (tokens(),))[0] for m in (model, loaded))) == 0
 
 
-def test_a_model_that_a_turn_would_change_is_left_as_it_was(monkeypatch):
+def test_a_model_that_a_turn_would_change_is_cut_as_it_is(monkeypatch):
     monkeypatch.setattr(axes, "TOLERANCE", -1.0)
-    model = gpt()
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    with pytest.raises(laconic.errors.SurgeryError, match=r"with other axes .* principal=False"):
-        laconic.compress(model, EVEN, laconic.Budget(params=0.5), example_inputs=(tokens(),), calibration=[(tokens(16),)])
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    models = gpt(), gpt()
+    options = {"example_inputs": (tokens(),), "calibration": [(tokens(16),)]}
+    report = laconic.compress(models[0], EVEN, laconic.Budget(params=0.5), **options)
+    assert any(note.startswith("channels keep their axes: turned to principal axes in ") for note in report.notes)
+    kept = {g.name: g.kept for g in report.groups}
+    assert kept["token"] < 32
+    # Its table has columns of the table as it was.
+    left = [column.tolist() for column in models[0].token.weight.T]
+    assert all(column in [whole.tolist() for whole in models[1].token.weight.T] for column in left)
+
+
+class Remembers(torch.optim.SGD):
+    """Its state has an entry of a weight's shape that nobody knows."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["riddle"] = torch.ones_like(p)
+
+
+def test_a_state_that_cannot_be_turned_starts_anew_and_that_is_said():
+    model = gpt().train()
+    optimizer = Remembers(model.parameters(), lr=0.01)
+    x = tokens(16)
+    compressor = laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.3), total_steps=60, example_inputs=(x[:1],))
+    for _ in range(60):
+        F.cross_entropy(model(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    report = compressor.compact()
+    assert any("token" in note and "could not be turned with the channels, and starts anew" in note for note in report.notes)

@@ -24,16 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from .allocate import Floats
-from .cuts import largest_difference, outputs_uncut
+from .cuts import all_or_nothing, largest_difference, outputs_uncut
 from .distributed import gathered
-from .errors import InvalidTypeError, SurgeryError
+from .errors import InvalidTypeError, SurgeryError, first_line
 from .graph import across_the_mean, largest, outputs, random_rotation
 from .matricize import by_inputs
 from .measure import call, check_inputs, copied, evaluating
 from .structures import Neurons
 from .surgery.basis import Heads, Stream, Turned, turn_heads, turn_stream
-from .surgery.channels import Ints
+from .surgery.channels import Ints, parameters_at
 from .surgery.factorize import plain_layers
+from .surgery.optimizer import unknown_state
 from .watch import Watch
 
 ROWS = 4096  # positions looked at in one call of a layer
@@ -56,6 +57,8 @@ class Turn:
             of all that are left is 1.
         factors: of layers that put queries out, by path: which of their channels, and how much smaller they have to be (see `scale_queries`).
         unseen: groups that could have been turned, but nothing was seen of what they hold.
+        lost: layers whose optimizer's state could not go along.
+        failed: why nothing was turned.
     """
 
     kept: dict[str, list[int]]
@@ -63,10 +66,14 @@ class Turn:
     gains: dict[str, float] = field(default_factory=dict)
     factors: dict[str, tuple[Ints, float]] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    failed: str = ""
 
     @property
     def notes(self) -> list[str]:
-        found = []
+        found = [self.failed] if self.failed else []
+        if self.lost:
+            found.append(f"{', '.join(self.lost)}: the optimizer's state could not be turned with the channels, and starts anew")
         if self.shares:
             found.append(f"turned to principal axes before channels went: {', '.join(self.shares)}")
         if self.unseen:
@@ -181,22 +188,42 @@ def turn(
     example_inputs: Any,
     optimizers: Sequence[torch.optim.Optimizer] = (),
 ) -> Turn:
-    """Turn the groups that have a free basis, are going to lose units, and were seen, in place: their first units hold most.
+    """Turn the groups that have a free basis, are going to lose units, and were seen, in place: their first units hold most. Where the model would
+    compute something else then, all is as it was, and the notes say so.
 
     Args:
         kept: units that would be left, by group: of groups that are turned as many of the first.
         means: of what layers take in, by path: turned, too, in place.
-
-    Raises:
-        SurgeryError: the model computes something else.
     """
-    done = Turn(dict(kept))
-    inputs = check_inputs(example_inputs, model)
-    going = [g for g in neurons if g.basis is not None and len(kept.get(g.name, g.kept)) < len(g.kept)]
-    before = outputs_uncut(model, inputs) if going else []
+    factors: dict[str, tuple[Ints, float]] = {}
     for group in neurons:
         for end in group.group.queries:
-            done.factors[end.path] = end.index.ravel(), math.sqrt(len(kept.get(group.name, group.kept)) / len(group.kept))
+            factors[end.path] = end.index.ravel(), math.sqrt(len(kept.get(group.name, group.kept)) / len(group.kept))
+    going = [g for g in neurons if g.basis is not None and len(kept.get(g.name, g.kept)) < len(g.kept)]
+    done = Turn(dict(kept), factors=factors)
+    if not going:
+        return done
+    turned_means = dict(means)
+    try:
+        with all_or_nothing(model, None, optimizers):
+            _turn(model, going, done, sums, turned_means, check_inputs(example_inputs, model), optimizers)
+    except (SurgeryError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        return Turn(dict(kept), factors=factors, failed=f"channels keep their axes: {first_line(error)}")
+    means.update(turned_means)
+    return done
+
+
+def _turn(
+    model: nn.Module,
+    going: Sequence[Neurons],
+    done: Turn,
+    sums: Sums,
+    means: dict[str, Tensor],
+    inputs: tuple[Any, ...],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> None:
+    before = outputs_uncut(model, inputs)
+    kept = dict(done.kept)
     # Heads first: they were seen as what comes out of layers that read the stream.
     for group in sorted(going, key=lambda g: isinstance(g.basis, Stream)):
         count = len(kept[group.name])
@@ -210,6 +237,7 @@ def turn(
         else:
             done.unseen.append(group.name)
             continue
+        done.lost += _states_lost(model, group, optimizers)
         for path, turned in seen.items():
             if path in means:
                 means[path] = _turned(means[path], turned)
@@ -219,11 +247,19 @@ def turn(
         scale = max(map(largest, before), default=1.0) or 1.0
         off, _ = largest_difference(before, outputs(model, inputs))
         if off is not None and not off <= TOLERANCE * scale:
-            raise SurgeryError(
-                f"with other axes for the channels of {', '.join(done.shares)} the outputs differ by {off / scale:.2g} (relative); the model was left as it "
-                "was; leave the axes as they are: Channels(even=True, principal=False)"
-            )
-    return done
+            raise SurgeryError(f"turned to principal axes in {', '.join(done.shares)}, the outputs differ by {off / scale:.2g} (relative)")
+
+
+def _states_lost(model: nn.Module, group: Neurons, optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:
+    """Forget the optimizers' state of parameters of a group where it holds what nobody can say how to turn; their names."""
+    lost: dict[str, None] = {}
+    for end in group.group.ends:
+        for parameter in parameters_at(model.get_submodule(end.path), end):
+            for optimizer in optimizers:
+                if unknown_state(optimizer, parameter) is not None:
+                    optimizer.state.pop(parameter)
+                    lost[end.name] = None
+    return list(lost)
 
 
 def _turned(mean: Tensor, turned: Turned) -> Tensor:
