@@ -1535,8 +1535,8 @@ EDITS = [
     Edit(
         "a copy that does not see what the original saw",
         "compressor.py",
-        "        if read:\n            self._see(read)",
-        "        if False:\n            self._see(read)",
+        "        if read:\n            self._see(read, seen_through)",
+        "        if False:\n            self._see(read, seen_through)",
         "test_neurons",
         "copied_together or holds_its_compressor",
     ),

@@ -318,25 +318,45 @@ def test_a_model_that_a_turn_would_change_is_cut_as_it_is(monkeypatch):
     assert all(column in [whole.tolist() for whole in models[1].token.weight.T] for column in left)
 
 
-class Remembers(torch.optim.SGD):
-    """Its state has an entry of a weight's shape that nobody knows."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        super().step(closure)
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p]["riddle"] = torch.ones_like(p)
-
-
 def test_a_state_that_cannot_be_turned_starts_anew_and_that_is_said():
     model = gpt().train()
-    optimizer = Remembers(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     x = tokens(16)
     compressor = laconic.Compressor(model, optimizer, budget=laconic.Budget(params=0.3), total_steps=60, example_inputs=(x[:1],))
-    for _ in range(60):
+    for step in range(60):
         F.cross_entropy(model(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten()).backward()
         optimizer.step()
+        if step == 2:
+            for p in model.parameters():
+                optimizer.state[p]["riddle"] = torch.ones_like(p)
         optimizer.zero_grad()
     report = compressor.compact()
     assert any("token" in note and "could not be turned with the channels, and starts anew" in note for note in report.notes)
+
+
+class Holds(GPT):
+    compressor = None
+
+
+def test_a_copy_made_while_a_batch_is_watched_goes_on():
+    """The model holds its compressor, and is not whole yet when that is copied."""
+    torch.manual_seed(0)
+    model = Holds(20, context=10, layers=2, width=32, heads=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    x = tokens(16)
+    model.compressor = laconic.Compressor(
+        model, optimizer, budget=laconic.Budget(params=0.3), total_steps=60, example_inputs=(x[:1],), every=1
+    )
+
+    def step(m) -> None:
+        F.cross_entropy(m(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten()).backward()
+        m.compressor.optimizers[0].step()
+        m.compressor.optimizers[0].zero_grad()
+
+    for _ in range(5):
+        step(model)
+    twin = copy.deepcopy(model)
+    for _ in range(55):
+        step(twin)
+    assert twin.compressor.compact().params_after <= 0.3 * sum(p.numel() for p in model.parameters())
+    assert not any(m._forward_pre_hooks for m in twin.modules())

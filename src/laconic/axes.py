@@ -35,7 +35,7 @@ from .surgery.basis import Heads, Stream, Turned, turn_heads, turn_stream
 from .surgery.channels import Ints, parameters_at
 from .surgery.factorize import plain_layers
 from .surgery.optimizer import unknown_state
-from .watch import Watch
+from .watch import Watch, drop_dead
 
 ROWS = 4096  # positions looked at in one call of a layer
 RIDGE = 1e-6  # of the largest eigenvalue, where a covariance is divided by
@@ -88,9 +88,10 @@ class Covariances:
 
     Attributes:
         called_with: the last arguments of the model; None where nothing has a free basis.
+        layers: that are looked at, by path; given where the model is being copied, and not whole yet.
     """
 
-    def __init__(self, model: nn.Module, neurons: Sequence[Neurons], training: bool = True):
+    def __init__(self, model: nn.Module, neurons: Sequence[Neurons], training: bool = True, layers: dict[str, nn.Module] | None = None):
         self._model = model
         self._free = {g.name: g for g in neurons if g.basis is not None}
         self._of: dict[str, list[str]] = {}
@@ -102,13 +103,10 @@ class Covariances:
                 self._of.setdefault(path, []).append(group.name)
         self._sums: Sums = {}
         self.called_with: tuple[Any, ...] | None = None
-        self._calls = Watch({"": model}, self._called, training, whole=True) if self._free else None
-        self._watch = Watch({path: model.get_submodule(path) for path in self._of}, self._note, training, uncompiled=training)
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """That are looked at."""
-        return [self._model, *(self._model.get_submodule(path) for path in self._of)]
+        whole = bool(self._free) and hasattr(model, "_forward_pre_hooks")  # it has none yet where it is being copied with what it holds
+        self._calls = Watch({"": model}, self._called, training, whole=True) if whole else None
+        self.layers = {path: model.get_submodule(path) for path in self._of} if layers is None else layers
+        self._watch = Watch(self.layers, self._note, training, uncompiled=training)
 
     def _called(self, _: str, model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
         args, kwargs = given
@@ -151,6 +149,8 @@ class Covariances:
         self._watch.close()
         if self._calls is not None:
             self._calls.close()
+        if self._free:
+            drop_dead([self._model])  # of what was being copied
 
     def finish(self) -> Sums:
         """Sums of products, by all processes together: of a stream by its name, of heads by name and side, with a 1 beside their places."""

@@ -282,7 +282,7 @@ class Compressor:
         # By themselves: a model that holds its compressor, and is being copied, has not got them yet when the compressor has.
         named = {name: p for name, p in self.model.named_parameters() if id(p) in self._parameters}
         read = consumers(self.model, self.plan) if self._inputs is not None else {}
-        seen_through = self._axes.layers if self._axes is not None else []
+        seen_through = self._axes.layers if self._axes is not None else {}
         unreached = {path: self.model.get_submodule(path) for path in self._unreached}
         return here | {"copied": (named, read, unreached, seen_through)}
 
@@ -290,14 +290,16 @@ class Compressor:
         named, read, unreached, seen_through = state.pop("copied")
         vars(self).update(state)
         self._parameters = {id(p): name for name, p in named.items()}
-        drop_dead([*read.values(), *seen_through, *unreached.values(), *(module for site in self.plan.sites for module in site.modules)])
+        drop_dead(
+            [*read.values(), *seen_through.values(), *unreached.values(), *(module for site in self.plan.sites for module in site.modules)]
+        )
         attached = self._attached
         self._attach()
         if not attached:
             self.detach()
             return
         if read:
-            self._see(read)
+            self._see(read, seen_through)
         self._alarm = Watch(unreached, self._reached)
 
     @classmethod
@@ -435,10 +437,10 @@ class Compressor:
         if next_progress >= self.schedule.warmup and (settles or (self.steps + 1) % self.state.every == 0):
             self._see(consumers(self.model, self.plan))
 
-    def _see(self, read: dict[str, nn.Module]) -> None:
+    def _see(self, read: dict[str, nn.Module], seen_through: dict[str, nn.Module] | None = None) -> None:
         """What these layers take in, and what runs through groups that can be turned, from now on."""
         self._inputs = InputMoments(read)
-        self._axes = Covariances(self.model, self.plan.neurons)
+        self._axes = Covariances(self.model, self.plan.neurons, layers=seen_through)
 
     def strength(self, site: Weight | Site | Neurons) -> float:
         """The strength that holds for a weight now: its structure's own, or the controller's times the weight of its cost."""
@@ -580,6 +582,8 @@ class Compressor:
                 self.model, self.plan, state.importances | axes.shares, axes.kept,
                 example_inputs=self.example_inputs, optimizers=self.optimizers, means=means, gains=axes.gains,
             )  # fmt: skip
+            if axes.shares and turned is None:
+                result.notes.append("no layer was fitted: the inputs of the step before the cut were not seen")
             if turned is not None:
                 result.notes.append(refit_layers(self.model, turned, self._fitted_on, axes.factors))
         if not result.kept:
