@@ -276,20 +276,24 @@ def stream_axes(gram: Tensor, keep: int, centred: bool) -> tuple[Tensor, Floats]
     """
     size = len(gram)
     gram = gram / gram.trace().clamp_min(1e-300)
-    within = across_the_mean(size) if centred else torch.eye(size, dtype=torch.float64)
+    within = across_the_mean(size) if centred else torch.eye(size, dtype=torch.float64, device="cpu")
     values, vectors = torch.linalg.eigh(within.mT @ gram @ within)
     axes = within @ vectors.flip(1)  # [channels, axes], the largest first
     values = values.flip(0).clamp_min(0)
     if centred:
         first, last = across_the_mean(keep), across_the_mean(size - keep)
-        parts = torch.tensor([1 / keep, -1 / (size - keep)], dtype=torch.float64).repeat_interleave(torch.tensor([keep, size - keep]))
+        parts = torch.tensor([1 / keep, -1 / (size - keep)], dtype=torch.float64, device="cpu").repeat_interleave(
+            torch.tensor([keep, size - keep], device="cpu")
+        )
         apart = parts[:, None] / parts.norm()
-        mixed = torch.linalg.qr(torch.randn(keep - 1, keep - 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+        mixed = torch.linalg.qr(
+            torch.randn(keep - 1, keep - 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+        )[0]
         target = torch.cat([torch.block_diag(first @ mixed, last), apart], 1)
         rotation = target @ axes.mT + 1 / size
         held = values[: keep - 1].sum()
     else:
-        mixed = torch.block_diag(random_rotation(keep, False), torch.eye(size - keep, dtype=torch.float64))
+        mixed = torch.block_diag(random_rotation(keep, False), torch.eye(size - keep, dtype=torch.float64, device="cpu"))
         rotation = mixed @ axes.mT
         held = values[:keep].sum()
     held = float(held / values.sum().clamp_min(1e-300))
@@ -313,7 +317,7 @@ def head_axes(model: nn.Module, group: Neurons, sums: Sums, keep: int) -> tuple[
     out = columns[group.channels(end)].permute(1, 2, 0)  # [heads, outputs, places]
     _, sizes, right = torch.linalg.svd(out @ value, full_matrices=False)
     if right.shape[1] < right.shape[2]:
-        return queries, torch.eye(right.shape[2], dtype=torch.float64).expand(*right.shape[:1], -1, -1), _even(products)
+        return queries, torch.eye(right.shape[2], dtype=torch.float64, device="cpu").expand(*right.shape[:1], -1, -1), _even(products)
     scale = sizes[:, :keep].mean(1).clamp_min(1e-12).sqrt()
     values = scale[:, None, None] * right @ to_value
     return queries, values, _even(sizes.square())

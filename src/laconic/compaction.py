@@ -1,6 +1,7 @@
 """Cut a model to given ranks: build, verify, swap, re-estimate; all of it or nothing.
 
 Shared by `Compressor.compact` (after training under pressure), its cut in mid-run, and `laconic.compress` (post hoc).
+One cut from the first check to the last, and therefore one long file.
 """
 
 from __future__ import annotations

@@ -57,10 +57,6 @@ class _NotFree(Exception):  # noqa: N818  no error
     """Why a group keeps its axes."""
 
 
-def _is_of_heads(group: Group) -> bool:
-    return all(end.index.shape[1] > 1 for end in (*group.producers, *group.consumers))
-
-
 def _stream(trial: Trial, group: Group) -> Stream:
     model = trial.twin
     weights = [{id(model.get_submodule(end.path).weight) for end in ends} for ends in (group.producers, group.consumers)]

@@ -77,7 +77,11 @@ def turn_stream(
         if end.own:
             basis.mix(getattr(module, end.side), long_axis(getattr(module, end.side)), where, rotation)
             continue
-        gain = torch.ones(len(where), dtype=torch.float64) if module.weight is None else module.weight.detach().double().cpu()[where[:, 0]]
+        gain = (
+            torch.ones(len(where), dtype=torch.float64, device="cpu")
+            if module.weight is None
+            else module.weight.detach().double().cpu()[where[:, 0]]
+        )
         size = gain.square().mean().sqrt()
         gain = gain / size
         gain = torch.where(gain.abs() < LEAST_GAIN, LEAST_GAIN, gain)
@@ -121,7 +125,7 @@ def scale_norms(model: nn.Module, group: Group, factor: float, optimizers: Seque
         module: Layer = model.get_submodule(end.path)
         if not end.own and module.weight is not None:
             where = positions(model, group, end)
-            basis.mix(module.weight, 0, where, factor * torch.eye(len(where), dtype=torch.float64))
+            basis.mix(module.weight, 0, where, factor * torch.eye(len(where), dtype=torch.float64, device="cpu"))
 
 
 @torch.no_grad()
@@ -130,7 +134,7 @@ def scale_queries(model: nn.Module, group: Group, factor: float, optimizers: Seq
     basis = Basis(optimizers)
     for end in group.queries:
         where = positions(model, group, end)
-        basis.mix_rows(model.get_submodule(end.path), where, factor * torch.eye(len(where), dtype=torch.float64))
+        basis.mix_rows(model.get_submodule(end.path), where, factor * torch.eye(len(where), dtype=torch.float64, device="cpu"))
 
 
 def mixed(x: Tensor, axis: int, where: Tensor, matrices: Tensor) -> Tensor:
