@@ -1874,6 +1874,15 @@ EDITS = [
     Edit(
         "a shared weight is fitted", "refit.py", "owners[id(p)] == 1 and p.requires_grad", "p.requires_grad", "test_refit", "stays_as_it_is"
     ),
+    Edit("what a stream lacks is not made good", "refit.py", "streams.get(path))]", "None)]", "test_refit", "adds_to_a_stream"),
+    Edit(
+        "any layer before a norm adds to its stream",
+        "refit.py",
+        "rtol=0, atol=ADDS",
+        "rtol=1e9, atol=ADDS",
+        "test_refit",
+        "adds_to_a_stream",
+    ),
     Edit("what runs twice is fitted", "refit.py", "if times == 1]", "]", "test_refit", "stays_as_it_is"),
     Edit("a fit that leads away is kept", "refit.py", "if after > before:", "if False:", "test_refit", "leads_away"),
     Edit("BatchNorm goes by what the cut layers put out", "refit.py", "            norm.train()\n", "", "test_refit", "convolutions"),

@@ -10,7 +10,7 @@ import laconic
 from laconic import errors
 from laconic.measure import evaluating
 from laconic.models import GPT
-from laconic.refit import RIDGE, refit_layers
+from laconic.refit import RIDGE, _streams, refit_layers
 from laconic.surgery.channels import channels_kept
 
 from .architectures import Basic, Net, conv
@@ -88,6 +88,59 @@ def test_each_layer_is_the_solution_of_its_least_squares():
     refit_layers(model, dense, [ROWS[:100], ROWS[100:]])
     for a, b in zip(model.parameters(), oracle.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Residual(nn.Module):
+    """Two blocks that add to a stream; `passed` is done to what the second puts out."""
+
+    def __init__(self, passed=lambda x: x):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8), nn.LayerNorm(8)])
+        self.up = nn.ModuleList([nn.Linear(8, 12), nn.Linear(8, 8)])
+        self.back = nn.ModuleList([nn.Linear(12, 8), nn.Linear(8, 8, bias=False)])
+        self.passed = passed
+
+    def forward(self, x):
+        x = x + self.back[0](self.up[0](self.norms[0](x)).relu())
+        return self.norms[2](x + self.passed(self.back[1](self.up[1](self.norms[1](x)).relu())))
+
+
+def test_a_layer_that_adds_to_a_stream_is_fitted_to_what_the_stream_lacks_by_then():
+    """The gradient of the error of the stream is zero, in which there is what the first block could not make good."""
+    torch.manual_seed(0)
+    dense = Residual()
+    model = copy.deepcopy(dense)
+    for layer in (*model.up, *model.back):
+        layer.weight.data += 0.1 * torch.randn_like(layer.weight)
+    start, x = model.back[1].weight.detach().double(), torch.randn(200, 8)
+    refit_layers(model, dense, [x])
+    taken, streams = [], []
+    model.back[1].register_forward_pre_hook(lambda _, args: taken.append(args[0].double()))
+    for net in (model, dense):
+        net.norms[2].register_forward_pre_hook(lambda _, args: streams.append(args[0].double()))
+        net(x)
+    weight, (found, wanted) = model.back[1].weight.detach().double(), streams
+    ridge = RIDGE * taken[0].square().sum() / 8
+    gradient = (found - wanted).T @ taken[0] + ridge * (weight - start)
+    assert gradient.abs().max() < 1e-4 * (wanted.T @ taken[0]).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("passed", "last"),
+    [
+        (lambda x: x, True),
+        (lambda x: 0.5 * x, False),
+        (lambda x: x.relu(), False),
+        (lambda x: x.flip(-1), False),
+        (lambda x: x.flip(0), False),
+    ],
+    ids=["added", "scaled", "bent", "other-channels", "other-rows"],
+)
+def test_a_layer_adds_to_a_stream_where_what_the_next_norm_takes_in_moves_with_it(passed, last):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        found = _streams(Residual(passed).eval(), ["up.0", "back.0", "up.1", "back.1"], (torch.randn(20, 8),))
+    assert found == {"back.0": "norms.1"} | ({"back.1": "norms.2"} if last else {})
 
 
 def test_a_layer_that_is_narrower_and_a_pair_is_fitted_to_the_channels_that_it_has():

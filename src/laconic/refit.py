@@ -3,8 +3,8 @@ r"""Fit the layers of a cut model, one after the other, to what they put out bef
 .. math:: W_l = \operatorname{argmin}_W \sum_x \|W x_l - (y_l)_{K_l}\|_2^2 + \lambda \|W - W_l^0\|_F^2
 
 where :math:`y_l` is what the layer (linear, or a convolution on all its patches; with its bias) puts out in the dense model, :math:`K_l` the channels that
-are left of it, :math:`x_l` what it takes in in the cut model, whose earlier layers are fitted already, and :math:`W_l^0` its weight after the cut. Of a pair
-the last layer is fitted. No gradient, no labels: a few hundred inputs, a second copy of the model, two runs over the inputs for each layer.
+are left of it, :math:`x_l` what it takes in in the cut model, whose earlier layers are fitted already, and :math:`W_l^0` its weight after the cut. Of a layer
+that adds to a residual stream :math:`W x_l` is to be what the stream of the cut model lacks of the dense one's by then. Of a pair the last layer is fitted. No gradient, no labels: a few hundred inputs, a second copy of the model, two runs over the inputs for each layer.
 
 Sources: Zhang et al. 2016, *Accelerating Very Deep Convolutional Networks*, on ranks; He et al. 2017, *Channel Pruning*, and Luo et al. 2017, *ThiNet*, on channels.
 """
@@ -27,10 +27,11 @@ from .graph.labels import leaves
 from .matricize import has_own_forward, is_hf_conv1d, takes_entries, unfoldings
 from .measure import call, check_inputs, evaluating
 from .surgery.batchnorm import BATCHES, batch_norms, reestimate
-from .surgery.channels import Ints, channels_kept
+from .surgery.channels import Ints, channels_kept, is_layer_norm
 from .surgery.factorize import MARK, plain_layers
 
 RIDGE = 1e-3  # lambda, as a part of the mean square of the inputs
+ADDS = 1e-4  # of the largest channel: what rounding may do to a sum
 ROWS = 8192  # of patches in a batch: more say little that is new
 
 
@@ -60,7 +61,8 @@ def refit_layers(
             raise SurgeryError(f"the model does not run on calibration (RuntimeError: {first_line(error)}); {BATCHES}") from error
         paths = _fittable(model, inputs[0])
         start = [(p, p.clone()) for path in paths for p in plain_layers(model.get_submodule(path))[-1].parameters()]
-        fitted = [path for path in paths if _fit(model, dense, path, inputs, (factors or {}).get(path))]
+        streams = _streams(model, paths, inputs[0])
+        fitted = [path for path in paths if _fit(model, dense, path, inputs, (factors or {}).get(path), streams.get(path))]
         after = _distance(model, dense, inputs)
         if after > before:
             for parameter, value in start:
@@ -123,8 +125,39 @@ def _is_plain(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_hf_conv1d(module)
 
 
-def _fit(model: nn.Module, dense: nn.Module, path: str, inputs: Sequence[tuple[Any, ...]], factor: tuple[Ints, float] | None) -> bool:
-    """Normal equations in float64, batch by batch; the weight is the solution where that is finite."""
+def _streams(model: nn.Module, paths: Sequence[str], inputs: tuple[Any, ...]) -> dict[str, str]:
+    """The norm behind each layer that adds to a residual stream: moved outputs move what the norm takes in by as much. By the layer's path."""
+    order: list[str] = []
+    norms = [path for path, module in model.named_modules() if is_layer_norm(module)]
+    with contextlib.ExitStack() as hooks:
+        for path in (*paths, *norms):
+            hooks.callback(model.get_submodule(path).register_forward_hook(lambda _m, _a, _o, path=path: order.append(path)).remove)
+        call(model, inputs)
+    found = {}
+    for path in paths:
+        norm = next((later for later in order[order.index(path) :] if later in norms), None)
+        if norm is None or order.count(norm) > 1:
+            continue
+        stream = _seen(model, model.get_submodule(norm), inputs, given=True)
+        moves: list[Tensor] = []
+
+        def move(_m: nn.Module, _a: Any, out: Tensor, moves: list[Tensor] = moves) -> Tensor:
+            moves.append(out.std() * torch.randn(out.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(out))
+            return out + moves[0]
+
+        with contextlib.ExitStack() as hooks:
+            hooks.callback(plain_layers(model.get_submodule(path))[-1].register_forward_hook(move).remove)
+            moved = _seen(model, model.get_submodule(norm), inputs, given=True)
+        if moved.shape == moves[0].shape and torch.allclose(moved - stream, moves[0], rtol=0, atol=ADDS * float(stream.abs().max())):
+            found[path] = norm
+    return found
+
+
+def _fit(
+    model: nn.Module, dense: nn.Module, path: str, inputs: Sequence[tuple[Any, ...]], factor: tuple[Ints, float] | None, norm: str | None
+) -> bool:
+    """Normal equations in float64, batch by batch; the weight is the solution where that is finite. Before the norm of a stream the error is that of the
+    stream, in which there is what earlier layers lack."""
     module = model.get_submodule(path)
     layer = plain_layers(module)[-1]
     weight = layer.weight.T if is_hf_conv1d(layer) else layer.weight.flatten(1)
@@ -134,19 +167,18 @@ def _fit(model: nn.Module, dense: nn.Module, path: str, inputs: Sequence[tuple[A
     times = torch.ones(len(kept), dtype=torch.float64, device=weight.device)
     if factor is not None:
         times[np.isin(channels_kept(module, "out"), factor[0])] = factor[1]
+    at, given = (path, False) if norm is None else (norm, True)
     gram, across = torch.zeros((), dtype=torch.float64, device=weight.device), torch.zeros((), dtype=torch.float64, device=weight.device)
     for batch in inputs:
-        taken = _patches(layer, _seen(model, layer, batch, given=True))
-        put = _seen(dense, dense.get_submodule(path), batch, given=False)
-        put = put.movedim(1, -1) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else put
-        put = put.flatten(0, -2)[:, kept].double() * times
-        if len(put) != len(taken):
+        x = _patches(layer, _seen(model, layer, batch, given=True))
+        is_there, is_here = (_rows(layer, _seen(m, m.get_submodule(at), batch, given)) for m in (dense, model))
+        if not len(x) == len(is_there) == len(is_here):
             return False
-        some = slice(None, None, -(-len(put) // ROWS))
-        x, y = taken[some].double(), put[some]
+        some = slice(None, None, -(-len(x) // ROWS))
+        x, error = x[some].double(), is_there[some][:, kept].double() * times - is_here[some].double()
         if layer.bias is not None:
             x = F.pad(x, (0, 1), value=1.0)
-        gram, across = gram + x.T @ x, across + x.T @ (y - x @ start.T)
+        gram, across = gram + x.T @ x, across + x.T @ error
     gram, across = (torch.stack([y.to(x.device) for y in gathered(x)]).sum(0) for x in (gram, across))
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     change, failed = torch.linalg.solve_ex(gram + ridge, across)
@@ -192,6 +224,11 @@ def _patches(layer: nn.Module, x: Tensor) -> Tensor:
     else:
         x = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
     return x.movedim(1, -1).flatten(0, -2)
+
+
+def _rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """`[positions, channels]` of what a layer puts out."""
+    return (x.movedim(1, -1) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else x).flatten(0, -2)
 
 
 def _distance(model: nn.Module, dense: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> float:
