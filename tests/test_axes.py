@@ -14,7 +14,10 @@ from laconic.axes import covariances, head_axes, stream_axes
 from laconic.graph import across_the_mean, find_groups, free_bases, gap, outputs, random_rotation
 from laconic.models.transformers import GPT, ViT
 from laconic.plan import make_plan
+from laconic.slimming import importances_of, slim_neurons
 from laconic.surgery.basis import Heads, Stream, turn_heads, turn_stream
+
+from .models import assert_same, snapshot
 
 EVEN = laconic.Channels(even=True)
 
@@ -225,9 +228,12 @@ def test_a_network_that_is_narrower_than_it_looks_is_found():
     assert gap(before[0], outputs(plain, inputs)[0]) > 0.1 * scale
 
 
-def test_a_cut_without_a_sight_of_data_is_as_it_was_and_says_so():
-    report = laconic.compress(gpt(), EVEN, laconic.Budget(params=0.5), example_inputs=(tokens(),))
-    assert any("not turned to principal axes, since nothing was seen" in note for note in report.notes)
+def test_a_cut_without_a_sight_of_data_takes_channels_and_whole_heads_and_says_so():
+    one, other = gpt(), gpt()
+    report = laconic.compress(one, EVEN, laconic.Budget(params=0.5), example_inputs=(tokens(),))
+    assert any("heads as a whole: principal axes need batches of inputs, as calibration=" in note for note in report.notes)
+    laconic.compress(other, laconic.Channels(even=True, principal=False), laconic.Budget(params=0.5), example_inputs=(tokens(),))
+    assert_same(snapshot(one), snapshot(other))
 
 
 def test_a_tied_head_keeps_its_axes_and_that_is_said():
@@ -238,15 +244,67 @@ def test_a_tied_head_keeps_its_axes_and_that_is_said():
     assert any(note.startswith("token: channels go as they are") and "tied head" in note for note in plan.notes)
 
 
-def test_heads_whose_number_of_places_is_written_down_go_as_a_whole():
-    hf = pytest.importorskip("transformers")
+class Written(nn.Module):
+    """Attention whose code has the size of a head, and the number that products are multiplied by: as attributes, or as they are."""
+
+    def __init__(self, attributes=True):
+        super().__init__()
+        self.embed, self.norm = nn.Linear(5, 32), nn.LayerNorm(32)
+        self.query, self.key, self.value = (nn.Linear(32, 32) for _ in range(3))
+        self.back, self.head = nn.Linear(32, 32), nn.Linear(32, 3)
+        if attributes:
+            self.size, self.scaling, self.layers = 8, 8**-0.5, 2
+        self.attributes = attributes
+
+    def forward(self, x):
+        x = self.embed(x)
+        size, scaling = (self.size, self.scaling) if self.attributes else (8, 8**-0.5)
+        y = self.norm(x)
+        q, k, v = (layer(y).unflatten(-1, (-1, size)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        mixed = (q @ k.mT * scaling).softmax(-1) @ v
+        return self.head(x + self.back(mixed.transpose(1, 2).flatten(2)))
+
+
+def test_the_size_of_a_head_and_the_scaling_of_products_follow_where_they_are_attributes(tmp_path):
     torch.manual_seed(0)
-    model = hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=20, n_positions=10, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
-    ).eval()
-    plan = make_plan(model, [EVEN], (tokens(),))
+    model, fresh = Written(), Written()
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        model.query.weight *= 4  # attention that is far from even
+    x = torch.randn(16, 9, 5)
+    plan = make_plan(model, [EVEN], (x,))
+    group = next(g for g in plan.neurons if g.name == "query")
+    assert isinstance(group.basis, Heads)
+    assert {count.name: count.dense for count in group.group.counts} == {"size": 8, "scaling": 8**-0.5}
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in (twin.query, twin.key, twin.value):
+            for places in (layer.weight.view(4, 8, 32), layer.bias.view(4, 8)):
+                places[:, 3:] = 0
+    slim_neurons(model, plan, importances_of(plan, {}), {"query": [0, 1, 2]}, example_inputs=(x,))
+    torch.testing.assert_close(model(x), twin(x))
+    assert (model.size, model.layers) == (3, 2)
+    assert model.scaling == pytest.approx(3**-0.5)
+    laconic.save(model, tmp_path / "cut")
+    again = laconic.load(tmp_path / "cut", fresh)
+    assert again.scaling == model.scaling
+    assert torch.equal(again(x), model(x))
+
+
+def test_heads_whose_number_of_places_is_written_down_go_as_a_whole():
+    plan = make_plan(Written(attributes=False), [EVEN], (torch.randn(2, 9, 5),))
     assert {g.group.units for g in plan.neurons if g.of_heads} == {4}
-    assert any("c_attn" in note and "heads as a whole" in note for note in plan.notes)
+    assert any("query" in note and "heads as a whole" in note for note in plan.notes)
+
+
+def test_heads_that_get_narrower_keep_a_multiple_of_their_places():
+    torch.manual_seed(0)
+    model = GPT(20, context=12, layers=2, width=128, heads=4)
+    structure = laconic.Channels(even=True, multiple=8)
+    report = laconic.compress(model, structure, laconic.Budget(params=0.3), example_inputs=(tokens(),), calibration=[tokens(64)])
+    kept = [g.kept for g in report.groups if g.name.endswith("query")]
+    assert kept == [16, 16]  # four heads of 18 would have a multiple of 8 channels
+    assert {model.token.weight.shape[1] % 8, model.blocks[0].up.out_features % 8} == {0}
 
 
 class Rotary(nn.Module):

@@ -61,6 +61,32 @@ def test_a_cut_model_is_an_ordinary_one_of_another_configuration(build, inputs, 
         torch.testing.assert_close(again(**inputs)[0], model(**inputs)[0], rtol=0, atol=1e-6)
 
 
+WITHIN = ("GPT-2", "BERT", "DistilBERT", "ViT")
+
+
+@pytest.mark.parametrize("case", slow_but_for(["GPT-2", "ViT"], WITHIN))
+def test_heads_get_narrower_where_batches_are_seen_and_the_size_in_the_code_follows(case, tmp_path):
+    build, inputs, sizes = CASES[case]
+    model, dense = build().eval(), build().eval()
+    many = torch.randn(64, 3, 16, 16) if case == "ViT" else torch.randint(20, (64, 10))
+    report = laconic.compress(
+        model, laconic.Channels(even=True), laconic.Budget(params=0.3), example_inputs=inputs, calibration=[many], refit=True
+    )
+    assert [g.kept for g in report.groups if "q" in g.name.rpartition(".")[2] or "c_attn" in g.name] == [
+        2,
+        2,
+    ]  # of the 4 places of 12 heads
+    laconic.save(model, tmp_path / "kept", report=report)
+    loaded = laconic.load(tmp_path / "kept", dense)
+    small = reconfigured(model, inputs)
+    small.save_pretrained(tmp_path / "small")
+    heads = "n_head" if case == "GPT-2" else "n_heads" if case == "DistilBERT" else "num_attention_heads"
+    assert {name: getattr(small.config, name) for name in sizes} == sizes | {heads: 12}
+    with torch.no_grad():
+        for again in (loaded.eval(), type(model).from_pretrained(tmp_path / "small").eval()):
+            torch.testing.assert_close(again(**inputs)[0], model(**inputs)[0], rtol=0, atol=1e-6)
+
+
 def cut(model, inputs=WORDS, share=0.3, structures=None):
     laconic.compress(model, structures or laconic.Channels(even=True), laconic.Budget(params=share), example_inputs=inputs)
     return model

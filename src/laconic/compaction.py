@@ -7,6 +7,7 @@ One cut from the first check to the last, and therefore one long file.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -359,12 +360,19 @@ def compress(
         raise InvalidValueError(
             f"Channels and energy={energy}: neurons are chosen by a budget, so give budget=laconic.Budget(params=0.5); energy is for ranks"
         )
-    model = bare(model)
-    plan = make_plan(model, structures, example_inputs)
-    values = spectra(plan)
     batches = as_batches(calibration)
     if refit and batches is None:
         raise InvalidValueError("refit=True fits layers on calibration inputs: give calibration=, some batches of inputs")
+    model = bare(model)
+    blind = batches is None and any(isinstance(s, Channels) and s.even and s.principal for s in structures)
+    if blind:  # places within heads that were not turned are worth less than whole heads
+        structures = [dataclasses.replace(s, principal=False) if isinstance(s, Channels) else s for s in structures]
+    plan = make_plan(model, structures, example_inputs)
+    if blind and (turnable := [group.name for group in plan.neurons if group.of_heads or group.norms]):
+        unasked.append(
+            f"{', '.join(turnable)}: channels go as they are, and heads as a whole: principal axes need batches of inputs, as calibration="
+        )
+    values = spectra(plan)
     before = copy.deepcopy(model) if refit else None
     choosing = bool(plan.neurons) and budget is not None
     moments = watch_inputs(model, plan, batches or [example_inputs]) if choosing else {}

@@ -356,7 +356,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _candidates(model: nn.Module, group: Group) -> Iterator[tuple[Count, ...]]:
-    """Numbers on the modules above the group's layers that may count its units (`heads`), or their channels."""
+    """Numbers on the modules above the group's layers that may count its units (`heads`), or their channels; of places within heads, with those by
+    which products are multiplied."""
     above = {"", *(end.path for end in group.ends if end.own)} | {
         path.rpartition(".")[0] for end in group.ends for path in _and_above(end.path)
     }
@@ -369,7 +370,14 @@ def _candidates(model: nn.Module, group: Group) -> Iterator[tuple[Count, ...]]:
     ]
     heads = tuple(c for c in found if c.dense == group.units)
     named = tuple(c for c in found if "head" in c.name and "dim" not in c.name)
-    yield from dict.fromkeys(c for c in (heads, named, *((c,) for c in found), tuple(found)) if c)
+    beside = tuple(c for c in found if c.path == group.producers[0].path.rpartition(".")[0])
+    scales = tuple(
+        Count(path, name, value)
+        for path in sorted(above if group.queries else ())
+        for name, value in vars(model.get_submodule(path)).items()
+        if type(value) is float and math.isclose(value, group.units**-0.5)
+    )
+    yield from dict.fromkeys(c + scales for c in ((), heads, named, *((c,) for c in found), beside, tuple(found)) if c + scales)
 
 
 def _and_above(path: str) -> Iterator[str]:

@@ -136,7 +136,10 @@ class Neurons:
 
     @property
     def multiple(self) -> int:
-        """Of how many units the structure keeps a multiple: its own number counts channels, of which a unit (a head) may have several."""
+        """Of how many units the structure keeps a multiple: its own number counts channels, of which a unit (a head) may have several. Of places within
+        heads it counts places: kernels of attention care how wide a head is."""
+        if self.group.queries:
+            return self.structure.multiple
         of_unit = math.gcd(*(end.index.shape[1] for end in self.group.producers))
         return self.structure.multiple // math.gcd(self.structure.multiple, of_unit)
 
@@ -167,13 +170,14 @@ class Channels:
         strength: threshold per unit of learning rate. None: left to the budget.
         scale: `"relative"` or `"absolute"`.
         include, exclude: shell-style patterns on module or parameter names of the layers that put the neurons out.
-        multiple: keep a multiple of this number of channels (what the hardware likes: 8, 16); an attention head of 64 is one already.
+        multiple: keep a multiple of this number of channels (what the hardware likes: 8, 16); an attention head of 64 is one already, one that gets
+            narrower keeps a multiple of its places.
         optional: beside `LowRank`, under a budget in parameters alone: at the first proximal step all these neurons are left alone for the
             whole run, unless ranks alone would keep less of the network (see `laconic.budget.needless`).
         even: every group keeps the same part of its neurons, so that the network is the dense one made narrower: their importance says which
             go, not how many (see `laconic.widths.narrowed`). Without `LowRank` beside it, and for all groups or none.
         principal: with `even`, where the basis of channels is free (a residual stream, the places within attention heads), it is turned before some go,
-            so that those which stay hold most (see `laconic.axes`), and nothing presses them; False: channels as they are, and whole heads.
+            so that those which stay hold most (see `laconic.axes`), and nothing presses them; False (and `compress` without `calibration`): channels as they are, and whole heads.
     """
 
     penalty: Penalty = field(default_factory=LogSum)

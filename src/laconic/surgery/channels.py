@@ -63,11 +63,16 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """A number on a module that counts the units (`heads`) or their channels (`split_size`): it shrinks with them."""
+    """A number on a module that counts the units (`heads`) or their channels (`split_size`): it shrinks with them. Of places within heads also
+    1 / the root of their number, by which products are multiplied (`scaling`): it grows."""
 
     path: str
     name: str
-    dense: int
+    dense: int | float
+
+    def left(self, units: int, of: int) -> int | float:
+        """What it is once that many of the units are left."""
+        return self.dense * units // of if isinstance(self.dense, int) else self.dense * (of / units) ** 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,7 @@ class Group:
         name: path of the first producer.
         units: how many there are in the dense model; a unit is a neuron, a filter, or a whole attention head.
         ends: every side of every layer that has a share in them.
-        counts: whole numbers in the model's own code that shrink in proportion.
+        counts: numbers in the model's own code that shrink with them.
         queries: where the units are places within heads, the side whose product with another is taken over them, divided by the root of their number.
     """
 
@@ -271,10 +276,10 @@ def replayed(path: str, module: nn.Module, kept: Mapping[str, Sequence[int]], si
 
 def _what_goes(
     model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Sequence[int]]
-) -> tuple[dict[str, dict[str, Ints]], dict[str, dict[str, int]]]:
+) -> tuple[dict[str, dict[str, Ints]], dict[str, dict[str, int | float]]]:
     by_name = {group.name: group for group in groups}
     gone: dict[str, dict[str, list[Ints]]] = {}
-    counts: dict[str, dict[str, int]] = {}
+    counts: dict[str, dict[str, int | float]] = {}
     for name, units in kept.items():
         if name not in by_name:
             raise InvalidValueError(f"kept names {name!r}, which is no group; there are: {', '.join(list(by_name)[:6])}")
@@ -289,7 +294,7 @@ def _what_goes(
             leave = np.delete(end.index, stay, axis=0).ravel()
             gone.setdefault(end.path, {}).setdefault(end.side, []).append(leave)
         for count in group.counts:
-            counts.setdefault(count.path, {})[count.name] = count.dense * len(stay) // group.units
+            counts.setdefault(count.path, {})[count.name] = count.left(len(stay), group.units)
     joined = {path: {side: np.concatenate(parts) for side, parts in sides.items()} for path, sides in gone.items()}
     return joined, counts
 

@@ -61,14 +61,14 @@ class Slim:
         kind: class name of the dense layer.
         dense: channels of the dense layer, for each side (`"out"`, `"in"`, a parameter of the model's own) that lost some.
         kept: for each such side the channels that are left, by their dense numbers.
-        sizes: the module's attributes that say how wide it is, as they are now (`out_features`, `groups`, `num_heads`, `normalized_shape`).
+        sizes: the module's attributes that say how wide it is, as they are now (`out_features`, `groups`, `num_heads`, `normalized_shape`, `scaling`).
     """
 
     names: tuple[str, ...]
     kind: str
     dense: dict[str, int]
     kept: dict[str, list[int]]
-    sizes: dict[str, int | tuple[int, ...]]
+    sizes: dict[str, int | float | tuple[int, ...]]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,7 +76,7 @@ class Slim:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Slim:
         dense = {str(side): int(n) for side, n in data["dense"].items()}
-        sizes = {str(k): int(v) if isinstance(v, int) else tuple(int(n) for n in v) for k, v in data["sizes"].items()}
+        sizes = {str(k): v if isinstance(v, (int, float)) else tuple(int(n) for n in v) for k, v in data["sizes"].items()}
         kept = {str(side): [int(c) for c in channels] for side, channels in data["kept"].items()}
         return Slim(tuple(data["names"]), str(data["kind"]), dense, kept, sizes)
 
