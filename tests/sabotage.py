@@ -2070,6 +2070,24 @@ EDITS = [
     ),
     Edit("they shrink", "surgery/channels.py", "(of / units) ** 0.5", "(units / of) ** 0.5", "test_axes", "scaling_of_products"),
     Edit(
+        "the gains before a tied head stay",
+        "axes.py",
+        "        flatten(model, stream, optimizers)",
+        "        pass",
+        "test_axes",
+        "either_is_said",
+    ),
+    Edit("one gain whatever it changes", "axes.py", "if not off <= FLAT:", "if False:", "test_axes", "either_is_said"),
+    Edit("a tied head turns with its gains", "graph/bases.py", "centred, tuple(flat))", "centred)", "test_axes", "one_number"),
+    Edit(
+        "one gain: the mean, not the root of the mean square",
+        "surgery/basis.py",
+        "double().square().mean().sqrt()))",
+        "double().mean()))",
+        "test_axes",
+        "one_number",
+    ),
+    Edit(
         "multiples: heads together, not each",
         "structures/channels.py",
         "if self.group.queries:",
@@ -2159,7 +2177,6 @@ EDITS = [
         "test_axes",
         "cut_as_it_is",
     ),
-    Edit("a tied table turned", "graph/bases.py", "if weights[0] & weights[1]:", "if False:", "test_axes", "tied_head"),
 ]
 
 

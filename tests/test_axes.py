@@ -15,7 +15,7 @@ from laconic.graph import across_the_mean, find_groups, free_bases, gap, outputs
 from laconic.models.transformers import GPT, ViT
 from laconic.plan import make_plan
 from laconic.slimming import importances_of, slim_neurons
-from laconic.surgery.basis import Heads, Stream, turn_heads, turn_stream
+from laconic.surgery.basis import Heads, Stream, flatten, turn_heads, turn_stream
 
 from .models import assert_same, snapshot
 
@@ -236,12 +236,41 @@ def test_a_cut_without_a_sight_of_data_takes_channels_and_whole_heads_and_says_s
     assert_same(snapshot(one), snapshot(other))
 
 
-def test_a_tied_head_keeps_its_axes_and_that_is_said():
+def tied(spread: float) -> nn.Module:
     model = gpt()
     model.head.weight = model.token.weight
-    plan = make_plan(model, [EVEN], (tokens(),))
-    assert next(g for g in plan.neurons if g.name == "token").basis is None
-    assert any(note.startswith("token: channels go as they are") and "tied head" in note for note in plan.notes)
+    with torch.no_grad():
+        model.norm.weight.copy_(1.5 + spread * torch.randn(32, generator=torch.Generator().manual_seed(3)))
+    return model
+
+
+def test_a_table_that_is_the_output_layer_too_turns_as_one_once_the_gains_before_it_are_one_number():
+    model, inputs = tied(0.3).double(), (tokens(64),)
+    group = next(g for g in make_plan(model, [EVEN], inputs).neurons if g.name == "token")
+    assert group.basis.flat == ("norm",)
+    dense = outputs(model, inputs)
+    flatten(model, group.basis)
+    assert (model.norm.weight == model.norm.weight[0]).all()
+    assert model.norm.weight[0].item() == pytest.approx(tied(0.3).norm.weight.square().mean().sqrt().item())
+    flat = outputs(model, inputs)
+    assert gap(dense[0], flat[0]) > 0.01
+    table = model.token.weight.detach().clone()
+    turn_all(model, inputs)
+    assert model.head.weight is model.token.weight
+    assert gap(table, model.token.weight.detach()) > 0.1
+    assert gap(flat[0], outputs(model, inputs)[0]) < 1e-9
+
+
+@pytest.mark.parametrize(("spread", "turned"), [(0.05, True), (0.8, False)])
+def test_where_one_gain_changes_too_much_a_tied_table_keeps_its_axes_and_either_is_said(spread, turned):
+    model = tied(spread)
+    report = laconic.compress(model, EVEN, laconic.Budget(params=0.5), example_inputs=(tokens(),), calibration=[tokens(64)])
+    assert model.head.weight is model.token.weight
+    assert any(note.startswith("norm: one gain for all channels, which a tied head reads") for note in report.notes) is turned
+    assert any("channels keep their axes: with one gain for all channels of norm" in note for note in report.notes) is not turned
+    assert any("turned to principal axes" in note and "token" in note for note in report.notes) is turned
+    gains = model.norm.weight.detach()
+    assert (gap(gains, gains[:1].expand_as(gains)) == 0) is turned
 
 
 class Written(nn.Module):

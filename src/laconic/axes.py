@@ -31,7 +31,7 @@ from .graph import across_the_mean, largest, outputs, random_rotation
 from .matricize import by_inputs
 from .measure import call, check_inputs, copied, evaluating
 from .structures import Neurons
-from .surgery.basis import Heads, Stream, Turned, turn_heads, turn_stream
+from .surgery.basis import Heads, Stream, Turned, flatten, turn_heads, turn_stream
 from .surgery.channels import Ints, parameters_at
 from .surgery.factorize import plain_layers
 from .surgery.optimizer import unknown_state
@@ -41,6 +41,7 @@ ROWS = 4096  # positions looked at in one call of a layer
 RIDGE = 1e-6  # of the largest eigenvalue, where a covariance is divided by
 SMALL = 1e-5  # in a norm of our own, beside the mean square
 
+FLAT = 0.1  # of the outputs' size: a cut changes several times as much
 TOLERANCE = 0.02  # of the largest output: of channels with next to no gain, and of weights in 16 bits
 
 Sums = dict[str, Tensor]
@@ -59,6 +60,7 @@ class Turn:
         unseen: groups that could have been turned, but nothing was seen of what they hold.
         lost: layers whose optimizer's state could not go along.
         failed: why nothing was turned.
+        flattened: which norms' gains have become one number for it, and what that changed.
     """
 
     kept: dict[str, list[int]]
@@ -68,10 +70,11 @@ class Turn:
     unseen: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     failed: str = ""
+    flattened: str = ""
 
     @property
     def notes(self) -> list[str]:
-        found = [self.failed] if self.failed else []
+        found = [x for x in (self.failed, self.flattened) if x]
         if self.lost:
             found.append(f"{', '.join(self.lost)}: the optimizer's state could not be turned with the channels, and starts anew")
         if self.shares:
@@ -223,6 +226,7 @@ def _turn(
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
     before = outputs_uncut(model, inputs)
+    before = _flattened(model, [g.basis for g in going if isinstance(g.basis, Stream) and g.name in sums], before, done, inputs, optimizers)
     kept = dict(done.kept)
     # Heads first: they were seen as what comes out of layers that read the stream.
     for group in sorted(going, key=lambda g: isinstance(g.basis, Stream)):
@@ -248,6 +252,34 @@ def _turn(
         off, _ = largest_difference(before, outputs(model, inputs))
         if off is not None and not off <= TOLERANCE * scale:
             raise SurgeryError(f"turned to principal axes in {', '.join(done.shares)}, the outputs differ by {off / scale:.2g} (relative)")
+
+
+def _flattened(
+    model: nn.Module,
+    streams: Sequence[Stream],
+    before: list[Tensor],
+    done: Turn,
+    inputs: tuple[Any, ...],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> list[Tensor]:
+    """The outputs once the gains before tied heads are one number each."""
+    if not any(stream.flat for stream in streams):
+        return before
+    for stream in streams:
+        flatten(model, stream, optimizers)
+    after = outputs(model, inputs)
+    pairs = [(a.double(), b.double()) for a, b in zip(before, after, strict=False) if a.shape == b.shape and a.is_floating_point()]
+    changed, size = (
+        sum(float(x.nan_to_num(0, 0, 0).square().sum()) for x in xs) for xs in ((b - a for a, b in pairs), (a for a, _ in pairs))
+    )
+    off = math.sqrt(changed / size) if size else 0.0
+    norms = ", ".join(path for stream in streams for path in stream.flat)
+    if not off <= FLAT:
+        raise SurgeryError(
+            f"with one gain for all channels of {norms}, which a tied head reads, the outputs differ by {off:.2g} of their size"
+        )
+    done.flattened = f"{norms}: one gain for all channels, which a tied head reads; by that the outputs differ by {off:.2g} of their size"
+    return after
 
 
 def _states_lost(model: nn.Module, group: Neurons, optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:

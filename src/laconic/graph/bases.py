@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..measure import call, evaluating
-from ..surgery.basis import Basis, Heads, Stream, is_linear_stream, positions, turn_heads, turn_stream
+from ..surgery.basis import Basis, Heads, Stream, flatten, is_linear_stream, positions, turn_heads, turn_stream
 from ..surgery.channels import PRODUCER, End, Group, channels_kept
 from ..watch import Watch
 from .trial import Trial, gap, largest, line, settled
@@ -62,15 +62,15 @@ class _NotFree(Exception):  # noqa: N818  no error
 
 def _stream(trial: Trial, group: Group) -> Stream:
     model = trial.twin
-    weights = [{id(model.get_submodule(end.path).weight) for end in ends} for ends in (group.producers, group.consumers)]
-    if weights[0] & weights[1]:
-        raise _NotFree("a weight puts it out and reads it, too (a tied head): one basis cannot suit both")
     norms = [end.path for end in group.carriers if not end.own]
     readers = _read_from(trial, norms, [end.path for end in group.consumers])
     centred = any(_takes_mean_off(trial, path) for path in norms)
-    stream = Stream({path: tuple(p for p, norm in readers.items() if norm == path) for path in norms}, centred)
+    tables = {id(model.get_submodule(end.path).weight) for end in group.producers}
+    tied = [end.path for end in group.consumers if id(model.get_submodule(end.path).weight) in tables]
+    flat = dict.fromkeys(readers[path] for path in tied if path in readers)
+    stream = Stream({path: tuple(p for p, norm in readers.items() if norm == path) for path in norms}, centred, tuple(flat))
     rotation = random_rotation(len(positions(model, group, group.producers[0])), centred)
-    if trial.changed(lambda twin: turn_stream(twin, group, stream, rotation)):
+    if trial.changed(lambda twin: turn_stream(twin, group, stream, rotation), first=lambda twin: flatten(twin, stream)):
         raise _NotFree("other axes for its channels change the outputs")
     return stream
 

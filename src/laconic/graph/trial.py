@@ -148,12 +148,14 @@ class Trial:
                 return f"without some of its units the outputs{when} are off by {off:.1g} of the largest"
         return None
 
-    def changed(self, change: Callable[[nn.Module], Any]) -> bool:
-        """Does a change in place of a copy's weights show in the outputs?"""
-        twin = copy.deepcopy(self.twin)
+    def changed(self, change: Callable[[nn.Module], Any], first: Callable[[nn.Module], Any] = lambda _: None) -> bool:
+        """Does a change in place of a copy's weights show in the outputs? After another one, made `first`."""
+        before = copy.deepcopy(self.twin)
+        first(before)
+        twin = copy.deepcopy(before)
         change(twin)
         for dtype in self.dtypes:
-            off = _distance(self._run(self.twin, dtype, self.inputs), self._run(twin, dtype, self.inputs))
+            off = _distance(self._run(before, dtype, self.inputs), self._run(twin, dtype, self.inputs))
             if off <= TOLERANCE or off > 0.1:
                 break
         return off > TOLERANCE

@@ -35,10 +35,13 @@ class Stream:
     Attributes:
         readers: paths of the layers that read what a norm puts out, by the norm's path.
         centred: does a norm take the mean of the channels off (LayerNorm; not RMSNorm)?
+        flat: paths of norms whose output a table reads that puts the stream out, too (a tied head). It cannot take over a gain, so that this
+            has to become one number first (see `flatten`).
     """
 
     readers: Mapping[str, tuple[str, ...]]
     centred: bool
+    flat: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,16 @@ def positions(model: nn.Module, group: Group, end: End) -> Tensor:
     """Where the units that are left are on one side of a layer: `[units, channels of a unit]`."""
     here = channels_kept(model.get_submodule(end.path), end.side)
     return torch.from_numpy(np.searchsorted(here, end.index[units_kept(model, group)]))
+
+
+@torch.no_grad()
+def flatten(model: nn.Module, stream: Stream, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
+    """The root mean square of their gains for all channels of the norms that are to be flat. This changes what the model computes."""
+    basis = Basis(optimizers)
+    for path in stream.flat:
+        module: Layer = model.get_submodule(path)
+        if module.weight is not None:
+            basis.fill(module.weight, float(module.weight.double().square().mean().sqrt()))
 
 
 @torch.no_grad()
