@@ -2078,6 +2078,14 @@ EDITS = [
         "either_is_said",
     ),
     Edit("one gain whatever it changes", "axes.py", "if not off <= FLAT:", "if False:", "test_axes", "either_is_said"),
+    Edit(
+        "a tied head reads a norm as it is",
+        "graph/bases.py",
+        "found.get(path, next(reversed(made.values()))[1])",
+        "found[path]",
+        "test_axes",
+        "times_a_number",
+    ),
     Edit("a tied head turns with its gains", "graph/bases.py", "centred, tuple(flat))", "centred)", "test_axes", "one_number"),
     Edit(
         "one gain: the mean, not the root of the mean square",

@@ -261,6 +261,15 @@ def test_a_table_that_is_the_output_layer_too_turns_as_one_once_the_gains_before
     assert gap(flat[0], outputs(model, inputs)[0]) < 1e-9
 
 
+def test_a_tied_head_may_read_the_last_norm_times_a_number():
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
+    model = shaken(hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=20, **sizes)))
+    plan = make_plan(model, [EVEN], {"input_ids": tokens(), "decoder_input_ids": tokens()})
+    assert next(g for g in plan.neurons if g.name == "shared").basis.flat == ("decoder.final_layer_norm",)
+
+
 @pytest.mark.parametrize(("spread", "turned"), [(0.05, True), (0.8, False)])
 def test_where_one_gain_changes_too_much_a_tied_table_keeps_its_axes_and_either_is_said(spread, turned):
     model = tied(spread)

@@ -63,11 +63,11 @@ class _NotFree(Exception):  # noqa: N818  no error
 def _stream(trial: Trial, group: Group) -> Stream:
     model = trial.twin
     norms = [end.path for end in group.carriers if not end.own]
-    readers = _read_from(trial, norms, [end.path for end in group.consumers])
+    readers, behind = _read_from(trial, norms, [end.path for end in group.consumers])
     centred = any(_takes_mean_off(trial, path) for path in norms)
     tables = {id(model.get_submodule(end.path).weight) for end in group.producers}
     tied = [end.path for end in group.consumers if id(model.get_submodule(end.path).weight) in tables]
-    flat = dict.fromkeys(readers[path] for path in tied if path in readers)
+    flat = dict.fromkeys(behind[path] for path in tied if path in behind)
     stream = Stream({path: tuple(p for p, norm in readers.items() if norm == path) for path in norms}, centred, tuple(flat))
     rotation = random_rotation(len(positions(model, group, group.producers[0])), centred)
     if trial.changed(lambda twin: turn_stream(twin, group, stream, rotation), first=lambda twin: flatten(twin, stream)):
@@ -131,10 +131,12 @@ def _takes_mean_off(trial: Trial, path: str) -> bool:
         return bool(torch.allclose(norm(x), norm(x + 1), atol=0.01))
 
 
-def _read_from(trial: Trial, norms: Sequence[str], readers: Sequence[str]) -> dict[str, str]:
-    """The norm whose output each layer reads, as it is or a part of it, by the layer's path; missing: another tensor."""
+def _read_from(trial: Trial, norms: Sequence[str], readers: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The norm whose output each layer reads, as it is or a part of it, by the layer's path; missing: another tensor. And the norm that ran last
+    before it."""
     made: dict[int, tuple[Tensor, str]] = {}  # held, so that no other tensor gets its place in memory
     found: dict[str, str] = {}
+    behind: dict[str, str] = {}
 
     def put(path: str, _m: nn.Module, _a: Any, out: Tensor) -> None:
         made[out.untyped_storage().data_ptr()] = out, path
@@ -143,6 +145,8 @@ def _read_from(trial: Trial, norms: Sequence[str], readers: Sequence[str]) -> di
         x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         if (place := x.untyped_storage().data_ptr()) in made:
             found[path] = made[place][1]
+        if made:
+            behind[path] = found.get(path, next(reversed(made.values()))[1])
 
     layer = trial.twin.get_submodule
     handles = [layer(path).register_forward_hook(partial(put, path)) for path in norms]
@@ -153,7 +157,7 @@ def _read_from(trial: Trial, norms: Sequence[str], readers: Sequence[str]) -> di
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return found, behind
 
 
 def _doubles(trial: Trial, end: End, consumer: End) -> bool:
