@@ -6,7 +6,7 @@ so that the machine's noise hits all of them; everything that laconic does is in
 scaled by the epochs, what laconic does besides (construction, proximal steps and cuts, compaction) as it is, since there are as many
 proximal steps in the short run as in the whole one. Then it times inference of the networks that came out. It writes `results/<recipe>/times.json`.
 
-    python experiments/times.py [--recipes scene ...] [--device cuda]
+    python experiments/times.py [--recipes scene ...] [--structures laconic] [--device cuda]
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Options:
     data: Path | None = None
     part: float = 0.25
     device: str = "cpu"
+    structures: tuple[str, ...] = tuple(STRUCTURES)  # which of these, beside the dense and the thin network
 
 
 def training(model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, recipe: Recipe) -> Iterator[float]:
@@ -87,11 +88,12 @@ def time_recipe(name: str, options: Options) -> dict[str, Any]:
     data = dataclasses.replace(data, device=torch.device(options.device))
     whole = recipe.epochs
     recipe = dataclasses.replace(recipe, epochs=max(2, math.ceil(options.part * recipe.epochs)))
-    models = {"dense": build(data, recipe, 0), "thin": thin_network(data, recipe, 0)} | {k: build(data, recipe, 0) for k in STRUCTURES}
+    of = {k: STRUCTURES[k] for k in options.structures}
+    models = {"dense": build(data, recipe, 0), "thin": thin_network(data, recipe, 0)} | {k: build(data, recipe, 0) for k in of}
     optimizers = {k: make_optimizer(m, recipe) for k, m in models.items()}
     seconds, once, hooked = (dict.fromkeys(models, 0.0) for _ in range(3))
     compressors = {}
-    for name, structures in STRUCTURES.items():
+    for name, structures in of.items():
         start = clock()
         optimizers[name].register_step_post_hook(stopwatch(hooked, name, -1))
         compressors[name] = compressor_for(
