@@ -6,6 +6,7 @@ that all widths can be scaled by one factor (`thin_widths`).
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,8 @@ class Shape:
     heads: int = 4
 
 
+SLACK = 0.05  # of a budget in parameters
+
 Builder = Callable[[Sequence[int], int, Shape], nn.Module]
 MODELS: dict[str, Builder] = {
     "convnet": lambda image, classes, s: ConvNet(image[0], classes, s.widths, s.pools, partial(square, kernel=s.kernel)),
@@ -40,7 +43,9 @@ MODELS: dict[str, Builder] = {
     "lenet-300-100": lambda image, classes, s: LeNet300100(torch.Size(image).numel(), classes, s.widths),
     "lenet-5": lambda image, classes, s: LeNet5(image, classes, s.widths),
     "gpt": lambda text, classes, s: GPT(classes, text[0], s.depth, max(1, s.widths[0] // s.heads) * s.heads, s.heads, *s.widths[1:]),
-    "vit": lambda image, classes, s: ViT(image, classes, s.kernel, s.depth, max(1, s.widths[0] // s.heads) * s.heads, s.heads),
+    "vit": lambda image, classes, s: ViT(
+        image, classes, s.kernel, s.depth, max(1, s.widths[0] // s.heads) * s.heads, s.heads, *s.widths[1:]
+    ),
     "resnet": lambda image, classes, s: ResNet(image[0], classes, s.widths, s.depth),
     "resnet-imagenet": lambda image, classes, s: ImageNetResNet(image[0], classes, s.widths, s.depth),
     "alexnet": lambda image, classes, s: alexnet(image[0], classes, s.widths),
@@ -63,13 +68,21 @@ def widest(widths: Sequence[int], fits: Callable[[tuple[int, ...]], bool], multi
 
 
 def thin_widths(build: Callable[[tuple[int, ...]], nn.Module], widths: Sequence[int], limit: int) -> tuple[int, ...]:
-    """The widest network that has no more parameters than `limit`."""
+    """The widest network that has no more parameters than `limit`, scaled evenly; where rounding (to a multiple of the heads) leaves more than `SLACK`
+    of them, the last of several widths (the hidden layers of a transformer) takes that."""
 
     def fits(widths: tuple[int, ...]) -> bool:
-        with torch.device("meta"):
-            return sum(p.numel() for p in build(widths).parameters()) <= limit
+        return size(widths) <= limit
 
-    return widest(widths, fits)
+    def size(widths: tuple[int, ...]) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in build(widths).parameters())
+
+    thin = widest(widths, fits)
+    if len(thin) > 1 and size(thin) < (1 - SLACK) * limit:
+        last = bisect.bisect_right(range(widths[-1] + 1), limit, key=lambda last: size((*thin[:-1], last)), lo=thin[-1]) - 1
+        thin = (*thin[:-1], last)
+    return thin
 
 
 __all__ = [

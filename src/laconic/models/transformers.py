@@ -44,19 +44,28 @@ class ViT(nn.Module):
     Args:
         image: channels, height, width.
         patch: side of a patch in pixels.
-        layers, width, heads: as of `GPT`.
+        layers, width, heads, hidden: as of `GPT`.
     """
 
-    def __init__(self, image: Sequence[int], classes: int, patch: int = 4, layers: int = 6, width: int = 192, heads: int = 3):
+    def __init__(
+        self,
+        image: Sequence[int],
+        classes: int,
+        patch: int = 4,
+        layers: int = 6,
+        width: int = 192,
+        heads: int = 3,
+        hidden: int | None = None,
+    ):
         super().__init__()
         channels, *sides = image
         if any(side % patch for side in sides):
             raise InvalidValueError(f"kernel = {patch}: the patches of a {' x '.join(map(str, sides))} image would not fill it")
-        self.widths = (width,)
+        self.widths = (width,) if hidden is None else (width, hidden)
         self.patches = nn.Conv2d(channels, width, patch, patch)
         self.token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.position = nn.Parameter(0.02 * torch.randn(1, 1 + math.prod(side // patch for side in sides), width))
-        self.blocks = nn.Sequential(*(Block(width, heads, False, 4 * width) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, heads, False, hidden or 4 * width) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
         for module in self.modules():
