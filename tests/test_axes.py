@@ -231,7 +231,7 @@ def test_a_network_that_is_narrower_than_it_looks_is_found():
 def test_a_cut_without_a_sight_of_data_takes_channels_and_whole_heads_and_says_so():
     one, other = gpt(), gpt()
     report = laconic.compress(one, EVEN, laconic.Budget(params=0.5), example_inputs=(tokens(),))
-    assert any("heads as a whole: principal axes need batches of inputs, as calibration=" in note for note in report.notes)
+    assert any("heads as a whole: principal axes would need batches of inputs, as calibration=" in note for note in report.notes)
     laconic.compress(other, laconic.Channels(even=True, principal=False), laconic.Budget(params=0.5), example_inputs=(tokens(),))
     assert_same(snapshot(one), snapshot(other))
 
@@ -275,9 +275,10 @@ def test_where_one_gain_changes_too_much_a_tied_table_keeps_its_axes_and_either_
     model = tied(spread)
     report = laconic.compress(model, EVEN, laconic.Budget(params=0.5), example_inputs=(tokens(),), calibration=[tokens(64)])
     assert model.head.weight is model.token.weight
-    assert any(note.startswith("norm: one gain for all channels, which a tied head reads") for note in report.notes) is turned
-    assert any("channels keep their axes: with one gain for all channels of norm" in note for note in report.notes) is not turned
+    assert any(note.startswith("norm: one gain for all channels, since a tied head reads them") for note in report.notes) is turned
+    assert any("the stream before norm keeps its axes: a tied head reads it" in note for note in report.notes) is not turned
     assert any("turned to principal axes" in note and "token" in note for note in report.notes) is turned
+    assert any("turned to principal axes" in note and "query" in note for note in report.notes)  # heads are, either way
     gains = model.norm.weight.detach()
     assert (gap(gains, gains[:1].expand_as(gains)) == 0) is turned
 
@@ -292,6 +293,7 @@ class Written(nn.Module):
         self.back, self.head = nn.Linear(32, 32), nn.Linear(32, 3)
         if attributes:
             self.size, self.scaling, self.layers = 8, 8**-0.5, 2
+            self.num_heads, self.attention_dropout = 8, 8**-0.5  # which have nothing to do with it
         self.attributes = attributes
 
     def forward(self, x):
@@ -321,12 +323,43 @@ def test_the_size_of_a_head_and_the_scaling_of_products_follow_where_they_are_at
                 places[:, 3:] = 0
     slim_neurons(model, plan, importances_of(plan, {}), {"query": [0, 1, 2]}, example_inputs=(x,))
     torch.testing.assert_close(model(x), twin(x))
-    assert (model.size, model.layers) == (3, 2)
+    assert (model.size, model.layers, model.num_heads, model.attention_dropout) == (3, 2, 8, 8**-0.5)
     assert model.scaling == pytest.approx(3**-0.5)
     laconic.save(model, tmp_path / "cut")
     again = laconic.load(tmp_path / "cut", fresh)
     assert again.scaling == model.scaling
     assert torch.equal(again(x), model(x))
+
+
+def test_heads_get_narrower_again_in_a_second_cut():
+    torch.manual_seed(0)
+    model, x = Written(), torch.randn(64, 9, 5)
+    kept = []
+    for _ in range(2):
+        report = laconic.compress(model, EVEN, laconic.Budget(params=0.6), example_inputs=(x[:2],), calibration=[x])
+        kept.append(next(g.kept for g in report.groups if g.name == "query"))
+    assert 8 > kept[0] > kept[1] == model.size
+    assert model.query.out_features == 4 * model.size
+
+
+def test_where_a_turn_fails_the_optimizer_has_its_moments_and_the_model_its_gradients(monkeypatch):
+    model, inputs = tied(0.05), (tokens(64),)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    model(*inputs).square().mean().backward()
+    optimizer.step()
+    plan = make_plan(model, [EVEN], inputs)
+    before, gradients = copy.deepcopy(snapshot(model, optimizer)), [p.grad.clone() for p in model.parameters()]
+    monkeypatch.setattr(axes, "TOLERANCE", -1.0)
+    kept = {g.name: g.kept[: len(g.kept) // 2].tolist() for g in plan.neurons if g.basis is not None}
+    done = axes.turn(model, plan.neurons, kept, covariances(model, plan.neurons, [inputs]), {}, inputs, [optimizer])
+    assert done.failed
+    assert_same(snapshot(model, optimizer), before)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+
+
+def test_a_basis_is_free_in_16_bits_too():
+    plan = make_plan(gpt().bfloat16(), [EVEN], (tokens(),))
+    assert [type(g.basis) for g in plan.neurons if g.norms or g.group.queries] == [Stream, Heads, Heads]
 
 
 def test_heads_whose_number_of_places_is_written_down_go_as_a_whole():

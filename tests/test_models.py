@@ -1,6 +1,7 @@
 """The networks of the experiments: as many parameters and MACs as published, and scaled to a budget."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -201,9 +202,26 @@ def test_thin_widths_are_the_widest_that_fit(name, share):
     limit = int(share * params)
     thin = thin_widths(build, shape.widths, limit)
     assert count_params(build(thin)) <= limit
-    step = next(s for s in range(1001) if tuple(max(1, round(w * s / 1000)) for w in shape.widths) == thin)
-    wider = next(w for s in range(step, 1001) if (w := tuple(max(1, round(w * s / 1000)) for w in shape.widths)) != thin)
-    assert count_params(build(wider)) > limit
+    scaled = dict.fromkeys(tuple(max(1, round(w * s / 1000)) for w in shape.widths) for s in range(1001))
+    even = next(a for a, b in itertools.pairwise(scaled) if count_params(build(b)) > limit)
+    if count_params(build(even)) >= 0.95 * limit:
+        assert thin == even
+    else:
+        assert thin[:-1] == even[:-1]
+        assert count_params(build((*thin[:-1], thin[-1] + 1))) > limit
+
+
+def test_a_thin_transformer_fills_its_budget_with_hidden_units():
+    """Its width is a multiple of its heads."""
+
+    def build(widths):
+        with torch.device("meta"):
+            return MODELS["gpt"]((64,), 65, Shape(widths=widths, depth=4, heads=4))
+
+    limit = int(0.125 * count_params(build((128, 512))))
+    thin = thin_widths(build, (128, 512), limit)
+    assert build(thin).widths == (40, thin[1])
+    assert count_params(build(thin)) <= limit < count_params(build((thin[0], thin[1] + 1)))
 
 
 TINY = {

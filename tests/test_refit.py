@@ -143,6 +143,21 @@ def test_a_layer_adds_to_a_stream_where_what_the_next_norm_takes_in_moves_with_i
     assert found == {"back.0": "norms.1"} | ({"back.1": "norms.2"} if last else {})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_so_it_is_beside_a_few_large_numbers_and_in_16_bits(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(20, 8)
+    if dtype == torch.float32:  # in 16 bits rounding would hide what is added
+        x[3, 2] = 3000
+    for passed, last in ((lambda x: x, {"back.1": "norms.2"}), (lambda x: 0.5 * x, {})):
+        model = Residual(passed).eval()
+        with torch.no_grad():
+            for layer in model.back:
+                layer.weight.mul_(1e-3)
+            found = _streams(model.to(dtype), ["up.0", "back.0", "up.1", "back.1"], (x.to(dtype),))
+        assert found == {"back.0": "norms.1"} | last
+
+
 def test_a_layer_that_is_narrower_and_a_pair_is_fitted_to_the_channels_that_it_has():
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 3))

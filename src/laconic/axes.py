@@ -60,7 +60,7 @@ class Turn:
         unseen: groups that could have been turned, but nothing was seen of what they hold.
         lost: layers whose optimizer's state could not go along.
         failed: why nothing was turned.
-        flattened: which norms' gains have become one number for it, and what that changed.
+        flattened: which norms' gains have become one number for it, or could not, and what that changes.
     """
 
     kept: dict[str, list[int]]
@@ -70,11 +70,11 @@ class Turn:
     unseen: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     failed: str = ""
-    flattened: str = ""
+    flattened: list[str] = field(default_factory=list)
 
     @property
     def notes(self) -> list[str]:
-        found = [x for x in (self.failed, self.flattened) if x]
+        found = [*([self.failed] if self.failed else []), *self.flattened]
         if self.lost:
             found.append(f"{', '.join(self.lost)}: the optimizer's state could not be turned with the channels, and starts anew")
         if self.shares:
@@ -226,8 +226,11 @@ def _turn(
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
     before = outputs_uncut(model, inputs)
-    before = _flattened(model, [g.basis for g in going if isinstance(g.basis, Stream) and g.name in sums], before, done, inputs, optimizers)
     kept = dict(done.kept)
+    streams = [g.basis for g in going if isinstance(g.basis, Stream) and g.name in sums and len(kept[g.name]) > 1]
+    refused = [stream for stream in streams if stream.flat and not _flat(model, stream, done, inputs, optimizers)]
+    going = [g for g in going if g.basis not in refused]
+    before = outputs(model, inputs) if any(stream.flat for stream in streams) else before
     # Heads first: they were seen as what comes out of layers that read the stream.
     for group in sorted(going, key=lambda g: isinstance(g.basis, Stream)):
         count = len(kept[group.name])
@@ -254,32 +257,34 @@ def _turn(
             raise SurgeryError(f"turned to principal axes in {', '.join(done.shares)}, the outputs differ by {off / scale:.2g} (relative)")
 
 
-def _flattened(
-    model: nn.Module,
-    streams: Sequence[Stream],
-    before: list[Tensor],
-    done: Turn,
-    inputs: tuple[Any, ...],
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> list[Tensor]:
-    """The outputs once the gains before tied heads are one number each."""
-    if not any(stream.flat for stream in streams):
-        return before
-    for stream in streams:
-        flatten(model, stream, optimizers)
-    after = outputs(model, inputs)
-    pairs = [(a.double(), b.double()) for a, b in zip(before, after, strict=False) if a.shape == b.shape and a.is_floating_point()]
+def _flat(model: nn.Module, stream: Stream, done: Turn, inputs: tuple[Any, ...], optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+    """Make the gains before a tied head one number, where the outputs stay near what they were; else they are as they were. Either is noted."""
+    before = outputs(model, inputs)
+    norms: list[Any] = [model.get_submodule(path) for path in stream.flat]
+    gains = [(norm.weight, norm.weight.detach().clone()) for norm in norms if norm.weight is not None]
+    flatten(model, stream)
+    pairs = [
+        (a.double(), b.double())
+        for a, b in zip(before, outputs(model, inputs), strict=False)
+        if a.shape == b.shape and a.is_floating_point()
+    ]
     changed, size = (
         sum(float(x.nan_to_num(0, 0, 0).square().sum()) for x in xs) for xs in ((b - a for a, b in pairs), (a for a, _ in pairs))
     )
-    off = math.sqrt(changed / size) if size else 0.0
-    norms = ", ".join(path for stream in streams for path in stream.flat)
+    off, names = math.sqrt(changed / size) if size else 0.0, ", ".join(stream.flat)
     if not off <= FLAT:
-        raise SurgeryError(
-            f"with one gain for all channels of {norms}, which a tied head reads, the outputs differ by {off:.2g} of their size"
+        with torch.no_grad():
+            for gain, value in gains:
+                gain.copy_(value)
+        done.flattened.append(
+            f"the stream before {names} keeps its axes: a tied head reads it, and with one gain for all channels the outputs would differ by {off:.2g} of their size"
         )
-    done.flattened = f"{norms}: one gain for all channels, which a tied head reads; by that the outputs differ by {off:.2g} of their size"
-    return after
+        return False
+    flatten(model, stream, optimizers)
+    done.flattened.append(
+        f"{names}: one gain for all channels, since a tied head reads them; by that the outputs differ by {off:.2g} of their size"
+    )
+    return True
 
 
 def _states_lost(model: nn.Module, group: Neurons, optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:

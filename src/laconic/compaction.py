@@ -370,7 +370,7 @@ def compress(
     plan = make_plan(model, structures, example_inputs)
     if blind and (turnable := [group.name for group in plan.neurons if group.of_heads or group.norms]):
         unasked.append(
-            f"{', '.join(turnable)}: channels go as they are, and heads as a whole: principal axes need batches of inputs, as calibration="
+            f"{', '.join(turnable)}: channels go as they are, and heads as a whole: principal axes would need batches of inputs, as calibration="
         )
     values = spectra(plan)
     before = copy.deepcopy(model) if refit else None

@@ -48,7 +48,11 @@ def free_bases(
             reasons[group.name] = line(error)
     passed, failed = settled(trial, [places for places, _ in within.values()])
     reasons |= failed
-    taken = [(count.path, count.name) for group in (*passed, *(g for g in groups if g.name not in within)) for count in group.counts]
+    taken = [
+        (count.path, count.name)
+        for group in (*passed, *(g for g in groups if g.name not in {places.name for places in passed}))
+        for count in group.counts
+    ]
     twice = {group.name for group in passed if any(taken.count((count.path, count.name)) > 1 for count in group.counts)}
     reasons |= dict.fromkeys(twice, "a number in the model's code would have to follow another group, too")
     passing = {group.name: group for group in passed if group.name not in twice}
@@ -163,7 +167,8 @@ def _read_from(trial: Trial, norms: Sequence[str], readers: Sequence[str]) -> tu
 def _doubles(trial: Trial, end: End, consumer: End) -> bool:
     """Does what the consumer reads double with what this part of a layer puts out?"""
     twin = copy.deepcopy(trial.twin)
-    where, twice = torch.from_numpy(end.index), 2 * torch.eye(len(end.index), dtype=torch.float64, device="cpu")
+    here = channels_kept(twin.get_submodule(end.path), end.side)
+    where, twice = torch.from_numpy(np.searchsorted(here, end.index)), 2 * torch.eye(len(end.index), dtype=torch.float64, device="cpu")
     with torch.no_grad():
         Basis().mix_rows(twin.get_submodule(end.path), where, twice)
     once, again = (_taken(model, consumer.path, trial.inputs) for model in (trial.twin, twin))

@@ -134,13 +134,14 @@ class Trial:
         for draw in draws:
             kept = {group.name: draw(group.units, generator) for group in groups}
             for dtype in self.dtypes:  # a second time with more digits, where rounding may be the reason
+                twin = self._twin(dtype)
                 try:
-                    with slimmed(self.twin, groups, kept):
-                        got = self._run(self.twin, dtype, inputs)
+                    with slimmed(twin, groups, kept):
+                        got = self._run(twin, dtype, inputs)
                 except Exception as error:
                     return f"the model does not run{when} without some of its units ({line(error)})"
-                with unread(self.twin, groups, kept):
-                    wanted = self._run(self.twin, dtype, inputs)
+                with unread(twin, groups, kept):
+                    wanted = self._run(twin, dtype, inputs)
                 off = distance(wanted, got)
                 if off <= TOLERANCE or off > 0.1:
                     break
@@ -150,15 +151,19 @@ class Trial:
 
     def changed(self, change: Callable[[nn.Module], Any], first: Callable[[nn.Module], Any] = lambda _: None) -> bool:
         """Does a change in place of a copy's weights show in the outputs? After another one, made `first`."""
-        before = copy.deepcopy(self.twin)
-        first(before)
-        twin = copy.deepcopy(before)
-        change(twin)
         for dtype in self.dtypes:
+            before = copy.deepcopy(self._twin(dtype))
+            first(before)
+            twin = copy.deepcopy(before)
+            change(twin)
             off = _distance(self._run(before, dtype, self.inputs), self._run(twin, dtype, self.inputs))
             if off <= TOLERANCE or off > 0.1:
                 break
         return off > TOLERANCE
+
+    def _twin(self, dtype: torch.dtype | None) -> nn.Module:
+        """What is written into its weights is not rounded to 16 bits."""
+        return self.twin if dtype is None else copy.deepcopy(self.twin).to(dtype)
 
     def with_counts(self, groups: Sequence[Group]) -> list[Group] | None:
         """One group with the numbers in its parents that must shrink with it, if there are some that make it pass; several
@@ -370,6 +375,8 @@ def _candidates(model: nn.Module, group: Group) -> Iterator[tuple[Count, ...]]:
         for name, value in vars(model.get_submodule(path)).items()
         if type(value) is int and value in widths
     ]
+    if group.queries:  # places within heads, whose number stays
+        found = [c for c in found if "head" not in c.name or "size" in c.name or "dim" in c.name]
     heads = tuple(c for c in found if c.dense == group.units)
     named = tuple(c for c in found if "head" in c.name and "dim" not in c.name)
     beside = tuple(c for c in found if c.path == group.producers[0].path.rpartition(".")[0])
@@ -377,9 +384,11 @@ def _candidates(model: nn.Module, group: Group) -> Iterator[tuple[Count, ...]]:
         Count(path, name, value)
         for path in sorted(above if group.queries else ())
         for name, value in vars(model.get_submodule(path)).items()
-        if type(value) is float and math.isclose(value, group.units**-0.5)
+        if type(value) is float and math.isclose(value, group.units**-0.5) and "drop" not in name
     )
-    yield from dict.fromkeys(c + scales for c in ((), heads, named, *((c,) for c in found), beside, tuple(found)) if c + scales)
+    near = tuple(c for c in scales if c.path == group.producers[0].path.rpartition(".")[0])
+    whole = dict.fromkeys(((), heads, named, *((c,) for c in found), beside, tuple(found)))
+    yield from (c + of for of in dict.fromkeys(((), near, scales)) for c in whole if c + of)
 
 
 def _and_above(path: str) -> Iterator[str]:

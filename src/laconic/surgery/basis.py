@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +36,8 @@ class Stream:
     Attributes:
         readers: paths of the layers that read what a norm puts out, by the norm's path.
         centred: does a norm take the mean of the channels off (LayerNorm; not RMSNorm)?
-        flat: paths of norms whose output a table reads that puts the stream out, too (a tied head). It cannot take over a gain, so that this
-            has to become one number first (see `flatten`).
+        flat: paths of norms whose output, as it is or times a number, a table reads that puts the stream out, too (a tied head). It cannot take
+            over a gain, so that this has to become one number first (see `flatten`).
     """
 
     readers: Mapping[str, tuple[str, ...]]
@@ -69,12 +70,13 @@ def positions(model: nn.Module, group: Group, end: End) -> Tensor:
 
 @torch.no_grad()
 def flatten(model: nn.Module, stream: Stream, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
-    """The root mean square of their gains for all channels of the norms that are to be flat. This changes what the model computes."""
+    """The root mean square of their gains, with the sign of most, for all channels of the norms that are to be flat. This changes what the model computes."""
     basis = Basis(optimizers)
     for path in stream.flat:
         module: Layer = model.get_submodule(path)
         if module.weight is not None:
-            basis.fill(module.weight, float(module.weight.double().square().mean().sqrt()))
+            gain = module.weight.double()
+            basis.fill(module.weight, float(gain.square().mean().sqrt() * (1 if gain.sum() >= 0 else -1)))
 
 
 @torch.no_grad()
@@ -187,23 +189,23 @@ class Basis:
         parameter.copy_(mixed(parameter, axis, where, matrices))
         to_gradients = torch.linalg.inv(matrices).mT
         if parameter.grad is not None:
-            parameter.grad.copy_(mixed(parameter.grad, axis, where, to_gradients))
-        for state in self.states:
-            for name, value in list(state.get(parameter, {}).items()):
-                if not isinstance(value, Tensor) or value.shape != parameter.shape:
-                    continue
-                if name in FIRST_MOMENTS:
-                    value.copy_(mixed(value, axis, where, to_gradients))
-                elif name in SECOND_MOMENTS:
-                    value.copy_(mixed(value, axis, where, to_gradients.square()))
+            parameter.grad = mixed(parameter.grad, axis, where, to_gradients)
+        for of_parameter, name, value in self._moments(parameter):
+            if name in FIRST_MOMENTS:
+                of_parameter[name] = mixed(value, axis, where, to_gradients)
+            elif name in SECOND_MOMENTS:
+                of_parameter[name] = mixed(value, axis, where, to_gradients.square())
 
     def fill(self, parameter: Tensor, number: float) -> None:
         """The same number everywhere: of its moments the mean is all that still says something."""
         parameter.fill_(number)
-        for state in self.states:
-            for name, value in state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value.fill_(float(value.mean()) if name in SECOND_MOMENTS else 0.0)
+        for of_parameter, name, value in self._moments(parameter):
+            of_parameter[name] = torch.full_like(value, float(value.mean()) if name in SECOND_MOMENTS else 0.0)
+
+    def _moments(self, parameter: Tensor) -> list[tuple[dict[str, Any], str, Tensor]]:
+        """In the optimizers, which get new tensors: the old ones can be put back."""
+        of_parameter = [state[parameter] for state in self.states if parameter in state]
+        return [(x, name, v) for x in of_parameter for name, v in x.items() if isinstance(v, Tensor) and v.shape == parameter.shape]
 
 
 def is_linear_stream(model: nn.Module, group: Group) -> bool:
