@@ -40,6 +40,7 @@ TIMES_OF = {f"cifar10-full{part}": f"cifar10{part}" for part in ("", "-tenth")} 
 
 TASKS = {
     **{f"scene{part}": "photographs" for part in ("-half", "", "-eighth", "-tenth", "-twentieth", "-latency", "-latency-quarter")},
+    "scene-vit": "photographs, small ViT",
     "dec3": "photographs, Dec_3",
     **{f"cifar10{part}": "CIFAR-10, part" for part in ("-half", "", "-tenth", "-twentieth", "-latency", "-latency-quarter")},
     **{f"cifar10-full{part}": "CIFAR-10, all" for part in ("", "-tenth")},
