@@ -145,8 +145,11 @@ def times_of(recipe: str) -> dict[str, dict[str, float]]:
     train |= {method: seconds / found["train_seconds"]["dense"] for method, seconds in found["train_seconds"].items()}
     train |= dict.fromkeys(("svd-energy", "svd-activation"), 1.0)
     results = load(recipe)
-    for runs in results.get("thin-long", [])[:1]:
-        train["thin-long"] = train["thin"] * runs["metrics"]["epochs"] / runs["recipe"]["epochs"]
+    for rival in results.get("thin-long", [])[:1]:
+        epochs = next(
+            (run["metrics"]["epochs"] for run in results.get("laconic", [])), rival["recipe"]["epochs"]
+        )  # the rival's recipe may be older
+        train["thin-long"] = train["thin"] * rival["metrics"]["epochs"] / epochs
     b64 = found["latency_b64_ms"]
     if are_same(results.get("laconic", []), results.get("low-rank", [])):  # timed when the default was both structures
         for times in (train, b64):
