@@ -2101,7 +2101,15 @@ EDITS = [
         "test_axes",
         "16_bits",
     ),
-    Edit("dropout follows the size of a head", "graph/trial.py", 'and "drop" not in name', "", "test_axes", "scaling_of_products"),
+    Edit("dropout follows the size of a head", "graph/trial.py", 'and "drop" not in c.name', "", "test_axes", "scaling_of_products"),
+    Edit(
+        "a head has the size that it had",
+        "integrations/pretrained.py",
+        "for new in sizes.get(width, ()) if",
+        "for new in () if",
+        "test_pretrained",
+        "stream_that_stays",
+    ),
     Edit(
         "the number of heads follows their size",
         "graph/trial.py",

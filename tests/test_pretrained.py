@@ -112,6 +112,19 @@ def test_the_size_of_a_head_is_said_where_the_stream_is_of_another_width():
     assert small.config.hidden_size != 8 * small.config.num_attention_heads
 
 
+def test_narrower_heads_in_a_stream_that_stays_are_said_by_the_size_of_a_head():
+    model = of("ViTForImageClassification", image_size=16, patch_size=4, **SIZES).eval()
+    structure, many = laconic.Channels(even=True, exclude="vit.embeddings*"), torch.randn(64, 3, 16, 16)
+    laconic.compress(model, structure, laconic.Budget(params=0.6), example_inputs=PIXELS, calibration=[many])
+    small = reconfigured(model, PIXELS)
+    assert (small.config.hidden_size, small.config.num_attention_heads, small.config.head_dim) == (
+        48,
+        12,
+        model.vit.layers[0].attention.head_dim,
+    )
+    assert small.config.head_dim < 4
+
+
 def test_a_model_in_another_precision_in_training_stays_so():
     model = cut(gpt2()).to(torch.bfloat16).train()
     small = reconfigured(model, WORDS)

@@ -3,6 +3,7 @@ r"""Principal axes: before channels go from a residual stream or from within att
 - **A stream** whose norms put out :math:`\gamma \hat x + \beta`: of all orthogonal :math:`R` the one whose first :math:`k` rows keep most of
   :math:`\sum_{\text{norms}} E\|R \hat x\|^2`, the leading eigenvectors of :math:`\sum E[\hat x \hat x^T]`. LayerNorm, too, takes off the mean of the channels that are
   left: there the mean of the first :math:`k` channels is one of the directions that go.
+  Where a tied head reads a norm, whose gain it cannot take over, that gain becomes one number first, if that changes the outputs little.
 - **A head** of queries and keys: :math:`\min E\|q^T k - q^T P k\|^2` over :math:`P` of rank k, queries and keys taken as independent, by the singular values of
   :math:`E[q q^T]^{1/2} E[k k^T]^{1/2}`.
 - **A head** of values: :math:`\min E\|W_O (v - \bar v) - W_O P (v - \bar v)\|^2`, by those of :math:`W_O \operatorname{Cov}(v)^{1/2}`.

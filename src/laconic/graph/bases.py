@@ -48,14 +48,7 @@ def free_bases(
             reasons[group.name] = line(error)
     passed, failed = settled(trial, [places for places, _ in within.values()])
     reasons |= failed
-    taken = [
-        (count.path, count.name)
-        for group in (*passed, *(g for g in groups if g.name not in {places.name for places in passed}))
-        for count in group.counts
-    ]
-    twice = {group.name for group in passed if any(taken.count((count.path, count.name)) > 1 for count in group.counts)}
-    reasons |= dict.fromkeys(twice, "a number in the model's code would have to follow another group, too")
-    passing = {group.name: group for group in passed if group.name not in twice}
+    passing = {group.name: group for group in passed}
     bases |= {name: heads for name, (_, heads) in within.items() if name in passing}
     return [passing.get(group.name, group) for group in groups], bases, reasons
 

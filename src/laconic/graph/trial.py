@@ -369,24 +369,22 @@ def _candidates(model: nn.Module, group: Group) -> Iterator[tuple[Count, ...]]:
         path.rpartition(".")[0] for end in group.ends for path in _and_above(end.path)
     }
     widths = {group.units * d for end in group.ends for d in range(1, end.index.shape[1] + 1) if end.index.shape[1] % d == 0}
-    found = [
+    parent = group.producers[0].path.rpartition(".")[0]
+    numbers = [
         Count(path, name, value)
         for path in sorted(above)
         for name, value in vars(model.get_submodule(path)).items()
-        if type(value) is int and value in widths
+        if type(value) in (int, float)
     ]
+    found = [c for c in numbers if isinstance(c.dense, int) and c.dense in widths]
     if group.queries:  # places within heads, whose number stays
         found = [c for c in found if "head" not in c.name or "size" in c.name or "dim" in c.name]
     heads = tuple(c for c in found if c.dense == group.units)
     named = tuple(c for c in found if "head" in c.name and "dim" not in c.name)
-    beside = tuple(c for c in found if c.path == group.producers[0].path.rpartition(".")[0])
-    scales = tuple(
-        Count(path, name, value)
-        for path in sorted(above if group.queries else ())
-        for name, value in vars(model.get_submodule(path)).items()
-        if type(value) is float and math.isclose(value, group.units**-0.5) and "drop" not in name
-    )
-    near = tuple(c for c in scales if c.path == group.producers[0].path.rpartition(".")[0])
+    beside = tuple(c for c in found if c.path == parent)
+    inverse = group.units**-0.5 if group.queries else math.nan
+    scales = tuple(c for c in numbers if isinstance(c.dense, float) and math.isclose(c.dense, inverse) and "drop" not in c.name)
+    near = tuple(c for c in scales if c.path == parent)
     whole = dict.fromkeys(((), heads, named, *((c,) for c in found), beside, tuple(found)))
     yield from (c + of for of in dict.fromkeys(((), near, scales)) for c in whole if c + of)
 
