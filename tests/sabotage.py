@@ -707,7 +707,7 @@ EDITS = [
         "test_neurons",
     ),
     Edit("multiples: inputs step by one", "walk.py", "_step_down(inner, multiple)", "_step_down(inner)", "test_inner test_neurons"),
-    Edit("multiples: a head counts once", "structures/channels.py", "math.gcd(self.structure.multiple, of_unit)", "1", "test_neurons"),
+    Edit("multiples: a head counts once", "structures/channels.py", "math.gcd(multiple, of_unit)", "1", "test_neurons"),
     Edit("multiples: milliseconds leave sizes free", "budget.py", "return LANES if", "return 1 if", "test_neurons"),
     Edit(
         "slim layers timed by guess", "latency.py", "layer.weight_ms *= scales.get(layer.path, 1.0)", "pass", "test_neurons test_shrinking"
@@ -923,8 +923,8 @@ EDITS = [
     Edit(
         "thin widths too wide",
         "models/__init__.py",
-        "return size(widths) <= limit",
-        "return size(widths) <= 2 * limit",
+        "lambda widths: size(widths) <= limit",
+        "lambda widths: size(widths) <= 2 * limit",
         "test_models",
     ),
     Edit("capital and small letters apart", "data/files.py", "CHARACTERS[label.lower()]", "ord(label) % 36", "test_data"),
@@ -1788,7 +1788,39 @@ EDITS = [
         "test_streams",
         "same_part_of_every",
     ),
-    Edit("as wide as its heads at any price", "widths.py", "APART = 4 / 3", "APART = 9", "test_streams", "same_part_of_every"),
+    Edit("even widths that hardware does not like", "widths.py", "MULTIPLES if free else (1,)", "(1,)", "test_streams", "nobody_asked"),
+    Edit("a multiple at any price", "widths.py", "if _used(ends[-1]) >= USED:", "if True:", "test_streams", "nobody_asked"),
+    Edit(
+        "the first multiple, not that which uses most",
+        "widths.py",
+        "end = max(ends, key=_used)",
+        "end = ends[0]",
+        "test_streams",
+        "nobody_asked",
+    ),
+    Edit(
+        "one multiple for wide and narrow", "widths.py", "return min(lanes, 2 **", "return max(lanes, 0 *", "test_streams", "nobody_asked"
+    ),
+    Edit(
+        "heads in any number of places",
+        "widths.py",
+        "kind in fixed)) if count else 1",
+        "kind in fixed)) * 0 + 1",
+        "test_streams",
+        "nobody_asked",
+    ),
+    Edit(
+        "a thin network of widths that hardware does not like",
+        "methods/base.py",
+        "limit, steps)",
+        "limit)",
+        "test_methods",
+        "thin_transformer",
+    ),
+    Edit(
+        "a thin network in one multiple at any price", "models/__init__.py", ">= USED * limit:", ">= 0:", "test_models", "thin_transformer"
+    ),
+    Edit("as wide as its heads at any price", "widths.py", "APART = 1.45", "APART = 9", "test_streams", "same_part_of_every"),
     Edit(
         "outputs whose bias is another module's go",
         "graph/groups.py",
@@ -1986,16 +2018,16 @@ EDITS = [
     Edit(
         "fewer heads, not the nearer number",
         "widths.py",
-        "{math.floor(part * count), math.ceil(part * count)}",
-        "{math.floor(part * count)}",
+        "{math.floor(part * count / step) * step, math.ceil(part * count / step) * step}",
+        "{math.floor(part * count / step) * step}",
         "test_streams",
         "nearer_number",
     ),
     Edit(
         "what rounding leaves is lost",
         "widths.py",
-        "end = _filled(end, dense.units, free)",
-        "pass",
+        "return _filled(end, dense.units, free)",
+        "return end",
         "test_streams",
         "same_part_of_every",
     ),

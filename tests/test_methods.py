@@ -275,6 +275,15 @@ def test_a_recipe_that_names_no_structures_gets_what_laconic_chooses(data, monke
     assert made[-1].structures == [laconic.Channels(strength=0.0, even=True)]
 
 
+def test_a_thin_transformer_keeps_multiples(data):
+    recipe = dataclasses.replace(RECIPE, model="vit", kernel=4, depth=2, widths=(96, 384), heads=4, params=0.25)
+    model = base.thin_network(data, recipe, 0)
+    dense = count_params(build(data, recipe, 0))
+    assert [width % 8 for width in model.widths] == [0, 0]
+    assert model.widths[0] // 4 % 4 == 0  # places of a head
+    assert 0.97 * 0.25 * dense <= count_params(model) <= 0.25 * dense
+
+
 @pytest.mark.parametrize(("name", "value"), [("strength", 0.5), ("penalty_epsilon", 0.2), ("matricization", "auto")])
 def test_an_option_of_structures_that_no_recipe_names_is_refused(data, name, value):
     recipe = dataclasses.replace(RECIPE, **{name: value})

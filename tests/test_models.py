@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,8 +12,10 @@ from torch import nn
 from laconic import Budget, Channels, Compressor, LowRank, load, save
 from laconic.errors import InvalidValueError, RecipeError
 from laconic.measure import count_macs, count_params
-from laconic.models import MODELS, CharNet, Shape, decomposeme, thin_widths
+from laconic.models import MODELS, CharNet, Shape, decomposeme, multiples, thin_widths
+from laconic.plan import make_plan
 from laconic.recipe import Recipe, load_recipe
+from laconic.widths import choose_shapes
 
 IMAGENET = (3, 224, 224)
 VGG = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
@@ -211,17 +214,28 @@ def test_thin_widths_are_the_widest_that_fit(name, share):
         assert count_params(build((*thin[:-1], thin[-1] + 1))) > limit
 
 
-def test_a_thin_transformer_fills_its_budget_with_hidden_units():
-    """Its width is a multiple of its heads."""
+@pytest.mark.parametrize(
+    ("name", "share"), [*((name, share) for name in ("gpt", "vit") for share in (0.75, 0.5, 0.25, 0.125)), ("gpt", 0.0625)]
+)
+def test_a_thin_transformer_has_the_widths_that_laconic_chooses(name, share):
+    """So that both have the same size, and a step of both takes the same time."""
+    inputs, shape = {
+        "gpt": (torch.randint(0, 10, (2, 32)), Shape(widths=(128, 512), depth=2, heads=4)),
+        "vit": (torch.randn(2, 3, 16, 16), Shape(widths=(96, 384), depth=2, heads=4, kernel=4)),
+    }[name]
 
     def build(widths):
-        with torch.device("meta"):
-            return MODELS["gpt"]((64,), 65, Shape(widths=widths, depth=4, heads=4))
+        return MODELS[name](inputs.shape[1:], 10, dataclasses.replace(shape, widths=widths))
 
-    limit = int(0.125 * count_params(build((128, 512))))
-    thin = thin_widths(build, (128, 512), limit)
-    assert build(thin).widths == (40, thin[1])
-    assert count_params(build(thin)) <= limit < count_params(build((thin[0], thin[1] + 1)))
+    model = build(shape.widths)
+    limit = int(share * count_params(model))
+    thin = build(thin_widths(build, shape.widths, limit, multiples(name, shape)))
+    plan = make_plan(model, [Channels(even=True)], (inputs,))
+    budget, importances = Budget(params=share), {g.name: np.full(g.group.units, 1 / g.group.units) for g in plan.neurons}
+    walk = choose_shapes(plan, {}, importances, budget.currencies, budget.limits(plan))
+    kept = {group.group.units: walk.units[group.name] for group in plan.neurons}
+    assert thin.widths == tuple(kept[width] for width in shape.widths)
+    assert 0.97 * limit <= count_params(thin) <= limit
 
 
 TINY = {

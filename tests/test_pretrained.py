@@ -96,7 +96,7 @@ def test_each_part_of_a_configuration_has_its_own_sizes():
     vision, text = of("ViTModel", image_size=16, patch_size=4, **SIZES), of("BertModel", **SIZES | {"intermediate_size": 80}, **POSITIONS)
     inputs = WORDS | PIXELS
     model = hf.VisionTextDualEncoderModel(vision_model=vision, text_model=text)
-    cut(model, inputs, 0.8, laconic.Channels(even=True, exclude="*attention*"))
+    cut(model, inputs, 0.8, laconic.Channels(even=True, exclude="*attention*", multiple=1))
     small = reconfigured(model, inputs)
     parts = small.config.vision_config, small.config.text_config
     assert [part.hidden_size for part in parts] == [48, 48]
@@ -202,7 +202,7 @@ REFUSED = {
         r"no GPT2Config describes this model: with n_embd = 48, n_inner = \d+, n_head = 12 transformer\.h\.\d\.mlp\.c_fc\.weight would be",
     ),
     "a stream of another width than its heads": (
-        lambda: cut(gpt2(heads=3), share=0.2), errors.InvalidValueError, r"no GPT2Config describes this model: .*; laconic\.save and laconic\.load keep it",
+        lambda: cut(gpt2(heads=3)), errors.InvalidValueError, r"no GPT2Config describes this model: .*; laconic\.save and laconic\.load keep it",
     ),
     "a number that goes by the width": (
         lambda: cut(of("Gemma2ForCausalLM", head_dim=4, **SIZES | {"num_key_value_heads": 12})), errors.InvalidValueError,

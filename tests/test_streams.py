@@ -360,7 +360,7 @@ def test_a_table_that_becomes_a_smaller_one_keeps_its_width():
 
 def evenly(model: nn.Module, inputs: tuple, share: float, structure: laconic.Channels | None = None):
     """A plan, the importances, and the widths that a budget leaves."""
-    plan = make_plan(model, [structure or laconic.Channels(even=True, principal=False)], inputs)
+    plan = make_plan(model, [structure or laconic.Channels(even=True, principal=False, multiple=1)], inputs)
     importances = importances_of(plan, watch_inputs(model, plan, [inputs]))
     budget = laconic.Budget(params=share)
     return plan, importances, choose_shapes(plan, {}, importances, budget.currencies, budget.limits(plan))
@@ -406,6 +406,25 @@ def test_even_neurons_keep_the_same_part_of_every_group(share, stream, heads):
         assert more.spent > more.limits
 
 
+@pytest.mark.parametrize(
+    ("width", "hidden", "share", "kept"),
+    [
+        (128, 512, 0.5, (96, 24, 304)),
+        (128, 512, 0.125, (48, 12, 136)),  # of the 32 places within a head multiples of 4
+        (128, 512, 0.0625, (32, 8, 104)),
+        (32, 128, 0.3, (16, 4, 68)),  # multiples of 8 would leave more than three hundredths of the budget
+        (32, 128, 0.06, (4, 1, 60)),  # and here are too much
+        (32, 128, 0.015, (2, 1, 12)),
+    ],
+)
+def test_multiples_that_nobody_asked_for_are_as_large_as_the_budget_allows(width, hidden, share, kept):
+    model, inputs = GPT(65, 64, layers=4, width=width, heads=4, hidden=hidden), (torch.randint(0, 65, (2, 64)),)
+    _, _, walk = evenly(model, inputs, share, laconic.Channels(even=True))
+    widths = widths_by_size(walk)
+    assert tuple(widths[units] for units in (width, width // 4, hidden)) == kept
+    assert 0.97 * walk.limits <= walk.spent <= walk.limits
+
+
 def test_no_part_of_a_budget_is_left_where_the_stream_could_be_as_wide_as_fewer_heads():
     """Of four heads at eight tenths: three, and the stream of three, would leave the hidden layers whole and an eighth of the budget over."""
     torch.manual_seed(0)
@@ -429,7 +448,7 @@ def test_widths_that_went_on_the_way_end_where_the_others_do():
 def test_a_run_that_looks_again_and_again_ends_where_a_cut_at_once_does(share):
     model = gpt()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    structure = laconic.Channels(even=True, principal=False)  # cut on the way
+    structure = laconic.Channels(even=True, principal=False, multiple=1)  # cut on the way
     compressor = laconic.Compressor(
         model, optimizer, structure, budget=laconic.Budget(params=share), total_steps=100, example_inputs=(tokens(),), every=1
     )
@@ -538,7 +557,8 @@ def test_where_milliseconds_count_even_neurons_are_in_multiples(monkeypatch, emp
     compressor = laconic.Compressor(
         model, torch.optim.SGD(model.parameters(), lr=0.1), budget=laconic.Budget(latency=0.9), total_steps=20, example_inputs=(tokens(),)
     )
-    assert {g.structure for g in compressor.plan.neurons} == {laconic.Channels(even=True, multiple=8)}
+    assert {g.structure for g in compressor.plan.neurons} == {laconic.Channels(even=True)}
+    assert not any("milliseconds" in note for note in compressor.plan.notes)
 
 
 def test_where_all_widths_shrink_evenly_they_are_done_early():

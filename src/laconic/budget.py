@@ -20,9 +20,8 @@ from .measure import check_inputs
 from .plan import Plan
 from .structures import Site
 from .walk import inner_ranks, unit_costs
-from .widths import choose_shapes
+from .widths import LANES, choose_shapes
 
-LANES = 8  # numbers that a vector unit, or a tensor core, takes at once: 17 channels take as long as 24
 Shapes = tuple[dict[str, list[int]], Ranks]  # units that stay in each group, rank of each site
 
 CORRECTIONS = 4  # rounds of measuring where a budget in milliseconds will end

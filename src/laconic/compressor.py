@@ -86,7 +86,7 @@ from .surgery.batchnorm import as_batches, batch_norms
 from .surgery.constants import dead_constants, fold, unread_units
 from .timing import RankTimes, ShapeWatch, layer_times
 from .watch import Watch, drop_dead
-from .widths import choose_shapes
+from .widths import LANES, choose_shapes
 
 TINY = 1e-12  # a learning rate that is as good as none
 ROUNDS = 16  # proximal steps in the phase of pressure, unless `every` is given
@@ -113,7 +113,7 @@ class Compressor:
             each of its steps.
         structures: what is compressed; None: `[LowRank(), Channels(optional=True)]`: ranks alone, and neurons too where ranks alone would keep less of the network or the budget bounds MACs or milliseconds, and
             `[LowRank()]` without example inputs or with `cut="end"`, where no training repairs what neurons leave behind;
-            `[Channels(even=True)]` where residual streams run through most of the model, as in a transformer; in multiples of 8 where the budget is in milliseconds.
+            `[Channels(even=True)]` where residual streams run through most of the model, as in a transformer. In multiples of 8 where the budget is in milliseconds.
         budget: how much the result may cost.
         total_steps: optimizer steps of the whole run; needed with a budget.
         example_inputs: tuple of positional arguments, or a dict of arguments by name; needed for MACs (which a budget in parameters prices, too), for `Channels`, and for the check of the outputs.
@@ -181,9 +181,11 @@ class Compressor:
         self.plan = make_plan(model, structures, example_inputs, trained)
         if default and streams_through(self.plan):
             found = [g.group for g in self.plan.neurons], self.plan.whole
-            structures = [Channels(multiple=multiple, even=True)]
+            structures = [Channels(even=True)]
             self.plan = make_plan(model, structures, example_inputs, trained, found)
-            unasked.append(f"all widths shrink by the same part, and no rank: {STREAMS}")
+            unasked = [
+                f"all widths shrink by the same part, in multiples of {LANES} or, where these are too coarse, of less, and no rank: {STREAMS}"
+            ]
         self.structures = structures
         even = TURNED if self._turns else EVEN
         if self._turns:

@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..budget import LANES
 from ..checkpoint import load_weights
 from ..data import Dataset
 from ..errors import InfeasibleBudgetError
 from ..measure import count_macs, count_params, relative_latency
-from ..models import MODELS, Shape, thin_widths, widest
+from ..models import MODELS, Shape, multiples, thin_widths, widest
 from ..recipe import Recipe
 from ..report import CompactReport
 from ..training import Curve, Report, Restart, fit, make_optimizer, steps_per_epoch
+from ..widths import LANES
 
 AT_ONCE = 0.02  # share of a run: not before the optimizer has its moments
 
@@ -63,8 +63,11 @@ class Method:
 
 def network(data: Dataset, recipe: Recipe, widths: tuple[int, ...]) -> nn.Module:
     """The recipe's network with these widths, as PyTorch initialises it."""
-    shape = Shape(widths=widths, pools=recipe.pools, depth=recipe.depth, kernel=recipe.kernel, heads=recipe.heads)
-    return MODELS[recipe.model](data.train_x.shape[1:], data.classes, shape)
+    return MODELS[recipe.model](data.train_x.shape[1:], data.classes, shape_of(recipe, widths))
+
+
+def shape_of(recipe: Recipe, widths: tuple[int, ...]) -> Shape:
+    return Shape(widths=widths, pools=recipe.pools, depth=recipe.depth, kernel=recipe.kernel, heads=recipe.heads)
 
 
 def build(data: Dataset, recipe: Recipe, seed: int, widths: tuple[int, ...] | None = None) -> nn.Module:
@@ -80,7 +83,8 @@ def build(data: Dataset, recipe: Recipe, seed: int, widths: tuple[int, ...] | No
 def thin_network(data: Dataset, recipe: Recipe, seed: int) -> nn.Module:
     """The recipe's network with all widths scaled down to its budget: in parameters, and in MACs and measured milliseconds where these are bounded."""
     dense = build(data, recipe, seed)
-    widths = thin_widths(lambda widths: network(data, recipe, widths), recipe.widths, int(recipe.params * count_params(dense)))
+    limit, steps = int(recipe.params * count_params(dense)), multiples(recipe.model, shape_of(recipe, recipe.widths))
+    widths = thin_widths(lambda widths: network(data, recipe, widths), recipe.widths, limit, steps)
     if recipe.macs or recipe.latency:
 
         def fits(widths: tuple[int, ...]) -> bool:

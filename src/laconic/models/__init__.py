@@ -7,6 +7,7 @@ that all widths can be scaled by one factor (`thin_widths`).
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from ..widths import MULTIPLES, USED, fine
 from .alexnet import alexnet, vgg_b
 from .charnet import CharNet
 from .convnet import ConvNet, square
@@ -52,6 +54,14 @@ MODELS: dict[str, Builder] = {
     "vgg-b": lambda image, classes, s: vgg_b(image[0], classes, s.widths),
     "charnet": lambda image, classes, s: CharNet(image[0], classes, s.widths),
 }
+TRANSFORMERS = ("gpt", "vit")
+
+
+def multiples(model: str, shape: Shape) -> list[tuple[int, int]]:
+    """Of the stream and of the hidden layers of a transformer, which the heads divide and hardware likes, coarse ones first; of other networks none."""
+    if model not in TRANSFORMERS or len(shape.widths) < 2:
+        return []
+    return [(shape.heads * fine(shape.widths[0] // shape.heads, lanes), fine(shape.widths[1], lanes)) for lanes in MULTIPLES]
 
 
 def widest(widths: Sequence[int], fits: Callable[[tuple[int, ...]], bool], multiple: int = 1) -> tuple[int, ...]:
@@ -67,21 +77,37 @@ def widest(widths: Sequence[int], fits: Callable[[tuple[int, ...]], bool], multi
     return scaled(low)
 
 
-def thin_widths(build: Callable[[tuple[int, ...]], nn.Module], widths: Sequence[int], limit: int) -> tuple[int, ...]:
-    """The widest network that has no more parameters than `limit`, scaled evenly; where rounding (to a multiple of the heads) leaves more than `SLACK`
-    of them, the last of several widths (the hidden layers of a transformer) takes that."""
+def thin_widths(
+    build: Callable[[tuple[int, ...]], nn.Module], widths: Sequence[int], limit: int, multiples: Sequence[tuple[int, int]] = ()
+) -> tuple[int, ...]:
+    """The widest network that has no more parameters than `limit`, scaled evenly; where rounding leaves more than `SLACK` of them, the last of several
+    widths takes that.
 
-    def fits(widths: tuple[int, ...]) -> bool:
-        return size(widths) <= limit
+    With `multiples` of two widths (the residual stream of a transformer and its hidden layers), the first that use the limit up but for a little: the
+    stream is the multiple below or above at which the two keep parts that differ least, and the hidden layers are as wide as the limit allows.
+    """
 
     def size(widths: tuple[int, ...]) -> int:
         with torch.device("meta"):
             return sum(p.numel() for p in build(widths).parameters())
 
-    thin = widest(widths, fits)
+    def filled(first: tuple[int, ...], multiple: int) -> tuple[int, ...]:
+        """With the largest last width that fits; 0: none does."""
+        counts = range(multiple, widths[-1] + 1, multiple)
+        return (*first, multiple * bisect.bisect_right(counts, limit, key=lambda last: size((*first, last))))
+
+    def apart(thin: tuple[int, ...]) -> float:
+        """How far the parts that two widths keep are from each other."""
+        return abs(math.log(thin[0] * widths[1] / (thin[1] * widths[0])))
+
+    thin = widest(widths, lambda widths: size(widths) <= limit)
+    for first, last in multiples:
+        around = sorted({thin[0] // first * first, -(-thin[0] // first) * first} - {0})
+        fitting = [there for stream in around if (there := filled((stream,), last))[-1]]
+        if fitting and size(nearest := min(fitting, key=apart)) >= USED * limit:
+            return nearest
     if len(thin) > 1 and size(thin) < (1 - SLACK) * limit:
-        last = bisect.bisect_right(range(widths[-1] + 1), limit, key=lambda last: size((*thin[:-1], last)), lo=thin[-1]) - 1
-        thin = (*thin[:-1], last)
+        thin = filled(thin[:-1], 1)
     return thin
 
 
@@ -96,6 +122,7 @@ __all__ = [
     "ResNet",
     "Shape",
     "ViT",
+    "multiples",
     "thin_widths",
     "widest",
 ]

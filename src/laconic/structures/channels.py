@@ -138,10 +138,11 @@ class Neurons:
     def multiple(self) -> int:
         """Of how many units the structure keeps a multiple: its own number counts channels, of which a unit (a head) may have several. Of places within
         heads it counts places: kernels of attention care how wide a head is."""
+        multiple = self.structure.multiple or 1
         if self.group.queries:
-            return self.structure.multiple
+            return multiple
         of_unit = math.gcd(*(end.index.shape[1] for end in self.group.producers))
-        return self.structure.multiple // math.gcd(self.structure.multiple, of_unit)
+        return multiple // math.gcd(multiple, of_unit)
 
     def channels(self, end: End) -> Tensor:
         """Where the units are now on one side of a layer: `[units, channels of a unit]`."""
@@ -171,7 +172,8 @@ class Channels:
         scale: `"relative"` or `"absolute"`.
         include, exclude: shell-style patterns on module or parameter names of the layers that put the neurons out.
         multiple: keep a multiple of this number of channels (what the hardware likes: 8, 16); an attention head of 64 is one already, one that gets
-            narrower keeps a multiple of its places.
+            narrower keeps a multiple of its places. None: 1, and with `even` 8, or less for what is narrow or where that would leave more than 3 % of
+            the budget unused.
         optional: beside `LowRank`, under a budget in parameters alone: at the first proximal step all these neurons are left alone for the
             whole run, unless ranks alone would keep less of the network (see `laconic.budget.needless`).
         even: every group keeps the same part of its neurons, so that the network is the dense one made narrower: their importance says which
@@ -185,14 +187,15 @@ class Channels:
     scale: str = "relative"
     include: str | tuple[str, ...] = ()
     exclude: str | tuple[str, ...] = ()
-    multiple: int = 1
+    multiple: int | None = None
     optional: bool = False
     even: bool = False
     principal: bool = True
 
     def __post_init__(self) -> None:
         check_options(self)
-        object.__setattr__(self, "multiple", whole_number("multiple", self.multiple, least=1))
+        if self.multiple is not None or not self.even:
+            object.__setattr__(self, "multiple", whole_number("multiple", 1 if self.multiple is None else self.multiple, least=1))
         for name in ("optional", "even", "principal"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidTypeError(f"{name} = {getattr(self, name)!r}: expected True or False")
