@@ -234,6 +234,17 @@ def refit(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def even_widths(_: str) -> str:
+    """What multiples gain in time, and leave of the budget."""
+    lines = ["| | of the parameters | in multiples | largest | time of a training step | of inference |", "|---|---|---|---|---|---|"]
+    for r in json.loads((ROOT / "benchmarks" / "results" / "widths.json").read_text())["rows"]:
+        coarse, fine = r["multiples"], r["largest"]
+        sizes = (f"{one['widths'][0]}, {one['widths'][1]}" for one in (coarse, fine))
+        ratios = (f"{coarse[key] / fine[key]:.2f}" for key in ("step_ms", "inference_ms"))
+        lines.append(f"| {r['model'].upper().replace('VIT', 'ViT')} | {r['share']:g} | {' | '.join((*sizes, *ratios))} |")
+    return "\n".join(lines) + "\n"
+
+
 def deploy(_: str) -> str:
     """Accuracy, bytes and milliseconds in each runtime."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "deploy.json").read_text())["rows"]
@@ -503,6 +514,7 @@ TABLES = {
     "inference": inference,
     "deploy": deploy,
     "refit": refit,
+    "even-widths": even_widths,
     "attention": attention,
     "training": training,
     "profile": profile,
