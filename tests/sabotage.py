@@ -1788,6 +1788,7 @@ EDITS = [
         "test_streams",
         "same_part_of_every",
     ),
+    Edit("what units are is not said", "outcome.py", "                g.kind,\n", "", "test_streams", "what_the_units_are"),
     Edit("even widths that hardware does not like", "widths.py", "MULTIPLES if free else (1,)", "(1,)", "test_streams", "nobody_asked"),
     Edit("a multiple at any price", "widths.py", "if _used(ends[-1]) >= USED:", "if True:", "test_streams", "nobody_asked"),
     Edit(

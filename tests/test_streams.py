@@ -374,6 +374,21 @@ def widths_by_size(walk: Walk) -> dict[int, int]:
     return found
 
 
+@pytest.mark.parametrize(("principal", "of_attention"), [(True, "8 dimensions of each head"), (False, "4 heads")])
+def test_the_plan_and_the_report_say_what_the_units_are(principal, of_attention):
+    structure = laconic.Channels(even=True, principal=principal)
+    model, inputs = gpt(), (tokens(),)
+    kinds = {row[0]: row[3] for row in make_plan(model, [structure], inputs).rows() if row[1] == "Channels"}
+    assert kinds == {
+        "token": "32 channels of the stream",
+        **{f"blocks.{i}.{name}": what for i in range(2) for name, what in (("query", of_attention), ("up", "128 units"))},
+    }
+    report = laconic.compress(model, structure, laconic.Budget(params=0.5), example_inputs=inputs, calibration=[tokens()])
+    for group in report.groups:
+        assert f"  {group.name}: {group.kept} of {kinds[group.name]}, share" in str(report)
+    assert laconic.CompactReport.from_json(report.to_json()).groups == report.groups
+
+
 def test_even_neurons_go_by_their_importance():
     plan, importances, walk = evenly(gpt(), (tokens(),), 0.5)
     for group in plan.neurons:

@@ -145,6 +145,7 @@ def make_report(
                 cuts.shares.get(g.name, 1.0),
                 tuple(dict.fromkeys(e.name for e in g.group.ends)),
                 cuts.prices.get(g.name),
+                g.kind,
             )
             for g in plan.neurons
         ),

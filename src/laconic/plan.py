@@ -148,7 +148,7 @@ class Plan:
             rows.append((x.path, f"Entries{over}", str(list(x.weights[0].shape)), "", "", "zeros save nothing by themselves"))
         for g in self.neurons:
             readers = ", ".join(dict.fromkeys(end.path for end in g.group.consumers))
-            rows.append((g.name, "Channels", "", f"{g.group.units} units", f"{len(g.kept)} left", f"read by {readers}"))
+            rows.append((g.name, "Channels", "", f"{g.group.units} {g.kind}", f"{len(g.kept)} left", f"read by {readers}"))
         rows += [(path, "all units stay", "", "", "", reason) for path, reason in self.whole.items()]
         return rows
 

@@ -67,6 +67,7 @@ class GroupReport:
         share: of the variance that their consumers take in, what is left.
         layers: every layer that shrank with them.
         price: what fewer units would have lost, as that of a layer.
+        kind: what a unit is, in the plural.
     """
 
     name: str
@@ -75,6 +76,7 @@ class GroupReport:
     share: float
     layers: tuple[str, ...]
     price: float | None = None
+    kind: str = "units"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,7 @@ class CompactReport:
             rank = f"rank {layer.rank} of {layer.full_rank}{inputs}, energy {layer.energy:.4f}"
             outcome = f"{rank if layer.rank is not None else layer.outcome}{priced(layer.price)}"
             lines.append(f"  {layer.name} {shape}: {outcome}{layer.note and ': ' + layer.note}")
-        lines += [f"  {g.name}: {g.kept} of {g.units} units, share {g.share:.4f}{priced(g.price)}" for g in self.groups]
+        lines += [f"  {g.name}: {g.kept} of {g.units} {g.kind}, share {g.share:.4f}{priced(g.price)}" for g in self.groups]
         if any(price is not None for price in (*(x.price for x in self.layers), *(g.price for g in self.groups))):
             lines.append(
                 "  price: what the next rank, or unit, would lose for each percent of the budget that it saves, -log(share kept); the cheapest go first"

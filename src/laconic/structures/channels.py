@@ -135,6 +135,13 @@ class Neurons:
         return self.group.of_heads
 
     @property
+    def kind(self) -> str:
+        """What a unit is, in the plural."""
+        if self.norms:
+            return "channels of the stream"
+        return "dimensions of each head" if self.group.queries else "heads" if self.of_heads else "units"
+
+    @property
     def multiple(self) -> int:
         """Of how many units the structure keeps a multiple: its own number counts channels, of which a unit (a head) may have several. Of places within
         heads it counts places: kernels of attention care how wide a head is."""
