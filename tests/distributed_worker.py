@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import laconic
 from laconic import timing
+from laconic.models import GPT
 
 STEPS = 24
 
@@ -18,6 +19,16 @@ STEPS = 24
 def net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 6)).double()
+
+
+def text_net() -> nn.Module:
+    torch.manual_seed(0)
+    return GPT(6, context=12, layers=1, width=32, heads=2, hidden=64).double()
+
+
+def text_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(6, (16, 12), generator=generator), torch.randn(16, 12, 6, generator=generator, dtype=torch.float64)
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,9 +48,10 @@ def train(mode: str, rank: int = 0, world: int = 1) -> dict:
 
 
 def trained(mode: str, rank: int, world: int) -> dict:
-    """`strength`, `budget` (cuts in mid-run) or `end`; alone, or as one of `world` processes under DDP or `fsdp`."""
+    """`strength`, `budget` (cuts in mid-run), `even` (a transformer, along principal axes) or `end`; alone, or as one of `world` processes under DDP or `fsdp`."""
     kind, _, wrapper = mode.partition("-")
-    model = net()
+    build, draw = (text_net, text_batch) if kind == "even" else (net, batch)
+    model = build()
     box = {"model": model}
     if wrapper == "ddp":
         box["model"] = DistributedDataParallel(model)
@@ -51,25 +63,26 @@ def trained(mode: str, rank: int, world: int) -> dict:
     options = {
         "strength": {"structures": laconic.LowRank(strength=3.0, penalty=laconic.L1()), "every": 4},
         "budget": {"budget": laconic.Budget(params=0.5), "total_steps": STEPS, "every": 2},
+        "even": {"budget": laconic.Budget(params=0.5), "total_steps": STEPS},
         # FSDP2 leaves neurons alone
         "end": {"structures": laconic.LowRank(), "budget": laconic.Budget(params=0.5), "total_steps": STEPS, "every": 4, "cut": "end"},
     }[kind]
-    if kind == "budget" and world > 1:
+    if kind in ("budget", "even") and world > 1:
         options["rebuild"] = lambda bare: box.update(model=DistributedDataParallel(bare))
-    compressor = laconic.Compressor(box["model"], optimizer, example_inputs=(batch(0)[0],), **options)
+    compressor = laconic.Compressor(box["model"], optimizer, example_inputs=(draw(0)[0],), **options)
     for step in range(STEPS):
-        x, y = (part.chunk(world)[rank] for part in batch(step))
+        x, y = (part.chunk(world)[rank] for part in draw(step))
         nn.functional.mse_loss(box["model"](x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
         assert held == {id(p) for p in box["model"].parameters()}, "the optimizer holds other parameters than the model"
     weights = {k: v.full_tensor() if hasattr(v, "full_tensor") else v.clone() for k, v in model.state_dict().items()}
-    result = net() if wrapper == "fsdp" else model
+    result = build() if wrapper == "fsdp" else model
     report = compressor.compact(**({"into": result} if wrapper == "fsdp" else {}), **({"energy": 0.8} if kind == "strength" else {}))
     ranks = {x.name: x.rank for x in report.layers}
     with torch.no_grad():
-        outputs = result(batch(99)[0])
+        outputs = result(draw(99)[0])
     return {"trained": weights, "compact": dict(result.state_dict()), "outputs": outputs, "ranks": ranks, "params": report.params_after}
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .distributed_worker import net, train
+from .distributed_worker import net, text_net, train
 from .models import assert_same
 from .processes import POSSIBLE, two_processes
 
@@ -13,7 +13,7 @@ pytestmark = [
 ]
 
 
-MODES = ("strength-ddp", "budget-ddp", "strength-fsdp", "end-fsdp")
+MODES = ("strength-ddp", "budget-ddp", "even-ddp", "strength-fsdp", "end-fsdp")
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,12 @@ def test_two_processes_end_as_one(mode, processes):
     alone = train(mode.partition("-")[0])
     assert first["ranks"] == alone["ranks"]
     assert first["params"] == alone["params"]
-    assert alone["params"] < sum(p.numel() for p in net().parameters())
+    dense = text_net if mode == "even-ddp" else net
+    assert alone["params"] < sum(p.numel() for p in dense().parameters())
     assert first["compact"].keys() == alone["compact"].keys()
-    torch.testing.assert_close(first["outputs"], alone["outputs"], rtol=1e-6, atol=1e-8)
-    if mode != "budget-ddp":  # factors are unique up to the sign of a direction
+    rounding = {"rtol": 0, "atol": 1e-4} if mode == "even-ddp" else {"rtol": 1e-6, "atol": 1e-8}  # covariances are sums of float32
+    torch.testing.assert_close(first["outputs"], alone["outputs"], **rounding)
+    if mode not in ("budget-ddp", "even-ddp"):  # factors are unique up to the sign of a direction
         for name, value in alone["trained"].items():
             torch.testing.assert_close(first["trained"][name], value, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
