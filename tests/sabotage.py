@@ -1798,6 +1798,11 @@ EDITS = [
         "test_distributed",
         "as_one",
     ),
+    Edit(
+        "weights of any width alike", "models/__init__.py", "s.gain / width**0.5 if s.gain else STD", "STD", "test_models", "by_its_width"
+    ),
+    Edit("a recipe's gain is lost", "methods/base.py", ", gain=recipe.gain)", ")", "test_methods", "gain"),
+    Edit("turned before anything was seen", "compressor.py", "not (self._turns and steps < 2)", "True", "test_axes", "shortest_run"),
     Edit("what units are is not said", "outcome.py", "                g.kind,\n", "", "test_streams", "what_the_units_are"),
     Edit("even widths that hardware does not like", "widths.py", "MULTIPLES if free else (1,)", "(1,)", "test_streams", "nobody_asked"),
     Edit("a multiple at any price", "widths.py", "if _used(ends[-1]) >= USED:", "if True:", "test_streams", "nobody_asked"),

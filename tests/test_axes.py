@@ -424,7 +424,7 @@ def test_a_run_turns_cuts_at_once_and_fits(tmp_path):
     steps = [(c, sum(p.numel() for p in model.parameters())) for c in train(model)]
     sizes = [size for _, size in steps]
     assert len(set(sizes)) == 2
-    assert sizes.index(sizes[-1]) == 5  # after the sixth of sixty steps
+    assert sizes.index(sizes[-1]) == 1  # after the second of sixty steps, the first that can be seen
     report = steps[-1][0].compact()
     assert any("turned to principal axes" in note for note in report.notes)
     assert any("layers were fitted" in note for note in report.notes)
@@ -432,6 +432,13 @@ def test_a_run_turns_cuts_at_once_and_fits(tmp_path):
     laconic.save(model, tmp_path / "compact", report=report)
     loaded = laconic.load(tmp_path / "compact", gpt())
     assert gap(*(outputs(m, (tokens(),))[0] for m in (model, loaded))) == 0
+
+
+def test_the_shortest_run_waits_until_it_has_seen_a_batch():
+    *_, (compressor, _) = [(c, None) for c in train(gpt(), steps=3)]
+    notes = compressor.compact().notes
+    assert any("turned to principal axes" in note for note in notes)
+    assert any("layers were fitted" in note for note in notes)
 
 
 def test_a_model_that_a_turn_would_change_is_cut_as_it_is(monkeypatch):
@@ -455,7 +462,7 @@ def test_a_state_that_cannot_be_turned_starts_anew_and_that_is_said():
     for step in range(60):
         F.cross_entropy(model(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten()).backward()
         optimizer.step()
-        if step == 2:
+        if step == 0:  # the cut is after the next one
             for p in model.parameters():
                 optimizer.state[p]["riddle"] = torch.ones_like(p)
         optimizer.zero_grad()
@@ -482,10 +489,9 @@ def test_a_copy_made_while_a_batch_is_watched_goes_on():
         m.compressor.optimizers[0].step()
         m.compressor.optimizers[0].zero_grad()
 
-    for _ in range(5):
-        step(model)
+    step(model)
     twin = copy.deepcopy(model)
-    for _ in range(55):
+    for _ in range(59):
         step(twin)
     assert twin.compressor.compact().params_after <= 0.3 * sum(p.numel() for p in model.parameters())
     assert not any(m._forward_pre_hooks for m in twin.modules())

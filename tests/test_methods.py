@@ -275,6 +275,12 @@ def test_a_recipe_that_names_no_structures_gets_what_laconic_chooses(data, monke
     assert made[-1].structures == [laconic.Channels(strength=0.0, even=True)]
 
 
+def test_a_gain_sets_the_weights_of_dense_and_thin_networks(data):
+    recipe = dataclasses.replace(RECIPE, model="vit", kernel=4, depth=2, widths=(64, 256), heads=4, params=0.25, gain=0.8)
+    for model in (build(data, recipe, 0), base.thin_network(data, recipe, 0)):
+        assert model.blocks[0].up.weight.std().item() == pytest.approx(0.8 / model.widths[0] ** 0.5, rel=0.1)
+
+
 def test_a_thin_transformer_keeps_multiples(data):
     recipe = dataclasses.replace(RECIPE, model="vit", kernel=4, depth=2, widths=(96, 384), heads=4, params=0.25)
     model = base.thin_network(data, recipe, 0)

@@ -238,6 +238,16 @@ def test_a_thin_transformer_has_the_widths_that_laconic_chooses(name, share):
     assert 0.97 * limit <= count_params(thin) <= limit
 
 
+@pytest.mark.parametrize(("gain", "width", "std"), [(0.0, 32, 0.02), (0.0, 128, 0.02), (0.9, 36, 0.15), (0.9, 144, 0.075)])
+@pytest.mark.parametrize("name", ["gpt", "vit"])
+def test_weights_of_a_transformer_start_by_its_width_where_a_recipe_says_so(name, gain, width, std):
+    torch.manual_seed(0)
+    image = (64,) if name == "gpt" else (3, 16, 16)
+    model = MODELS[name](image, 65, Shape(widths=(width, 4 * width), depth=2, heads=4, kernel=4, gain=gain))
+    for layer in (model.blocks[0].query, model.blocks[1].up, model.head):
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.1)
+
+
 TINY = {
     "convnet": ((1, 16, 16), Shape(widths=(8, 16), pools=(0,))),
     "decomposeme": ((1, 16, 16), Shape(widths=(8, 16), pools=(0,))),

@@ -584,7 +584,7 @@ def test_where_all_widths_shrink_evenly_they_are_done_early():
         ).schedule  # fmt: skip
 
     early, own = laconic.Schedule(warmup=0.05, settle=0.2), laconic.Schedule(warmup=0.3, settle=0.6)
-    assert schedule(gpt(), tokens()) == laconic.Schedule(warmup=0.05, settle=0.1)  # turned, and cut at once
+    assert schedule(gpt(), tokens()) == laconic.Schedule(warmup=0.01, settle=0.02)  # turned, and cut at once
     assert schedule(gpt(), tokens(), laconic.Channels(even=True, principal=False)) == early
     assert schedule(gpt(), tokens(), schedule=own) == own
     assert schedule(gpt(), tokens(), laconic.Channels()) == laconic.Schedule()

@@ -123,7 +123,7 @@ class Compressor:
             cut it, in every process; wrap the model in a new DistributedDataParallel there, and use that from the next
             step on (see docs/distributed.md).
         schedule: when pressure begins and when the layers are cut, as fractions of the run; None: `Schedule()`, and where all widths shrink by
-            the same part (`Channels(even=True)`) `Schedule(warmup=0.05, settle=0.1)`, or 0.2 where no channels can be turned to principal axes.
+            the same part (`Channels(even=True)`) `Schedule(warmup=0.01, settle=0.02)`, or `Schedule(warmup=0.05, settle=0.2)` where no channels can be turned to principal axes.
 
     Raises:
         LaconicError and its precise subclasses: neither budget nor strength; a budget without `total_steps`; out of
@@ -411,7 +411,7 @@ class Compressor:
             weight = site.weights[0]
             if weight.grad is not None and weight.requires_grad and holds(optimizer, weight):
                 state.owed[site.name] += learning_rate(optimizer, weight)
-        settle_now = self.cut_early and round_done and self.progress >= self.schedule.settle
+        settle_now = round_done and self._settles_after(state.steps[0])
         due = state.steps[index] % state.every == 0
         if due or settle_now:
             self._prox([x for x in self._pressed if settle_now or self._owner[x.name] is optimizer])
@@ -430,12 +430,16 @@ class Compressor:
         """Share of `total_steps` done; 0 where it is not known."""
         return self.steps / self.total_steps if self.total_steps else 0.0
 
+    def _settles_after(self, steps: int) -> bool:
+        """Is the structure final after so many steps? What is turned to principal axes has to be seen before, in the second step at the earliest."""
+        return self.cut_early and steps / (self.total_steps or 1) >= self.schedule.settle and not (self._turns and steps < 2)
+
     def _watch_inputs(self) -> None:
         """See what the consumers of the neurons take in during the step that the next proximal step follows."""
         if self.budget is None or not self.plan.neurons or self.state.settled or self._inputs is not None:
             return
         next_progress = (self.steps + 1) / (self.total_steps or 1)
-        settles = self.cut_early and next_progress >= self.schedule.settle
+        settles = self._settles_after(self.steps + 1)
         if next_progress >= self.schedule.warmup and (settles or (self.steps + 1) % self.state.every == 0):
             self._see(consumers(self.model, self.plan))
 

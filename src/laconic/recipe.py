@@ -26,6 +26,7 @@ class Recipe:
     size: of the images of a folder in pixels, of the windows of a text in characters.
     train_limit: use only a prefix of the training images; 0: all.
     model: one of `laconic.models.MODELS`; widths, pools, depth, kernel, heads: of it, as far as it has them.
+    gain: a transformer's weights start with a standard deviation of `gain` over the root of its width; 0: with 0.02, whatever the width.
     epochs, batch_size, lr, weight_decay, label_smoothing: of the training.
     rates: learning rates of single methods in place of `lr`, by the name of the method.
     optimizer: "adamw", or "sgd" with `momentum` (Nesterov's if `nesterov`).
@@ -57,6 +58,7 @@ class Recipe:
     depth: int = 20
     kernel: int = 3
     heads: int = 4
+    gain: float = 0.0
     epochs: int
     batch_size: int = 64
     lr: float = 2e-3

@@ -34,8 +34,8 @@ class Schedule:
 
 # Widths that all shrink by the same part need not be learnt about first: only which of their channels go is a question.
 EVEN = Schedule(warmup=0.05, settle=0.2)
-# Where their channels are turned to principal axes first, nothing needs to be pressed: all go at once.
-TURNED = Schedule(warmup=0.05, settle=0.1)
+# Where their channels are turned to principal axes first, nothing needs to be pressed: all go at once, as soon as the optimizer has its moments.
+TURNED = Schedule(warmup=0.01, settle=0.02)
 
 
 def too_many_steps(total_steps: int) -> int:

@@ -67,7 +67,7 @@ def network(data: Dataset, recipe: Recipe, widths: tuple[int, ...]) -> nn.Module
 
 
 def shape_of(recipe: Recipe, widths: tuple[int, ...]) -> Shape:
-    return Shape(widths=widths, pools=recipe.pools, depth=recipe.depth, kernel=recipe.kernel, heads=recipe.heads)
+    return Shape(widths=widths, pools=recipe.pools, depth=recipe.depth, kernel=recipe.kernel, heads=recipe.heads, gain=recipe.gain)
 
 
 def build(data: Dataset, recipe: Recipe, seed: int, widths: tuple[int, ...] | None = None) -> nn.Module:

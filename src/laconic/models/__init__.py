@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from .convnet import ConvNet, square
 from .decomposeme import decomposed
 from .lenet import LeNet5, LeNet300100
 from .resnet import ImageNetResNet, ResNet
-from .transformers import GPT, ViT
+from .transformers import GPT, STD, ViT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,9 +35,17 @@ class Shape:
     depth: int = 20
     kernel: int = 3
     heads: int = 4
+    gain: float = 0.0
 
 
 SLACK = 0.05  # of a budget in parameters
+
+
+def blocks(s: Shape) -> dict[str, Any]:
+    """Of a transformer; its width is a multiple of its heads."""
+    width, hidden = max(1, s.widths[0] // s.heads) * s.heads, s.widths[1] if len(s.widths) > 1 else None
+    return {"layers": s.depth, "width": width, "heads": s.heads, "hidden": hidden, "std": s.gain / width**0.5 if s.gain else STD}
+
 
 Builder = Callable[[Sequence[int], int, Shape], nn.Module]
 MODELS: dict[str, Builder] = {
@@ -44,10 +53,8 @@ MODELS: dict[str, Builder] = {
     "decomposeme": lambda image, classes, s: ConvNet(image[0], classes, s.widths, s.pools, partial(decomposed, kernel=s.kernel)),
     "lenet-300-100": lambda image, classes, s: LeNet300100(torch.Size(image).numel(), classes, s.widths),
     "lenet-5": lambda image, classes, s: LeNet5(image, classes, s.widths),
-    "gpt": lambda text, classes, s: GPT(classes, text[0], s.depth, max(1, s.widths[0] // s.heads) * s.heads, s.heads, *s.widths[1:]),
-    "vit": lambda image, classes, s: ViT(
-        image, classes, s.kernel, s.depth, max(1, s.widths[0] // s.heads) * s.heads, s.heads, *s.widths[1:]
-    ),
+    "gpt": lambda text, classes, s: GPT(classes, text[0], **blocks(s)),
+    "vit": lambda image, classes, s: ViT(image, classes, s.kernel, **blocks(s)),
     "resnet": lambda image, classes, s: ResNet(image[0], classes, s.widths, s.depth),
     "resnet-imagenet": lambda image, classes, s: ImageNetResNet(image[0], classes, s.widths, s.depth),
     "alexnet": lambda image, classes, s: alexnet(image[0], classes, s.widths),

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import InvalidValueError
 
+STD = 0.02  # as of GPT-2 and DeiT, which are several times as wide as the networks here
+
 
 class GPT(nn.Module):
     """Args:
@@ -18,9 +20,19 @@ class GPT(nn.Module):
     context: longest sequence.
     layers, width, heads: as usual.
     hidden: width of a block's hidden layer; None: four times the width.
+    std: standard deviation of the weights; of those that add to the stream less, as there are many of them.
     """
 
-    def __init__(self, vocabulary: int, context: int = 128, layers: int = 6, width: int = 256, heads: int = 4, hidden: int | None = None):
+    def __init__(
+        self,
+        vocabulary: int,
+        context: int = 128,
+        layers: int = 6,
+        width: int = 256,
+        heads: int = 4,
+        hidden: int | None = None,
+        std: float = STD,
+    ):
         super().__init__()
         self.widths = (width,) if hidden is None else (width, hidden)
         self.token = nn.Embedding(vocabulary, width)
@@ -30,7 +42,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, vocabulary, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if name.endswith("back.weight") else 0.02)
+                nn.init.normal_(parameter, std=std / (2 * layers) ** 0.5 if name.endswith("back.weight") else std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
@@ -44,7 +56,7 @@ class ViT(nn.Module):
     Args:
         image: channels, height, width.
         patch: side of a patch in pixels.
-        layers, width, heads, hidden: as of `GPT`.
+        layers, width, heads, hidden, std: as of `GPT`.
     """
 
     def __init__(
@@ -56,6 +68,7 @@ class ViT(nn.Module):
         width: int = 192,
         heads: int = 3,
         hidden: int | None = None,
+        std: float = STD,
     ):
         super().__init__()
         channels, *sides = image
@@ -70,7 +83,7 @@ class ViT(nn.Module):
         self.head = nn.Linear(width, classes)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
