@@ -33,6 +33,8 @@ SHARED = {
     "cifar10-tenth-short-rate": ("cifar10-tenth-rate", "thin-long"),
     "shakespeare-eighth-rate": ("shakespeare-rate", "dense"),
     "shakespeare-sixteenth-rate": ("shakespeare-rate", "dense"),
+    "shakespeare-eighth-gain": ("shakespeare-gain", "dense"),
+    "shakespeare-sixteenth-gain": ("shakespeare-gain", "dense"),
     "shakespeare-finetune": ("shakespeare-rate", "dense"),  # what they start from
 }
 SAME_NETWORK = {"thin-long": "thin", "distilled": "thin"}  # not timed twice
@@ -410,8 +412,8 @@ def rates(_: str) -> str:
         "| task | of the parameters | epochs: thin, laconic | thin dense, for longer | **laconic** | ahead by | in bits of cross-entropy | seeds |",
         "|---" * 8 + "|",
     ]
-    for recipe, name in ((f"{base}{part}-rate", name) for base, name in TASKS.items() for part in ("", "-10", "-40", "-short")):
-        runs = load(recipe)
+    for start, name in ((base + part, name) for base, name in TASKS.items() for part in ("", "-10", "-40", "-short")):
+        runs = load(f"{start}-gain") or load(f"{start}-rate")
         if not {"laconic", "thin-long"} <= runs.keys():
             continue
         ours, thin = runs["laconic"], runs["thin-long"]
