@@ -35,7 +35,8 @@ SHARED = {
     "shakespeare-sixteenth-rate": ("shakespeare-rate", "dense"),
     "shakespeare-eighth-gain": ("shakespeare-gain", "dense"),
     "shakespeare-sixteenth-gain": ("shakespeare-gain", "dense"),
-    "shakespeare-finetune": ("shakespeare-rate", "dense"),  # what they start from
+    "shakespeare-finetune-gain": ("shakespeare-gain", "dense"),  # what they start from
+    "shakespeare-finetune": ("shakespeare-rate", "dense"),
 }
 SAME_NETWORK = {"thin-long": "thin", "distilled": "thin"}  # not timed twice
 TIMES_OF = {f"cifar10-full{part}": f"cifar10{part}" for part in ("", "-tenth")}  # the same network, in the same shares of a run
