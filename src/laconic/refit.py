@@ -133,12 +133,15 @@ def _streams(model: nn.Module, paths: Sequence[str], inputs: tuple[Any, ...]) ->
         for path in (*paths, *norms):
             hooks.callback(model.get_submodule(path).register_forward_hook(lambda _m, _a, _o, path=path: order.append(path)).remove)
         call(model, inputs)
-    found = {}
+    found: dict[str, str] = {}
+    streams: dict[str, Tensor] = {}
     for path in paths:
         norm = next((later for later in order[order.index(path) :] if later in norms), None)
         if norm is None or order.count(norm) > 1:
             continue
-        stream = _seen(model, model.get_submodule(norm), inputs, given=True)
+        if norm not in streams:
+            streams = {norm: _seen(model, model.get_submodule(norm), inputs, given=True)}  # paths come in the order of their norms
+        stream = streams[norm]
         moves: list[Tensor] = []
         size = stream.float().std()
 
