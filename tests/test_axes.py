@@ -441,6 +441,22 @@ def test_the_shortest_run_waits_until_it_has_seen_a_batch():
     assert any("layers were fitted" in note for note in notes)
 
 
+def test_a_run_whose_optimizers_take_turns_waits_until_it_has_seen_a_batch():
+    """A round is done after the last of them, and only then is it known that the next batch is to be watched."""
+    model, x = gpt().train(), tokens(16)
+    matrices, rest = ([p for p in model.parameters() if (p.ndim > 1) is matrix] for matrix in (True, False))
+    optimizers = [torch.optim.AdamW(some, lr=1e-3) for some in (matrices, rest)]
+    compressor = laconic.Compressor(model, optimizers, budget=laconic.Budget(params=0.3), total_steps=100, example_inputs=(x[:1],))
+    for step in range(100):
+        F.cross_entropy(model(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten()).backward()
+        for optimizer in optimizers[: 2 if step % 4 == 3 else 1]:
+            optimizer.step()
+            optimizer.zero_grad()
+    notes = compressor.compact().notes
+    assert any("turned to principal axes" in note for note in notes)
+    assert not any("nothing was seen" in note for note in notes)
+
+
 def test_a_model_that_a_turn_would_change_is_cut_as_it_is(monkeypatch):
     monkeypatch.setattr(axes, "TOLERANCE", -1.0)
     models = gpt(), gpt()

@@ -215,7 +215,7 @@ def test_thin_widths_are_the_widest_that_fit(name, share):
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [*((name, share) for name in ("gpt", "vit") for share in (0.75, 0.5, 0.25, 0.125)), ("gpt", 0.0625)]
+    ("name", "share"), [*((name, share) for name in ("gpt", "vit") for share in (0.75, 0.5, 0.25, 0.2, 0.125, 0.1)), ("gpt", 0.0625)]
 )
 def test_a_thin_transformer_has_the_widths_that_laconic_chooses(name, share):
     """So that both have the same size, and a step of both takes the same time."""

@@ -389,6 +389,12 @@ def test_the_plan_and_the_report_say_what_the_units_are(principal, of_attention)
     assert laconic.CompactReport.from_json(report.to_json()).groups == report.groups
 
 
+def test_hidden_units_before_a_norm_are_no_stream():
+    model = nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 4))
+    (group,) = make_plan(model, [laconic.Channels()], (torch.randn(2, 8),)).neurons
+    assert group.kind == "units"
+
+
 def test_even_neurons_go_by_their_importance():
     plan, importances, walk = evenly(gpt(), (tokens(),), 0.5)
     for group in plan.neurons:
@@ -428,7 +434,9 @@ def test_even_neurons_keep_the_same_part_of_every_group(share, stream, heads):
         (128, 512, 0.125, (48, 12, 136)),  # of the 32 places within a head multiples of 4
         (128, 512, 0.0625, (32, 8, 104)),
         (32, 128, 0.3, (16, 4, 68)),  # multiples of 8 would leave more than three hundredths of the budget
-        (32, 128, 0.06, (4, 1, 60)),  # and here are too much
+        (128, 512, 0.123, (40, 10, 202)),  # and here a stream of another width than its heads, or hidden layers far from them
+        (32, 128, 0.15, (12, 3, 34)),
+        (32, 128, 0.06, (6, 2, 23)),
         (32, 128, 0.015, (2, 1, 12)),
     ],
 )
@@ -572,8 +580,8 @@ def test_where_milliseconds_count_even_neurons_are_in_multiples(monkeypatch, emp
     compressor = laconic.Compressor(
         model, torch.optim.SGD(model.parameters(), lr=0.1), budget=laconic.Budget(latency=0.9), total_steps=20, example_inputs=(tokens(),)
     )
-    assert {g.structure for g in compressor.plan.neurons} == {laconic.Channels(even=True)}
-    assert not any("milliseconds" in note for note in compressor.plan.notes)
+    assert {g.structure for g in compressor.plan.neurons} == {laconic.Channels(even=True, multiple=8)}
+    assert any("in multiples of 8, and no rank" in note for note in compressor.plan.notes)
 
 
 def test_where_all_widths_shrink_evenly_they_are_done_early():

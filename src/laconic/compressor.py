@@ -181,11 +181,10 @@ class Compressor:
         self.plan = make_plan(model, structures, example_inputs, trained)
         if default and streams_through(self.plan):
             found = [g.group for g in self.plan.neurons], self.plan.whole
-            structures = [Channels(even=True)]
+            structures = [Channels(even=True, multiple=multiple if multiple > 1 else None)]
             self.plan = make_plan(model, structures, example_inputs, trained, found)
-            unasked = [
-                f"all widths shrink by the same part, in multiples of {LANES} or, where these are too coarse, of less, and no rank: {STREAMS}"
-            ]
+            sizes = f"in multiples of {LANES}" + ("" if multiple > 1 else " or, where these are too coarse, of less")
+            unasked = [f"all widths shrink by the same part, {sizes}, and no rank: {STREAMS}"]
         self.structures = structures
         even = TURNED if self._turns else EVEN
         if self._turns:
@@ -411,7 +410,8 @@ class Compressor:
             weight = site.weights[0]
             if weight.grad is not None and weight.requires_grad and holds(optimizer, weight):
                 state.owed[site.name] += learning_rate(optimizer, weight)
-        settle_now = round_done and self._settles_after(state.steps[0])
+        seen = not self._turns or self._inputs is not None or bool(self._sums)  # before that there is nothing to turn by
+        settle_now = self.cut_early and round_done and seen and self.progress >= self.schedule.settle
         due = state.steps[index] % state.every == 0
         if due or settle_now:
             self._prox([x for x in self._pressed if settle_now or self._owner[x.name] is optimizer])
@@ -430,16 +430,12 @@ class Compressor:
         """Share of `total_steps` done; 0 where it is not known."""
         return self.steps / self.total_steps if self.total_steps else 0.0
 
-    def _settles_after(self, steps: int) -> bool:
-        """Is the structure final after so many steps? What is turned to principal axes has to be seen before, in the second step at the earliest."""
-        return self.cut_early and steps / (self.total_steps or 1) >= self.schedule.settle and not (self._turns and steps < 2)
-
     def _watch_inputs(self) -> None:
         """See what the consumers of the neurons take in during the step that the next proximal step follows."""
         if self.budget is None or not self.plan.neurons or self.state.settled or self._inputs is not None:
             return
         next_progress = (self.steps + 1) / (self.total_steps or 1)
-        settles = self._settles_after(self.steps + 1)
+        settles = self.cut_early and next_progress >= self.schedule.settle
         if next_progress >= self.schedule.warmup and (settles or (self.steps + 1) % self.state.every == 0):
             self._see(consumers(self.model, self.plan))
 

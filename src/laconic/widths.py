@@ -62,7 +62,8 @@ def narrowed(walk: Walk) -> Walk:
     """The largest part of every width that the limits allow, or what is left of it. What has gone already makes no difference, so that a run that looks
     again and again on its way comes to the same end.
 
-    Where the structure leaves the multiples to us: the largest that use the budget up, but for a little, or else those that use most of it.
+    Where the structure leaves the multiples to us: the largest that use the budget up, but for a little, and keep the stream as wide as its heads and the
+    parts near each other; where none do all of that, those that do most of it, in the reverse of this order.
 
     Raises:
         InfeasibleBudgetError: not even one unit of each group fits.
@@ -71,18 +72,19 @@ def narrowed(walk: Walk) -> Walk:
     if np.all(walk.spent <= walk.limits):
         return walk
     free = any(group.structure.multiple is None for group in walk.plan.neurons)
-    ends: list[Walk] = []
+    ends: list[tuple[tuple[bool, bool, float], Walk]] = []
     for lanes in MULTIPLES if free else (1,):
         grid = _in_multiples(dense, lanes)
         try:
-            ends.append(_narrowed(grid))
+            tied, end = _narrowed(grid)
         except InfeasibleBudgetError:
             if lanes == 1:
                 raise
             continue
-        if _used(ends[-1]) >= USED:
+        ends.append(((tied, _apart(end) <= APART, _used(end)), end))
+        if ends[-1][0] >= (True, True, USED):
             break
-    end = max(ends, key=_used)
+    end = max(ends, key=lambda pair: pair[0])[1]
     left = _with(end, {name: min(count, walk.units[name]) for name, count in end.units.items()})
     if left.units != end.units:
         left = _filled(left, walk.units, alike(end.plan.neurons))
@@ -114,8 +116,8 @@ def _used(walk: Walk) -> float:
     return float(np.max(walk.spent / walk.limits))
 
 
-def _narrowed(dense: Walk) -> Walk:
-    """Tried in this order: the stream as wide as its heads, a whole number of them (that next to the part which would stay of all, above or below,
+def _narrowed(dense: Walk) -> tuple[bool, Walk]:
+    """Whether the stream is as wide as its heads where it was, and the end. Tried in this order: the stream as wide as its heads, a whole number of them (that next to the part which would stay of all, above or below,
     at which the parts differ least), where the parts are not too far apart; a whole number of heads alone; all by one part."""
     classes = alike(dense.plan.neurons)
     part, end = _largest(dense, classes)
@@ -123,15 +125,15 @@ def _narrowed(dense: Walk) -> Walk:
         raise InfeasibleBudgetError(*_at(dense, classes, 0.0).smallest())
     heads = [kind for kind in classes if kind[0].of_heads]
     streams = _as_wide_as_heads(classes)
-    free = classes
+    free, tied = classes, not streams
     for fixed, most in ((heads + streams, APART), (heads, math.inf)) if streams else ((heads, math.inf),):
         others = [kind for kind in classes if kind not in fixed]
         tried = [at for whole in _next_to(part, heads, fixed) if (at := _largest(_at(dense, fixed, whole), others)[1]) is not None]
         fitting = [(_apart(at), at) for at in tried if any(_part(at, kind) < 1 for kind in others)]  # else more could have stayed
         if fitting and (least := min(fitting, key=lambda pair: pair[0]))[0] <= most:
-            end, free = least[1], others
+            end, free, tied = least[1], others, tied or fixed != heads
             break
-    return _filled(end, dense.units, free)
+    return tied, _filled(end, dense.units, free)
 
 
 def alike(groups: list[Neurons]) -> list[Alike]:

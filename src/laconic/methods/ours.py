@@ -68,7 +68,7 @@ def structures_of(recipe: Recipe, multiple: int = 1) -> list[Structure] | None:
     known: dict[str, Callable[[], Structure]] = {
         "low-rank": lambda: LowRank(matricization=recipe.matricization, multiple=multiple, **options),
         "channels": lambda: Channels(multiple=multiple, **options),
-        "channels-even": lambda: Channels(even=True, **options),
+        "channels-even": lambda: Channels(multiple=multiple if multiple > 1 else None, even=True, **options),
         "channels-optional": lambda: Channels(multiple=multiple, optional=multiple == 1, **options),
     }
     for name in recipe.structures:

@@ -7,7 +7,6 @@ that all widths can be scaled by one factor (`thin_widths`).
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..widths import MULTIPLES, USED, fine
+from ..widths import APART, MULTIPLES, USED, fine
 from .alexnet import alexnet, vgg_b
 from .charnet import CharNet
 from .convnet import ConvNet, square
@@ -90,7 +89,7 @@ def thin_widths(
     """The widest network that has no more parameters than `limit`, scaled evenly; where rounding leaves more than `SLACK` of them, the last of several
     widths takes that.
 
-    With `multiples` of two widths (the residual stream of a transformer and its hidden layers), the first that use the limit up but for a little: the
+    With `multiples` of two widths (the residual stream of a transformer and its hidden layers), the first that use the limit up but for a little and keep the parts near each other: the
     stream is the multiple below or above at which the two keep parts that differ least, and the hidden layers are as wide as the limit allows.
     """
 
@@ -104,14 +103,14 @@ def thin_widths(
         return (*first, multiple * bisect.bisect_right(counts, limit, key=lambda last: size((*first, last))))
 
     def apart(thin: tuple[int, ...]) -> float:
-        """How far the parts that two widths keep are from each other."""
-        return abs(math.log(thin[0] * widths[1] / (thin[1] * widths[0])))
+        """The larger part that two widths keep over the smaller."""
+        return max(ratio := thin[0] * widths[1] / (thin[1] * widths[0]), 1 / ratio)
 
     thin = widest(widths, lambda widths: size(widths) <= limit)
     for first, last in multiples:
         around = sorted({thin[0] // first * first, -(-thin[0] // first) * first} - {0})
         fitting = [there for stream in around if (there := filled((stream,), last))[-1]]
-        if fitting and size(nearest := min(fitting, key=apart)) >= USED * limit:
+        if fitting and size(nearest := min(fitting, key=apart)) >= USED * limit and apart(nearest) <= APART:
             return nearest
     if len(thin) > 1 and size(thin) < (1 - SLACK) * limit:
         thin = filled(thin[:-1], 1)

@@ -137,7 +137,7 @@ class Neurons:
     @property
     def kind(self) -> str:
         """What a unit is, in the plural."""
-        if self.norms:
+        if len(self.norms) > 1:
             return "channels of the stream"
         return "dimensions of each head" if self.group.queries else "heads" if self.of_heads else "units"
 
