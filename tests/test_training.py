@@ -92,6 +92,7 @@ def test_every_name_that_a_recipe_may_give_has_its_function():
 BAD = {
     "optimizer": ({"optimizer": "adam"}, "optimizer = 'adam' is unknown; did you mean 'adamw'"),
     "schedule": ({"schedule": "step"}, "schedule = 'step' is unknown; did you mean 'steps'"),
+    "gain": ({"gain": -0.5}, "gain = -0.5 must be 0 or above"),
     "momentum": ({"momentum": 1.0}, "momentum = 1.0 must be at least 0 and below 1"),
     "momentum below 0": ({"momentum": -0.1}, "momentum = -0.1 must be"),
     "nesterov": ({"nesterov": True, "momentum": 0}, "nesterov = true needs a momentum above 0"),

@@ -112,6 +112,8 @@ class Recipe:
         for name, rate in {"lr": self.lr, **{f"rates.{method}": rate for method, rate in self.rates.items()}}.items():
             if not rate > 0:
                 raise RecipeError(f"recipe: {name} = {rate} must be above 0")
+        if not self.gain >= 0:
+            raise RecipeError(f"recipe: gain = {self.gain} must be 0 or above")
         if self.warmup != 0.1 and not self.settle:
             raise RecipeError(f"recipe: warmup = {self.warmup} without settle: give both, or neither for laconic's own schedule")
         if not 0 <= self.momentum < 1:
