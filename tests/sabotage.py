@@ -1840,7 +1840,12 @@ EDITS = [
         "nobody_asked",
     ),
     Edit(
-        "one multiple for wide and narrow", "widths.py", "return min(lanes, 2 **", "return max(lanes, 0 *", "test_streams", "nobody_asked"
+        "one multiple for wide and narrow",
+        "widths.py",
+        "return min(lanes, 2 **",
+        "return max(lanes, 0 *",
+        "test_streams",
+        "at_most_a_sixth",
     ),
     Edit(
         "heads in any number of places",

@@ -15,7 +15,7 @@ from laconic.models import GPT, ViT
 from laconic.plan import make_plan
 from laconic.slimming import importances_of, watch_inputs
 from laconic.walk import Walk
-from laconic.widths import choose_shapes, narrowed
+from laconic.widths import choose_shapes, fine, narrowed
 
 from .architectures import CASES
 from .models import assert_same, set_clock, slow_but_for, snapshot
@@ -446,6 +446,11 @@ def test_multiples_that_nobody_asked_for_are_as_large_as_the_budget_allows(width
     widths = widths_by_size(walk)
     assert tuple(widths[units] for units in (width, width // 4, hidden)) == kept
     assert 0.97 * walk.limits <= walk.spent <= walk.limits
+
+
+def test_a_multiple_that_nobody_asked_for_is_at_most_a_sixth_of_a_group():
+    assert [fine(units, 8) for units in (512, 48, 47, 32, 23, 12, 11, 1)] == [8, 8, 4, 4, 2, 2, 1, 1]
+    assert [fine(512, lanes) for lanes in (8, 4, 2, 1)] == [8, 4, 2, 1]
 
 
 def test_no_part_of_a_budget_is_left_where_the_stream_could_be_as_wide_as_fewer_heads():
