@@ -179,8 +179,8 @@ class Channels:
         scale: `"relative"` or `"absolute"`.
         include, exclude: shell-style patterns on module or parameter names of the layers that put the neurons out.
         multiple: keep a multiple of this number of channels (what the hardware likes: 8, 16); an attention head of 64 is one already, one that gets
-            narrower keeps a multiple of its places. None: 1, and with `even` 8, or less for what is narrow or where that would leave more than 3 % of
-            the budget unused.
+            narrower keeps a multiple of its places. None: 1, and with `even` 8, or less for what is narrow, or where 8 is too coarse
+            for the budget (see `laconic.widths.narrowed`).
         optional: beside `LowRank`, under a budget in parameters alone: at the first proximal step all these neurons are left alone for the
             whole run, unless ranks alone would keep less of the network (see `laconic.budget.needless`).
         even: every group keeps the same part of its neurons, so that the network is the dense one made narrower: their importance says which
